@@ -1,0 +1,5 @@
+//! Checkpoint folders in Hugging Face layout.
+
+mod error;
+
+pub use error::CheckpointError;

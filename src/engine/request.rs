@@ -1,0 +1,156 @@
+//! What the async side asks of the engine, and what comes back.
+
+use std::time::{Duration, Instant};
+
+use crate::{error::Error, moe::policy::RoutingChoice};
+
+/// One sequence to work on.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// For logs and traces.
+    pub id: String,
+    /// Token ids, checked against the vocabulary by [`super::Engine::submit`].
+    pub prompt: Vec<u32>,
+    /// What to do with them.
+    pub task: Task,
+    /// Routing of all its tokens.
+    pub routing: RoutingChoice,
+    /// After this instant the request fails with `DeadlineExceeded`, in any state.
+    pub deadline: Option<Instant>,
+}
+
+/// What to do with a prompt.
+#[derive(Clone, Debug)]
+pub enum Task {
+    /// Continue it.
+    Generate(GenerateParams),
+    /// Report the log-probability of each of its tokens, with this many alternatives.
+    Score {
+        /// Likeliest alternatives per token, at most [`MAX_LOGPROBS`].
+        alternatives: usize,
+    },
+}
+
+/// Most alternatives that can be asked for.
+pub const MAX_LOGPROBS: usize = 20;
+
+/// How to continue a prompt. Ranges are those of `hardmax.v1.SamplingParams`; [`super::Engine::submit`] checks them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateParams {
+    /// `None`: what is left of the context, at most the engine's limit.
+    pub max_new_tokens: Option<usize>,
+    /// 0 takes the likeliest token.
+    pub temperature: f32,
+    /// 0: off.
+    pub top_k: usize,
+    /// 1: off.
+    pub top_p: f32,
+    /// 0: off.
+    pub min_p: f32,
+    /// Drawn by the caller if the client gave none.
+    pub seed: u64,
+    /// Not empty strings.
+    pub stop: Vec<String>,
+    /// In addition to the model's end-of-sequence tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// 1: off.
+    pub repetition_penalty: f32,
+    /// Alternatives per generated token; `None` for no log-probabilities.
+    pub logprobs: Option<usize>,
+    /// Go on after the end-of-sequence token.
+    pub ignore_eos: bool,
+}
+
+impl Default for GenerateParams {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: None,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            repetition_penalty: 1.0,
+            logprobs: None,
+            ignore_eos: false,
+        }
+    }
+}
+
+/// The log-probability of one token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm; `None` for the first token of a scored text.
+    pub logprob: Option<f32>,
+    /// Likeliest tokens, descending.
+    pub alternatives: Vec<(u32, f32)>,
+}
+
+/// What the engine sends for a request: any number of `Tokens`, then one `Finished` or `Failed`.
+#[derive(Debug)]
+pub enum Event {
+    /// Progress of a generation.
+    Tokens(Tokens),
+    /// The end. Boxed: it is sent once, and large.
+    Finished(Box<Finished>),
+    /// The end, without a result.
+    Failed(Error),
+}
+
+/// Newly generated tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tokens {
+    /// What they added to the text; never half a character, never part of a stop string. May be empty.
+    pub text: String,
+    /// Usually one.
+    pub ids: Vec<u32>,
+    /// For `ids`, if asked for.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// The last word on a request.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// The last tokens of a generation, with the text that was held back.
+    pub tail: Tokens,
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, the one that stopped it included.
+    pub generated_tokens: usize,
+    /// For [`Task::Score`]: one for each token of the prompt.
+    pub prompt_logprobs: Vec<TokenLogprob>,
+    /// Split of time.
+    pub timing: Timing,
+    /// Generation of the weights.
+    pub generation: u64,
+}
+
+/// Why a request ended well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model's end-of-sequence token.
+    EndOfSequence(u32),
+    /// A stop token of the request.
+    StopToken(u32),
+    /// A stop string of the request.
+    StopString(String),
+    /// `max_new_tokens`, or the end of the context; for a score, the end of the text.
+    Length,
+}
+
+/// Where the time of a request went.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timing {
+    /// From submission to the first step.
+    pub queue: Duration,
+    /// From there to the first token, or to the end of a score.
+    pub prefill: Duration,
+    /// From the first token to the last.
+    pub decode: Duration,
+}

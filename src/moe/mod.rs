@@ -1,0 +1,30 @@
+//! Mixture-of-Experts: router logits -> policy -> routing -> dispatch plan -> expert kernel -> combine.
+//!
+//! Shape legend: T tokens, E experts, k experts per token, R routed rows, D model width, F expert width.
+
+pub mod policy;
+mod stats;
+
+use candle_core::Tensor;
+
+pub use self::stats::{LayerRouting, RoutingStats};
+
+/// Expert weights of every token: what a policy makes of router logits.
+#[derive(Clone, Debug)]
+pub enum Routing {
+    /// Rows of different length: each token has its own number of experts.
+    Sparse(SparseRouting),
+    /// `[T, E]` f32, tracked: every expert runs (training under a soft policy).
+    Dense(Tensor),
+}
+
+/// Chosen experts in compressed rows: those of token t are `offsets[t] .. offsets[t + 1]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SparseRouting {
+    /// `[T + 1]`, ascending from 0.
+    pub offsets: Vec<u32>,
+    /// `[R]`; within a token by descending weight, equal weights by ascending index.
+    pub expert_ids: Vec<u32>,
+    /// `[R]`, for `expert_ids`.
+    pub weights: Vec<f32>,
+}

@@ -1,0 +1,128 @@
+//! Routing policies: the rule from router logits to expert weights, and its result.
+//!
+//! The only difference between soft and hard routing is decided here. Router logits are f32 whatever the dtype of the
+//! model; ties go to the lowest expert index.
+
+use std::{fmt, str::FromStr};
+
+use crate::error::{Error, Result};
+
+/// How the softmax probabilities of the chosen experts become their weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightForm {
+    /// The probability as it is; the sum is below 1 (OLMoE, Qwen2-MoE, Switch).
+    Raw,
+    /// Scaled to sum to 1 over the chosen experts (Mixtral, Qwen3-MoE). At k = 1 the weight is 1.
+    Renorm,
+    /// 1/k each; 1 at k = 1 (straight-through training).
+    Unit,
+}
+
+impl fmt::Display for WeightForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Renorm => "renorm",
+            Self::Unit => "unit",
+        })
+    }
+}
+
+/// The rule in force for one MoE layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RoutingPolicy {
+    /// Hard: the `k` experts with the largest logits.
+    TopK {
+        /// Experts per token, from 1 to the number of experts.
+        k: usize,
+        /// Weights of the chosen experts.
+        weight_form: WeightForm,
+    },
+    /// All experts, weighted by `softmax(z / temperature)`.
+    Soft {
+        /// Above 0.
+        temperature: f32,
+    },
+    /// Training only: all experts, weighted by `softmax((z + noise · G) / temperature)` with Gumbel noise `G`
+    /// (Jang et al. 2017; Maddison et al. 2017).
+    GumbelSoftmax {
+        /// Above 0.
+        temperature: f32,
+        /// Scale of the noise; 1 is the distribution of the papers, 0 is [`RoutingPolicy::Soft`].
+        noise: f32,
+    },
+}
+
+impl fmt::Display for RoutingPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TopK { k, weight_form } => write!(f, "top-{k} ({weight_form})"),
+            Self::Soft { temperature } => write!(f, "soft (temperature {temperature})"),
+            Self::GumbelSoftmax { temperature, noise } => write!(f, "gumbel-softmax (temperature {temperature}, noise {noise})"),
+        }
+    }
+}
+
+/// What a request, a flag or a checkpoint asks for; every MoE layer resolves it to its own [`RoutingPolicy`].
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum RoutingChoice {
+    /// The layer's serving routing.
+    #[default]
+    Native,
+    /// Hard top-k; the weight form of the layer unless stated.
+    TopK {
+        /// Experts per token.
+        k: usize,
+        /// Overrides the weight form of the layer.
+        weight_form: Option<WeightForm>,
+    },
+    /// All experts; at the temperature of the reference routing unless stated.
+    Soft {
+        /// Overrides the temperature.
+        temperature: Option<f32>,
+    },
+}
+
+impl fmt::Display for RoutingChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Native => f.write_str("native"),
+            Self::TopK { k, weight_form: None } => write!(f, "top-{k}"),
+            Self::TopK { k, weight_form: Some(form) } => write!(f, "top-{k}:{form}"),
+            Self::Soft { temperature: None } => f.write_str("soft"),
+            Self::Soft { temperature: Some(t) } => write!(f, "soft:{t}"),
+        }
+    }
+}
+
+/// Reads `native`, `top-K`, `top-K:raw|renorm|unit`, `soft` or `soft:TEMPERATURE`.
+impl FromStr for RoutingChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = || Error::invalid("routing", format!("'{text}' is none of native, top-K, top-K:raw|renorm|unit, soft, soft:TEMPERATURE"));
+        let (head, option) = match text.split_once(':') {
+            Some((head, option)) => (head, Some(option)),
+            None => (text, None),
+        };
+        match (head, option) {
+            ("native", None) => Ok(Self::Native),
+            ("soft", option) => {
+                let temperature = option.map(str::parse).transpose().map_err(|_| bad())?;
+                Ok(Self::Soft { temperature })
+            }
+            (head, option) => {
+                let k = head.strip_prefix("top-").and_then(|k| k.parse().ok()).ok_or_else(bad)?;
+                let weight_form = match option {
+                    None => None,
+                    Some("raw") => Some(WeightForm::Raw),
+                    Some("renorm") => Some(WeightForm::Renorm),
+                    Some("unit") => Some(WeightForm::Unit),
+                    Some(_) => return Err(bad()),
+                };
+                Ok(Self::TopK { k, weight_form })
+            }
+        }
+    }
+}
