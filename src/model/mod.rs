@@ -1,6 +1,11 @@
 //! One decoder for all families, and the trait by which the engine sees a model.
 
+mod attention;
 mod batch;
+mod decoder;
+mod feed_forward;
+pub mod kv_cache;
+pub mod rope;
 mod spec;
 pub mod weights;
 
@@ -8,6 +13,8 @@ use candle_core::Tensor;
 
 pub use self::{
     batch::{Batch, LogitRows, Span},
+    decoder::{CachedDecoder, Decoder},
+    feed_forward::SwiGlu,
     spec::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
 };
 use crate::{error::Result, moe::LayerRouting};

@@ -2,12 +2,20 @@
 //!
 //! Shape legend: T tokens, E experts, k experts per token, R routed rows, D model width, F expert width.
 
+pub mod kernel;
+mod layer;
+pub mod loss;
+pub mod plan;
 pub mod policy;
+pub mod route;
 mod stats;
 
 use candle_core::Tensor;
 
-pub use self::stats::{LayerRouting, RoutingStats};
+pub use self::{
+    layer::{MoeLayer, RoutingMode},
+    stats::{LayerRouting, RoutingStats},
+};
 
 /// Expert weights of every token: what a policy makes of router logits.
 #[derive(Clone, Debug)]

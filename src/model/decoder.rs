@@ -1,0 +1,192 @@
+//! The decoder: embedding, layers, head. One for all families, for serving and for training.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{
+    Batch, FeedForwardSpec, Forward, LanguageModel, ModelSpec,
+    attention::{Attention, AttentionInput},
+    feed_forward::{FeedForward, SwiGlu},
+    kv_cache::KvCache,
+    rope::Rope,
+    weights::{FeedForwardWeights, ModelWeights},
+};
+use crate::{
+    error::{Error, Result},
+    moe::{MoeLayer, RoutingMode, kernel::ExpertKernel, policy::RoutingChoice},
+    ops,
+};
+
+/// Weights in their places. Cheap to clone: tensors are shared.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    spec: Arc<ModelSpec>,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    final_norm: Tensor,
+    head: Tensor,
+    rope: Rope,
+    /// Dtype of the residual stream: f32 on the CPU, that of the weights elsewhere.
+    activations: DType,
+}
+
+#[derive(Clone, Debug)]
+struct Layer {
+    attention_norm: Tensor,
+    attention: Attention,
+    feed_forward_norm: Tensor,
+    feed_forward: FeedForward,
+}
+
+impl Decoder {
+    /// Puts `weights` in their places; experts run through `kernel`.
+    ///
+    /// Weights must have the shapes of `spec`, as those of [`crate::checkpoint`] do.
+    pub fn new(spec: Arc<ModelSpec>, weights: ModelWeights, kernel: &Arc<dyn ExpertKernel>) -> Result<Self> {
+        if spec.layers.len() != weights.layers.len() {
+            return Err(Error::Internal(format!("{} layers of weights for {} of spec", weights.layers.len(), spec.layers.len())));
+        }
+        let mut layers = Vec::with_capacity(weights.layers.len());
+        for (index, layer) in weights.layers.into_iter().enumerate() {
+            let feed_forward = match (&spec.layers[index].feed_forward, layer.feed_forward) {
+                (FeedForwardSpec::Dense { .. }, FeedForwardWeights::Dense(mlp)) => FeedForward::Dense(SwiGlu::new(mlp)),
+                (FeedForwardSpec::Moe(moe), FeedForwardWeights::Moe(weights)) => {
+                    FeedForward::Moe(Box::new(MoeLayer::new(index, moe.clone(), spec.reference, weights, Arc::clone(kernel))))
+                }
+                _ => return Err(Error::Internal(format!("layer {index}: spec and weights disagree on dense or routed"))),
+            };
+            layers.push(Layer {
+                attention_norm: layer.attention_norm,
+                attention: Attention::new(index, &spec, layer.attention),
+                feed_forward_norm: layer.feed_forward_norm,
+                feed_forward,
+            });
+        }
+        let activations = if weights.embedding.device().is_cpu() { DType::F32 } else { weights.embedding.dtype() };
+        Ok(Self {
+            rope: Rope::new(&spec.rope, spec.head_dim),
+            head: weights.head.unwrap_or_else(|| weights.embedding.clone()),
+            embedding: weights.embedding,
+            final_norm: weights.final_norm,
+            layers,
+            activations,
+            spec,
+        })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &Arc<ModelSpec> {
+        &self.spec
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// Runs `batch`. Without a cache all spans must start at position 0.
+    ///
+    /// Serving mode is [`Decoder::serve`]; training passes its own [`RoutingMode`].
+    pub fn forward(&self, batch: &Batch, mode: &mut RoutingMode<'_>, mut cache: Option<&mut KvCache>) -> Result<Forward> {
+        self.check(batch, cache.is_some())?;
+        let device = self.device();
+        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), device)?;
+        let mut x_td = self.embedding.index_select(&tokens, 0)?.to_dtype(self.activations)?;
+        let positions: Vec<u32> = batch.spans.iter().flat_map(|span| span.past as u32..(span.past + span.new) as u32).collect();
+        let (cos, sin) = self.rope.at(&positions, device)?;
+        let input = AttentionInput { spans: &batch.spans, cos, sin };
+
+        let mut routings = Vec::new();
+        for layer in &self.layers {
+            let (next, routing) = self.layer(layer, &x_td, &input, mode, cache.as_deref_mut())?;
+            x_td = next;
+            routings.extend(routing);
+        }
+        Ok(Forward { logits: self.logits(&x_td, &batch.logit_rows())?, layers: routings })
+    }
+
+    /// [`Decoder::forward`] with each span routed by its own choice.
+    pub fn serve(&self, batch: &Batch, cache: Option<&mut KvCache>) -> Result<Forward> {
+        let runs: Vec<(RoutingChoice, usize)> = batch.spans.iter().map(|span| (span.routing, span.new)).collect();
+        self.forward(batch, &mut RoutingMode::Serve(&runs), cache)
+    }
+
+    fn layer(
+        &self,
+        layer: &Layer,
+        x_td: &Tensor,
+        input: &AttentionInput<'_>,
+        mode: &mut RoutingMode<'_>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<(Tensor, Option<crate::moe::LayerRouting>)> {
+        let eps = self.spec.rms_norm_eps;
+        let normed = ops::rms_norm(x_td, &layer.attention_norm, eps)?;
+        let x_td = (x_td + layer.attention.forward(&normed, input, cache)?)?;
+        let normed = ops::rms_norm(&x_td, &layer.feed_forward_norm, eps)?;
+        let (y_td, routing) = layer.feed_forward.forward(&normed, mode)?;
+        Ok(((x_td + y_td)?, routing))
+    }
+
+    /// `[R, V]` f32 of the given rows.
+    fn logits(&self, x_td: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        if rows.is_empty() {
+            return Ok(Tensor::zeros((0, self.spec.vocab_size), DType::F32, self.device())?);
+        }
+        let picked = if rows.len() == x_td.dim(0)? {
+            x_td.clone()
+        } else {
+            x_td.index_select(&Tensor::from_slice(rows, rows.len(), self.device())?, 0)?
+        };
+        let normed = ops::rms_norm(&picked, &self.final_norm, self.spec.rms_norm_eps)?;
+        Ok(ops::linear(&normed, &self.head)?.to_dtype(DType::F32)?)
+    }
+
+    fn check(&self, batch: &Batch, cached: bool) -> Result<()> {
+        let spec = &self.spec;
+        if batch.tokens.is_empty() || batch.spans.iter().map(|span| span.new).sum::<usize>() != batch.tokens.len() {
+            return Err(Error::Internal("the spans of a batch do not cover its tokens".into()));
+        }
+        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= spec.vocab_size) {
+            return Err(Error::invalid("token_ids", format!("{token} is not below {}, the size of the vocabulary", spec.vocab_size)));
+        }
+        for span in &batch.spans {
+            if span.past + span.new > spec.max_context {
+                let length = span.past + span.new;
+                return Err(Error::out_of_range("token_ids", format!("{length} tokens, the context has {}", spec.max_context)));
+            }
+            if span.past > 0 && !cached {
+                return Err(Error::Internal("a span with a past needs a cache".into()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A decoder with the cache of the sequences it serves.
+#[derive(Debug)]
+pub struct CachedDecoder {
+    decoder: Decoder,
+    cache: KvCache,
+}
+
+impl CachedDecoder {
+    /// With an empty cache.
+    pub fn new(decoder: Decoder) -> Self {
+        Self { decoder, cache: KvCache::default() }
+    }
+}
+
+impl LanguageModel for CachedDecoder {
+    fn spec(&self) -> &ModelSpec {
+        self.decoder.spec()
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Forward> {
+        self.decoder.serve(batch, Some(&mut self.cache))
+    }
+
+    fn release(&mut self, slot: usize) {
+        self.cache.release(slot);
+    }
+}

@@ -1,0 +1,132 @@
+//! The MoE layer: router, policy, dispatch, experts, shared expert.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use rand::rngs::StdRng;
+
+use super::{
+    LayerRouting, Routing,
+    kernel::{ExpertKernel, Experts},
+    plan::DispatchPlan,
+    policy::{RoutingChoice, RoutingPolicy},
+    route,
+};
+use crate::{
+    error::Result,
+    model::{MoeSpec, ReferenceRouting, SwiGlu, weights::MoeWeights},
+    ops::{self, cpu_slice},
+};
+
+/// How the MoE layers of one forward route.
+#[derive(Debug)]
+pub enum RoutingMode<'a> {
+    /// Each token by the choice of its sequence: (choice, tokens) runs in batch order. Experts run sparsely, through
+    /// the [`ExpertKernel`], without gradients.
+    Serve(&'a [(RoutingChoice, usize)]),
+    /// All tokens by one policy, differentiably; every expert runs.
+    Train {
+        /// The policy, the same in all layers.
+        policy: RoutingPolicy,
+        /// Source of the noise.
+        rng: &'a mut StdRng,
+    },
+}
+
+/// One MoE layer.
+#[derive(Clone, Debug)]
+pub struct MoeLayer {
+    /// Decoder layer, from 0.
+    index: usize,
+    spec: MoeSpec,
+    reference: ReferenceRouting,
+    /// `[E, D]` f32.
+    router: Tensor,
+    experts: Experts,
+    shared: Option<SharedExpert>,
+    kernel: Arc<dyn ExpertKernel>,
+}
+
+/// `sigmoid(gate · x) * swiglu(x)`.
+#[derive(Clone, Debug)]
+struct SharedExpert {
+    expert: SwiGlu,
+    /// `[1, D]` f32.
+    gate: Tensor,
+}
+
+impl MoeLayer {
+    /// Layer `index` of the decoder.
+    pub fn new(index: usize, spec: MoeSpec, reference: ReferenceRouting, weights: MoeWeights, kernel: Arc<dyn ExpertKernel>) -> Self {
+        let shared = weights.shared.map(|shared| SharedExpert { expert: SwiGlu::new(shared.expert), gate: shared.gate });
+        let experts = Experts { gate_up: weights.gate_up, down: weights.down };
+        Self { index, spec, reference, router: weights.router, experts, shared, kernel }
+    }
+
+    /// `x [T, D]` to `[T, D]`, and what the router did.
+    pub fn forward(&self, x_td: &Tensor, mode: &mut RoutingMode<'_>) -> Result<(Tensor, LayerRouting)> {
+        let logits_te = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
+        let (y_td, routing, stats) = match mode {
+            RoutingMode::Serve(runs) => self.serve(x_td, &logits_te, runs)?,
+            RoutingMode::Train { policy, rng } => {
+                let routing = route::route_dense(&logits_te, *policy, rng)?;
+                let Routing::Dense(weights_te) = &routing else {
+                    return Err(crate::Error::Internal("dense routing was sparse".into()));
+                };
+                let stats = route::dense_stats(&logits_te, weights_te)?;
+                (self.mix(x_td, weights_te)?, routing, stats)
+            }
+        };
+        let y_td = match &self.shared {
+            Some(shared) => (y_td + shared.forward(x_td)?)?,
+            None => y_td,
+        };
+        Ok((y_td, LayerRouting { layer: self.index, router_logits: logits_te, routing, stats }))
+    }
+
+    fn serve(&self, x_td: &Tensor, logits_te: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, Routing, super::RoutingStats)> {
+        let mut policies = Vec::with_capacity(x_td.dim(0)?);
+        for &(choice, tokens) in runs {
+            let policy = self.spec.resolve(choice, self.reference)?;
+            policies.resize(policies.len() + tokens, policy);
+        }
+        let host = logits_te.to_device(&candle_core::Device::Cpu)?;
+        let num_experts = self.spec.num_experts;
+        let (routing, report) = cpu_slice::<f32, _>(&host, |z| Ok(route::route_rows(z, num_experts, policies.into_iter())))?;
+        let plan = DispatchPlan::new(&routing, num_experts);
+        let mut stats = plan.load();
+        stats.entropy_sum = report.entropy_sum;
+        stats.non_finite = report.non_finite.len() as u64;
+        let mut y_td = self.kernel.grouped(x_td, &plan, &self.experts)?;
+        if !report.non_finite.is_empty() {
+            y_td = poison(&y_td, &report.non_finite)?;
+        }
+        Ok((y_td, Routing::Sparse(routing), stats))
+    }
+
+    /// Every expert on every token, as two matmuls: experts side by side, the weights applied between them.
+    fn mix(&self, x_td: &Tensor, weights_te: &Tensor) -> Result<Tensor> {
+        let (t, d) = x_td.dims2()?;
+        let (e, two_f, _) = self.experts.gate_up.dims3()?;
+        let f = two_f / 2;
+        let gate_up = self.experts.gate_up.reshape((e * two_f, d))?;
+        let hidden = x_td.matmul(&gate_up.t()?)?.reshape((t, e, two_f))?;
+        let hidden = ops::weighted_swiglu(&hidden, weights_te)?.reshape((t, e * f))?;
+        let down = self.experts.down.transpose(1, 2)?.reshape((e * f, d))?;
+        Ok(hidden.matmul(&down)?)
+    }
+}
+
+impl SharedExpert {
+    fn forward(&self, x_td: &Tensor) -> Result<Tensor> {
+        let gate = candle_nn::ops::sigmoid(&ops::linear(&x_td.to_dtype(DType::F32)?, &self.gate)?)?;
+        Ok(self.expert.forward(x_td)?.broadcast_mul(&gate.to_dtype(x_td.dtype())?)?)
+    }
+}
+
+/// NaN in the given rows, so that their logits say what happened.
+fn poison(y_td: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    let rows = Tensor::from_slice(rows, rows.len(), y_td.device())?;
+    let nan = (Tensor::ones((rows.elem_count(), y_td.dim(1)?), y_td.dtype(), y_td.device())? * f64::NAN)?;
+    Ok(y_td.index_add(&rows, &nan, 0)?)
+}

@@ -1,0 +1,222 @@
+//! The recipe of a training run: a TOML file, checked once.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::schedule::Schedule;
+use crate::{
+    error::{Error, Result},
+    model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
+    moe::policy::WeightForm,
+};
+
+/// A training run. Paths are relative to the folder of the file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Folder of the finished checkpoint.
+    pub output: PathBuf,
+    /// Text.
+    pub data: DataConfig,
+    /// Sizes.
+    pub model: ModelConfig,
+    /// How the router is trained, and served afterwards.
+    pub routing: RoutingConfig,
+    /// AdamW and its learning rate.
+    pub optimizer: OptimizerConfig,
+    /// Length, batch, evaluation.
+    pub run: RunConfig,
+}
+
+/// Text files, UTF-8.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// To train on; the tokenizer is trained on them too.
+    pub train: Vec<PathBuf>,
+    /// To measure perplexity on.
+    pub heldout: Vec<PathBuf>,
+    /// Separates documents; an end-of-text token is put in its place. Every file ends a document too.
+    pub separator: String,
+    /// Tokens of the byte-level BPE vocabulary.
+    pub vocab_size: usize,
+}
+
+/// A decoder in the shape of Mixtral: every layer routed, no biases, no query and key norms.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Experts per layer.
+    pub experts: usize,
+    /// Hidden width of an expert.
+    pub expert_width: usize,
+    /// Longest sequence, also the length of training windows.
+    pub context: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// The head is the embedding.
+    pub tied_head: bool,
+}
+
+/// Routing under training and serving.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoutingConfig {
+    /// The policy of the training forward.
+    pub estimator: Estimator,
+    /// Temperature of the softmax. The router is saved divided by its last value.
+    pub temperature: Schedule,
+    /// Scale of the Gumbel noise; only for `gumbel_soft`.
+    pub noise: Option<Schedule>,
+    /// Weight of the Switch load-balancing loss, mean over layers.
+    pub balance_coef: f64,
+    /// Weight of the router z-loss, mean over layers.
+    pub z_coef: f64,
+    /// Experts per token that the checkpoint is served with: 1 or 2.
+    pub serve_k: usize,
+}
+
+/// Policies that `hardmax train` knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Estimator {
+    /// Dense mixture, `softmax(z / temperature)`.
+    Soft,
+    /// Dense mixture, `softmax((z + noise · G) / temperature)`.
+    GumbelSoft,
+}
+
+impl Estimator {
+    /// Id in the `routing` block.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Soft => "soft",
+            Self::GumbelSoft => "gumbel_soft",
+        }
+    }
+}
+
+/// AdamW (Loshchilov and Hutter 2019).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Last learning rate over the peak.
+    pub final_ratio: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: usize,
+    /// Decoupled; matrices only.
+    pub weight_decay: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Gradients are scaled down to this global norm.
+    pub clip_norm: f64,
+}
+
+/// Length, batch, evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Windows of `model.context` tokens per step.
+    pub batch: usize,
+    /// Of everything random.
+    pub seed: u64,
+    /// Steps between evaluations.
+    pub eval_every: usize,
+    /// Held-out tokens per evaluation during the run; the last one takes all.
+    pub eval_tokens: usize,
+    /// Steps between saved states.
+    pub save_every: usize,
+}
+
+impl TrainConfig {
+    /// Reads and checks `path`; paths inside become relative to its folder.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
+        let mut config: Self = toml::from_str(&text).map_err(|error| Error::invalid(path.display().to_string(), error.to_string()))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        config.output = folder.join(&config.output);
+        config.data.train.iter_mut().chain(&mut config.data.heldout).for_each(|file| *file = folder.join(&file));
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
+        let (model, routing, optimizer, run) = (&self.model, &self.routing, &self.optimizer, &self.run);
+        ensure(!self.data.train.is_empty(), "data.train", "names no file")?;
+        ensure(!self.data.heldout.is_empty(), "data.heldout", "names no file")?;
+        ensure(!self.data.separator.is_empty(), "data.separator", "is empty")?;
+        ensure((300..=65_536).contains(&self.data.vocab_size), "data.vocab_size", "must be from 300 to 65536")?;
+        ensure(model.hidden_size > 0 && model.layers > 0 && model.expert_width > 0, "model", "sizes must be above 0")?;
+        ensure(model.heads > 0 && model.hidden_size.is_multiple_of(2 * model.heads), "model.heads", "must divide half of hidden_size")?;
+        ensure(model.kv_heads > 0 && model.heads.is_multiple_of(model.kv_heads), "model.kv_heads", "must divide heads")?;
+        ensure(model.experts >= 2, "model.experts", "must be at least 2")?;
+        ensure(model.context >= 8, "model.context", "must be at least 8")?;
+        ensure(model.rope_theta > 1.0 && model.rope_theta.is_finite(), "model.rope_theta", "must be above 1")?;
+        ensure((1..=2).contains(&routing.serve_k), "routing.serve_k", "must be 1 or 2")?;
+        for (field, schedule, positive) in [("routing.temperature", Some(routing.temperature), true), ("routing.noise", routing.noise, false)] {
+            if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive)) {
+                return Err(Error::invalid(field, problem));
+            }
+        }
+        let noisy = routing.estimator == Estimator::GumbelSoft;
+        ensure(noisy == routing.noise.is_some(), "routing.noise", "is needed for gumbel_soft, and only there")?;
+        let coefficients = [routing.balance_coef, routing.z_coef, optimizer.weight_decay];
+        ensure(coefficients.iter().all(|c| c.is_finite() && *c >= 0.0), "routing", "coefficients must be finite and not negative")?;
+        ensure(optimizer.learning_rate > 0.0 && optimizer.learning_rate.is_finite(), "optimizer.learning_rate", "must be above 0")?;
+        ensure((0.0..=1.0).contains(&optimizer.final_ratio), "optimizer.final_ratio", "must be from 0 to 1")?;
+        ensure([optimizer.beta1, optimizer.beta2].iter().all(|b| (0.0..1.0).contains(b)), "optimizer.beta1", "betas must be in [0, 1)")?;
+        ensure(optimizer.clip_norm > 0.0, "optimizer.clip_norm", "must be above 0")?;
+        ensure(run.steps > 0 && run.batch > 0, "run.steps", "steps and batch must be above 0")?;
+        ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")
+    }
+
+    /// The model that this recipe makes, for a tokenizer of `vocab_size` tokens.
+    pub fn spec(&self, vocab_size: usize) -> ModelSpec {
+        let model = &self.model;
+        let moe = MoeSpec {
+            num_experts: model.experts,
+            expert_width: model.expert_width,
+            top_k: self.routing.serve_k,
+            weight_form: WeightForm::Renorm,
+            shared_expert_width: None,
+        };
+        ModelSpec {
+            family: "mixtral".into(),
+            vocab_size,
+            hidden_size: model.hidden_size,
+            num_heads: model.heads,
+            num_kv_heads: model.kv_heads,
+            head_dim: model.hidden_size / model.heads,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: QkNorm::None,
+            clip_qkv: None,
+            rms_norm_eps: 1e-5,
+            rope: RopeSpec { theta: model.rope_theta, scaling: RopeScaling::None },
+            max_context: model.context,
+            tied_head: model.tied_head,
+            layers: vec![LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe) }; model.layers],
+            reference: ReferenceRouting::Soft { temperature: 1.0 },
+            estimator: self.routing.estimator.id().into(),
+        }
+    }
+}

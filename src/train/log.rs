@@ -1,0 +1,103 @@
+//! What a run reports: JSON lines for programs, a progress bar for people.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Write,
+    path::Path,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// One line of `training-log.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Record {
+    /// One optimizer step.
+    Step(StepRecord),
+    /// One evaluation on held-out text.
+    Evaluation(EvaluationRecord),
+}
+
+/// One optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Steps done before it.
+    pub step: usize,
+    /// Language-model loss, nats per token.
+    pub lm_loss: f64,
+    /// Switch load-balancing loss, mean over layers, before its coefficient.
+    pub balance_loss: f64,
+    /// Router z-loss, mean over layers, before its coefficient.
+    pub z_loss: f64,
+    /// In force.
+    pub learning_rate: f64,
+    /// In force.
+    pub temperature: f64,
+    /// In force; 0 without noise.
+    pub noise: f64,
+    /// Global norm before clipping; `None` for a skipped step.
+    pub grad_norm: Option<f64>,
+    /// Tokens trained on per second, this step.
+    pub tokens_per_second: f64,
+}
+
+/// One evaluation on held-out text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationRecord {
+    /// Steps done.
+    pub step: usize,
+    /// Predicted tokens.
+    pub tokens: usize,
+    /// Perplexity when all experts are mixed at the training temperature, without noise.
+    pub soft_perplexity: f64,
+    /// Perplexity under hard top-2, renormalised.
+    pub top2_perplexity: f64,
+    /// Perplexity under hard top-1.
+    pub top1_perplexity: f64,
+    /// Load over fair share under hard top-1, per layer and expert.
+    pub utilization: Vec<Vec<f64>>,
+}
+
+/// Appends records to a file.
+#[derive(Debug)]
+pub struct Log {
+    file: File,
+}
+
+impl Log {
+    /// Opens `path`. A run that starts at `first_step` drops what an interrupted one wrote beyond it.
+    pub fn open(path: &Path, first_step: usize) -> Result<Self> {
+        let io = |source| Error::io(path, source);
+        let kept: Vec<Record> = read(path)?.into_iter().filter(|record| record.done() <= first_step && first_step > 0).collect();
+        let mut log = Self { file: OpenOptions::new().create(true).write(true).truncate(true).open(path).map_err(io)? };
+        kept.iter().try_for_each(|record| log.write(record))?;
+        Ok(log)
+    }
+
+    /// One line.
+    pub fn write(&mut self, record: &Record) -> Result<()> {
+        let line = serde_json::to_string(record).map_err(|error| Error::Internal(format!("writing the log: {error}")))?;
+        writeln!(self.file, "{line}").map_err(|source| Error::io("training-log.jsonl", source))
+    }
+}
+
+impl Record {
+    /// Steps done when it was written.
+    fn done(&self) -> usize {
+        match self {
+            Self::Step(step) => step.step + 1,
+            Self::Evaluation(evaluation) => evaluation.step,
+        }
+    }
+}
+
+/// The records of a log; lines cut short by a crash are left out. No file is no record.
+pub fn read(path: &Path) -> Result<Vec<Record>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(Error::io(path, source)),
+    }
+}

@@ -1,0 +1,138 @@
+//! The state of a run on disk: enough to continue as if it had never stopped.
+//!
+//! Written to a temporary folder beside its place, synced, then renamed: a reader sees the old state or the new one.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokenizers::Tokenizer;
+
+use super::{config::TrainConfig, optimizer::AdamW, trainable::Trainable};
+use crate::error::{Error, Result};
+
+const TOKENIZER: &str = "tokenizer.json";
+
+/// Counters of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps done.
+    pub step: usize,
+    /// Of them, skipped for non-finite gradients.
+    pub skipped: usize,
+}
+
+/// What `state.json` holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct Header {
+    progress: Progress,
+    updates: i32,
+    /// Of the recipe: a state is continued only under the recipe that made it.
+    recipe: String,
+}
+
+/// Folder of the state of a run.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    recipe: String,
+}
+
+impl StateDir {
+    /// The state of `config`, beside its output.
+    pub fn new(config: &TrainConfig) -> Result<Self> {
+        let mut recipe = config.clone();
+        // Where things lie does not matter, nor how often they are looked at.
+        recipe.output = PathBuf::new();
+        recipe.data.train.iter_mut().chain(&mut recipe.data.heldout).for_each(|file| *file = file.file_name().unwrap_or_default().into());
+        (recipe.run.eval_every, recipe.run.eval_tokens, recipe.run.save_every) = (0, 0, 0);
+        let text = serde_json::to_string(&recipe).map_err(|error| Error::Internal(format!("hashing the recipe: {error}")))?;
+        Ok(Self { path: config.output.join("training-state"), recipe: hex(&Sha256::digest(text)) })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether a state is there.
+    pub fn exists(&self) -> bool {
+        self.path.join("state.json").exists()
+    }
+
+    /// Replaces the saved state.
+    pub fn save(&self, progress: Progress, tokenizer: &Tokenizer, model: &Trainable, optimizer: &AdamW) -> Result<()> {
+        let temporary = self.path.with_extension("partial");
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| Error::io(path, source)
+        };
+        if temporary.exists() {
+            fs::remove_dir_all(&temporary).map_err(io(&temporary))?;
+        }
+        fs::create_dir_all(&temporary).map_err(io(&temporary))?;
+        let (updates, mut tensors) = optimizer.state(model.parameters())?;
+        for parameter in model.parameters() {
+            tensors.insert(format!("{}.value", parameter.name), parameter.var.as_detached_tensor());
+        }
+        let file = temporary.join("tensors.safetensors");
+        safetensors::serialize_to_file(tensors.iter(), None, &file).map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
+        let file = temporary.join(TOKENIZER);
+        tokenizer.save(&file, false).map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
+        let header = Header { progress, updates, recipe: self.recipe.clone() };
+        let text = serde_json::to_string_pretty(&header).map_err(|error| Error::Internal(format!("writing the state: {error}")))?;
+        let file = temporary.join("state.json");
+        fs::write(&file, text).map_err(io(&file))?;
+        for name in ["tensors.safetensors", TOKENIZER, "state.json"] {
+            let file = temporary.join(name);
+            fs::File::open(&file).and_then(|file| file.sync_all()).map_err(io(&file))?;
+        }
+        let old = self.path.with_extension("old");
+        if old.exists() {
+            fs::remove_dir_all(&old).map_err(io(&old))?;
+        }
+        if self.path.exists() {
+            fs::rename(&self.path, &old).map_err(io(&self.path))?;
+        }
+        fs::rename(&temporary, &self.path).map_err(io(&temporary))?;
+        if old.exists() {
+            fs::remove_dir_all(&old).map_err(io(&old))?;
+        }
+        Ok(())
+    }
+
+    /// The saved tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let file = self.path.join(TOKENIZER);
+        Tokenizer::from_file(&file).map_err(|error| Error::invalid(file.display().to_string(), error.to_string()))
+    }
+
+    /// Puts the saved state into `model` and `optimizer`.
+    pub fn load(&self, model: &Trainable, optimizer: &mut AdamW) -> Result<Progress> {
+        let file = self.path.join("state.json");
+        let text = fs::read_to_string(&file).map_err(|source| Error::io(&file, source))?;
+        let header: Header = serde_json::from_str(&text).map_err(|error| Error::invalid(file.display().to_string(), error.to_string()))?;
+        if header.recipe != self.recipe {
+            let message = format!("{} was made by another recipe: restore the recipe, or remove the folder to begin anew", self.path.display());
+            return Err(Error::FailedPrecondition(message));
+        }
+        let file = self.path.join("tensors.safetensors");
+        let tensors: BTreeMap<String, Tensor> = candle_core::safetensors::load(&file, &Device::Cpu)?.into_iter().collect();
+        for parameter in model.parameters() {
+            let name = format!("{}.value", parameter.name);
+            let tensor = tensors.get(&name).ok_or_else(|| Error::FailedPrecondition(format!("{} lacks {name}", file.display())))?;
+            model.set(&parameter.name, tensor)?;
+        }
+        optimizer.restore(model.parameters(), header.updates, &tensors)?;
+        Ok(header.progress)
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

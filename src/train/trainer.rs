@@ -1,0 +1,268 @@
+//! The training loop.
+
+use std::{path::PathBuf, sync::Arc, time::Instant};
+
+use candle_core::{Device, Tensor};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokenizers::Tokenizer;
+
+use super::{
+    config::{Estimator, TrainConfig},
+    data::{self, Stream, step_rng},
+    evaluate::{Evaluation, evaluate},
+    log::{EvaluationRecord, Log, Record, StepRecord},
+    optimizer::{AdamW, Outcome},
+    schedule::learning_rate,
+    state::{Progress, StateDir},
+    tokenizer,
+    trainable::Trainable,
+};
+use crate::{
+    error::{Error, Result},
+    model::{Batch, Decoder, LogitRows, ModelSpec},
+    moe::{
+        RoutingMode,
+        kernel::{self, ExpertKernel},
+        loss,
+        policy::{RoutingChoice, RoutingPolicy},
+    },
+    ops,
+};
+
+/// A run: data, weights, optimizer, and how far it has come.
+#[derive(Debug)]
+pub struct Trainer {
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    train: Vec<u32>,
+    heldout: Vec<u32>,
+    spec: Arc<ModelSpec>,
+    model: Trainable,
+    decoder: Decoder,
+    kernel: Arc<dyn ExpertKernel>,
+    optimizer: AdamW,
+    progress: Progress,
+    state: StateDir,
+    log: Log,
+}
+
+/// What stands at the end of a run.
+#[derive(Debug)]
+pub struct Trained {
+    /// Shape of the model.
+    pub spec: Arc<ModelSpec>,
+    /// Final weights; the router is as trained, not yet divided by its temperature.
+    pub model: Trainable,
+    /// Trained on the same text.
+    pub tokenizer: Tokenizer,
+    /// The last router temperature.
+    pub temperature: f64,
+    /// The last noise scale.
+    pub noise: f64,
+    /// On all held-out text.
+    pub evaluation: EvaluationRecord,
+}
+
+impl Trainer {
+    /// Reads the text, trains the tokenizer, and makes weights or, with `resume`, loads the saved state.
+    ///
+    /// Fails if a state is there and `resume` is false.
+    pub fn new(config: TrainConfig, resume: bool) -> Result<Self> {
+        std::fs::create_dir_all(&config.output).map_err(|source| Error::io(&config.output, source))?;
+        let documents = data::read_documents(&config.data.train, &config.data.separator)?;
+        let heldout = data::read_documents(&config.data.heldout, &config.data.separator)?;
+        let state = StateDir::new(&config)?;
+        let tokenizer = match state.exists() && resume {
+            true => state.tokenizer()?,
+            false => tokenizer::train(documents.iter().map(String::as_str), config.data.vocab_size)?,
+        };
+        let end = tokenizer.token_to_id(tokenizer::END_OF_TEXT).ok_or_else(|| Error::Internal("the tokenizer lost its end-of-text token".into()))?;
+        let train = data::tokenize(&documents, &tokenizer, end)?;
+        let heldout = data::tokenize(&heldout, &tokenizer, end)?;
+        if train.len() <= config.model.context {
+            let message = format!("{} tokens do not fill one window of {}", train.len(), config.model.context);
+            return Err(Error::invalid("data.train", message));
+        }
+
+        let spec = Arc::new(config.spec(tokenizer.get_vocab_size(true)));
+        let device = Device::Cpu;
+        let model = Trainable::init(&spec, &mut step_rng(config.run.seed, 0, Stream::Init), &device)?;
+        let kernel = kernel::for_device(&device);
+        let decoder = Decoder::new(Arc::clone(&spec), model.tracked(), &kernel)?;
+        let mut optimizer = AdamW::new(config.optimizer.clone(), model.parameters());
+        let progress = match (state.exists(), resume) {
+            (true, true) => state.load(&model, &mut optimizer)?,
+            (true, false) => {
+                let message = format!("{} holds the state of a run: continue it with --resume, or remove the folder", state.path().display());
+                return Err(Error::FailedPrecondition(message));
+            }
+            (false, _) => Progress::default(),
+        };
+        let log = Log::open(&log_path(&config), progress.step)?;
+        Ok(Self { config, tokenizer, train, heldout, spec, model, decoder, kernel, optimizer, progress, state, log })
+    }
+
+    /// What the run is about to do, in one line.
+    pub fn summary(&self) -> String {
+        let (all, active) = self.spec.parameters();
+        format!(
+            "{all} parameters ({active} active at top-{}), {} training and {} held-out tokens, step {} of {}",
+            self.config.routing.serve_k,
+            self.train.len(),
+            self.heldout.len(),
+            self.progress.step,
+            self.config.run.steps
+        )
+    }
+
+    /// Trains to the last step.
+    pub fn run(mut self) -> Result<Trained> {
+        let steps = self.config.run.steps;
+        let bar = progress_bar(steps, self.progress.step);
+        while self.progress.step < steps {
+            let record = self.step()?;
+            bar.set_position(self.progress.step as u64);
+            bar.set_message(format!("loss {:.3}  τ {:.2}  {:.0} tok/s", record.lm_loss, record.temperature, record.tokens_per_second));
+            self.log.write(&Record::Step(record))?;
+            let done = self.progress.step;
+            if done.is_multiple_of(self.config.run.eval_every) && done < steps {
+                let evaluation = self.evaluate(self.config.run.eval_tokens)?;
+                bar.suspend(|| tracing::info!("{}", describe(&evaluation)));
+                self.log.write(&Record::Evaluation(evaluation))?;
+            }
+            if done.is_multiple_of(self.config.run.save_every) || done == steps {
+                self.state.save(self.progress, &self.tokenizer, &self.model, &self.optimizer)?;
+            }
+        }
+        bar.finish_and_clear();
+        let evaluation = self.evaluate(usize::MAX)?;
+        tracing::info!("{}", describe(&evaluation));
+        self.log.write(&Record::Evaluation(evaluation.clone()))?;
+        let (temperature, noise) = (self.temperature(steps), self.noise(steps));
+        Ok(Trained { spec: self.spec, model: self.model, tokenizer: self.tokenizer, temperature, noise, evaluation })
+    }
+
+    fn temperature(&self, step: usize) -> f64 {
+        self.config.routing.temperature.at(step, self.config.run.steps)
+    }
+
+    fn noise(&self, step: usize) -> f64 {
+        self.config.routing.noise.map_or(0.0, |noise| noise.at(step, self.config.run.steps))
+    }
+
+    fn step(&mut self) -> Result<StepRecord> {
+        let start = Instant::now();
+        let (run, routing) = (&self.config.run, &self.config.routing);
+        let (step, context) = (self.progress.step, self.config.model.context);
+        let (inputs, targets) = data::windows(&self.train, run.batch, context, run.seed, step);
+        let (temperature, noise) = (self.temperature(step), self.noise(step));
+        let policy = match routing.estimator {
+            Estimator::Soft => RoutingPolicy::Soft { temperature: temperature as f32 },
+            Estimator::GumbelSoft => RoutingPolicy::GumbelSoftmax { temperature: temperature as f32, noise: noise as f32 },
+        };
+        let mut batch = Batch::default();
+        for (slot, window) in inputs.chunks(context).enumerate() {
+            batch.push(slot, window, 0, RoutingChoice::Native, LogitRows::All);
+        }
+        let mut rng = step_rng(run.seed, step, Stream::Noise);
+        let forward = self.decoder.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut rng }, None)?;
+
+        let lm = ops::cross_entropy(&forward.logits, &targets)?;
+        let layers = forward.layers.len() as f64;
+        let (mut balance, mut z) = (Tensor::zeros((), lm.dtype(), lm.device())?, Tensor::zeros((), lm.dtype(), lm.device())?);
+        for layer in &forward.layers {
+            balance = (balance + (loss::switch_balance(&layer.router_logits, temperature)? / layers)?)?;
+            z = (z + (loss::router_z(&layer.router_logits)? / layers)?)?;
+        }
+        let total = ((&lm + (&balance * routing.balance_coef)?)? + (&z * routing.z_coef)?)?;
+        let grads = total.backward()?;
+
+        let optimizer = &self.config.optimizer;
+        let rate = learning_rate(step, run.steps, optimizer.warmup_steps, optimizer.learning_rate, optimizer.final_ratio);
+        let grad_norm = match self.optimizer.step(self.model.parameters(), &grads, rate)? {
+            Outcome::Updated { grad_norm } => Some(grad_norm),
+            Outcome::Skipped => {
+                self.progress.skipped += 1;
+                tracing::warn!(step, "a gradient is not finite: step skipped");
+                None
+            }
+        };
+        self.progress.step += 1;
+        Ok(StepRecord {
+            step,
+            lm_loss: scalar(&lm)?,
+            balance_loss: scalar(&balance)?,
+            z_loss: scalar(&z)?,
+            learning_rate: rate,
+            temperature,
+            noise,
+            grad_norm,
+            tokens_per_second: inputs.len() as f64 / start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Held-out perplexity of the present weights, the router divided by the present temperature as when saved.
+    fn evaluate(&self, tokens: usize) -> Result<EvaluationRecord> {
+        let weights = folded(&self.model, self.temperature(self.progress.step))?;
+        let decoder = Decoder::new(Arc::clone(&self.spec), weights, &self.kernel)?;
+        let text = &self.heldout[..self.heldout.len().min(tokens)];
+        let under = |routing| evaluate(&decoder, text, self.config.model.context, routing);
+        let hard = |k| RoutingChoice::TopK { k, weight_form: None };
+        let (soft, top2, top1) = (under(RoutingChoice::Soft { temperature: Some(1.0) })?, under(hard(2))?, under(hard(1))?);
+        Ok(EvaluationRecord {
+            step: self.progress.step,
+            tokens: top1.tokens,
+            soft_perplexity: soft.perplexity,
+            top2_perplexity: top2.perplexity,
+            top1_perplexity: top1.perplexity,
+            utilization: utilization(&top1),
+        })
+    }
+}
+
+/// The weights with every router divided by `temperature`, so that the soft mixture they were trained as is the plain
+/// softmax, for every loader.
+pub fn folded(model: &Trainable, temperature: f64) -> Result<crate::model::weights::ModelWeights> {
+    let mut weights = model.detached();
+    for layer in &mut weights.layers {
+        if let crate::model::weights::FeedForwardWeights::Moe(moe) = &mut layer.feed_forward {
+            moe.router = (&moe.router / temperature)?;
+        }
+    }
+    Ok(weights)
+}
+
+/// Where the log of a run is.
+pub fn log_path(config: &TrainConfig) -> PathBuf {
+    config.output.join("training-log.jsonl")
+}
+
+fn utilization(evaluation: &Evaluation) -> Vec<Vec<f64>> {
+    evaluation.layers.iter().map(|stats| stats.utilization()).collect()
+}
+
+fn describe(e: &EvaluationRecord) -> String {
+    let all = e.utilization.iter().flatten().copied();
+    let (low, high) = (all.clone().fold(f64::INFINITY, f64::min), all.fold(0.0, f64::max));
+    format!(
+        "step {}: held-out perplexity soft {:.3}, top-2 {:.3}, top-1 {:.3} ({:+.2} %), utilisation {low:.2} to {high:.2}",
+        e.step,
+        e.soft_perplexity,
+        e.top2_perplexity,
+        e.top1_perplexity,
+        (e.top1_perplexity / e.soft_perplexity - 1.0) * 100.0
+    )
+}
+
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_scalar::<f32>()?))
+}
+
+fn progress_bar(steps: usize, done: usize) -> ProgressBar {
+    // indicatif draws on stderr, and only if that is a terminal.
+    let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr_with_hz(2)).with_position(done as u64);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  eta {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}
