@@ -27,10 +27,10 @@ if command -v bible >/dev/null && [ -r /usr/lib/bible.data ]; then
         echo "installed package: $p $(dpkg-query -W -f '${Version}' "$p" 2>/dev/null || echo '(version unknown)')"
     done
 else
-    command -v apt-get >/dev/null && command -v dpkg >/dev/null || {
+    if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then
         echo "prepare.sh: no 'bible' here and no apt-get to fetch it with; run this on Debian or Ubuntu" >&2
         exit 1
-    }
+    fi
     (cd "$tmp" && apt-get -q download bible-kjv bible-kjv-text) || {
         echo "prepare.sh: download failed; if the package is unknown, run 'apt-get update' as root first" >&2
         exit 1
