@@ -2,6 +2,7 @@
 #![doc = ""]
 
 pub mod checkpoint;
+pub mod cli;
 pub mod engine;
 pub mod error;
 pub mod model;
