@@ -1,6 +1,7 @@
 //! Serves Mixture-of-Experts language models that were **trained soft** and are **served hard**.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod engine;
 pub mod error;
 pub mod model;
