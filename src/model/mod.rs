@@ -5,6 +5,7 @@ mod batch;
 mod decoder;
 mod feed_forward;
 pub mod kv_cache;
+pub mod load;
 pub mod rope;
 mod spec;
 pub mod weights;

@@ -20,6 +20,9 @@ use crate::{
 pub struct TrainConfig {
     /// Folder of the finished checkpoint.
     pub output: PathBuf,
+    /// Folder of log, curves and the state that `--resume` continues from.
+    #[serde(skip_serializing)]
+    pub work: PathBuf,
     /// Text.
     pub data: DataConfig,
     /// Sizes.
@@ -153,6 +156,7 @@ impl TrainConfig {
         let mut config: Self = toml::from_str(&text).map_err(|error| Error::invalid(path.display().to_string(), error.to_string()))?;
         let folder = path.parent().unwrap_or(Path::new(""));
         config.output = folder.join(&config.output);
+        config.work = folder.join(&config.work);
         config.data.train.iter_mut().chain(&mut config.data.heldout).for_each(|file| *file = folder.join(&file));
         config.check()?;
         Ok(config)

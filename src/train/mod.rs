@@ -5,8 +5,10 @@
 pub mod config;
 pub mod data;
 pub mod evaluate;
+pub mod export;
 pub mod log;
 pub mod optimizer;
+pub mod plot;
 pub mod schedule;
 pub mod state;
 pub mod tokenizer;

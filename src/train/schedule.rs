@@ -17,6 +17,18 @@ pub enum Shape {
     Cosine,
 }
 
+impl Shape {
+    /// As recipes and `routing` blocks spell it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Constant => "constant",
+            Self::Linear => "linear",
+            Self::Exp => "exp",
+            Self::Cosine => "cosine",
+        }
+    }
+}
+
 /// A value that changes over a run: held at `init`, then on the way, then held at `final`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

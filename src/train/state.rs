@@ -44,7 +44,7 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// The state of `config`, beside its output.
+    /// The state of `config`, in its work folder.
     pub fn new(config: &TrainConfig) -> Result<Self> {
         let mut recipe = config.clone();
         // Where things lie does not matter, nor how often they are looked at.
@@ -52,7 +52,7 @@ impl StateDir {
         recipe.data.train.iter_mut().chain(&mut recipe.data.heldout).for_each(|file| *file = file.file_name().unwrap_or_default().into());
         (recipe.run.eval_every, recipe.run.eval_tokens, recipe.run.save_every) = (0, 0, 0);
         let text = serde_json::to_string(&recipe).map_err(|error| Error::Internal(format!("hashing the recipe: {error}")))?;
-        Ok(Self { path: config.output.join("training-state"), recipe: hex(&Sha256::digest(text)) })
+        Ok(Self { path: config.work.join("training-state"), recipe: hex(&Sha256::digest(text)) })
     }
 
     /// The folder.

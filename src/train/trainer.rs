@@ -68,7 +68,7 @@ impl Trainer {
     ///
     /// Fails if a state is there and `resume` is false.
     pub fn new(config: TrainConfig, resume: bool) -> Result<Self> {
-        std::fs::create_dir_all(&config.output).map_err(|source| Error::io(&config.output, source))?;
+        std::fs::create_dir_all(&config.work).map_err(|source| Error::io(&config.work, source))?;
         let documents = data::read_documents(&config.data.train, &config.data.separator)?;
         let heldout = data::read_documents(&config.data.heldout, &config.data.separator)?;
         let state = StateDir::new(&config)?;
@@ -234,7 +234,7 @@ pub fn folded(model: &Trainable, temperature: f64) -> Result<crate::model::weigh
 
 /// Where the log of a run is.
 pub fn log_path(config: &TrainConfig) -> PathBuf {
-    config.output.join("training-log.jsonl")
+    config.work.join("training-log.jsonl")
 }
 
 fn utilization(evaluation: &Evaluation) -> Vec<Vec<f64>> {
