@@ -40,3 +40,6 @@ pub struct Forward {
     /// One for each MoE layer, in order of depth.
     pub layers: Vec<LayerRouting>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,3 +36,6 @@ pub struct SparseRouting {
     /// `[R]`, for `expert_ids`.
     pub weights: Vec<f32>,
 }
+
+#[cfg(test)]
+mod tests;

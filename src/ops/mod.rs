@@ -107,3 +107,6 @@ pub(crate) fn cpu_slice<T: WithDType, R>(tensor: &Tensor, read: impl FnOnce(&[T]
     };
     read(&storage.as_slice::<T>()?[start..end])
 }
+
+#[cfg(test)]
+mod tests;

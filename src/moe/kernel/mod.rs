@@ -30,3 +30,6 @@ pub trait ExpertKernel: Debug + Send + Sync {
 pub fn for_device(device: &Device) -> Arc<dyn ExpertKernel> {
     if device.is_cpu() { Arc::new(CpuKernel::default()) } else { Arc::new(ReferenceKernel) }
 }
+
+#[cfg(test)]
+mod tests;

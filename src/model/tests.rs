@@ -1,0 +1,223 @@
+//! The decoder as a whole: independence of batch and chunking, gradients of every variable.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use candle_core::{Device, IndexOp};
+use rand::{SeedableRng, rngs::StdRng};
+
+use super::{
+    Batch, CachedDecoder, Decoder, FeedForwardSpec, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm, ReferenceRouting,
+    RopeScaling, RopeSpec,
+};
+use crate::{
+    moe::{
+        RoutingMode, kernel,
+        policy::{RoutingChoice, RoutingPolicy, WeightForm},
+    },
+    ops,
+    train::trainable::Trainable,
+};
+
+fn spec() -> ModelSpec {
+    let moe = MoeSpec { num_experts: 4, expert_width: 24, top_k: 1, weight_form: WeightForm::Renorm, shared_expert_width: None };
+    ModelSpec {
+        family: "mixtral".into(),
+        vocab_size: 50,
+        hidden_size: 32,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 8,
+        qkv_bias: false,
+        out_bias: false,
+        qk_norm: QkNorm::None,
+        clip_qkv: None,
+        rms_norm_eps: 1e-5,
+        rope: RopeSpec { theta: 10_000.0, scaling: RopeScaling::None },
+        max_context: 96,
+        tied_head: false,
+        layers: vec![
+            LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe.clone()) },
+            LayerSpec { sliding_window: Some(6), feed_forward: FeedForwardSpec::Moe(moe) },
+        ],
+        reference: ReferenceRouting::Soft { temperature: 1.0 },
+        estimator: "unknown".into(),
+    }
+}
+
+fn model() -> (Arc<ModelSpec>, Trainable) {
+    let spec = Arc::new(spec());
+    let model = Trainable::init(&spec, &mut StdRng::seed_from_u64(11), &Device::Cpu).unwrap();
+    // A router near zero makes every choice a tie: spread it.
+    for parameter in model.parameters().iter().filter(|p| p.name.ends_with("router")) {
+        parameter.var.set(&(parameter.var.as_detached_tensor() * 60.0).unwrap()).unwrap();
+    }
+    (spec, model)
+}
+
+fn decoder() -> Decoder {
+    let (spec, model) = model();
+    Decoder::new(spec, model.detached(), &kernel::for_device(&Device::Cpu)).unwrap()
+}
+
+/// (prompt, routing) of eight different requests.
+fn requests() -> Vec<(Vec<u32>, RoutingChoice)> {
+    let routings = [
+        RoutingChoice::Native,
+        RoutingChoice::TopK { k: 2, weight_form: None },
+        RoutingChoice::Soft { temperature: None },
+        RoutingChoice::TopK { k: 1, weight_form: Some(WeightForm::Raw) },
+    ];
+    (0..8usize).map(|i| ((0..1 + 3 * i).map(|t| ((t * 7 + i * 13) % 50) as u32).collect(), routings[i % 4])).collect()
+}
+
+/// Greedy continuation of one request alone, the whole prompt at once.
+fn alone(prompt: &[u32], routing: RoutingChoice, new: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
+    let mut model = CachedDecoder::new(decoder());
+    let (mut tokens, mut rows) = (Vec::new(), Vec::new());
+    let (mut input, mut past) = (prompt.to_vec(), 0);
+    for _ in 0..new {
+        let mut batch = Batch::default();
+        batch.push(3, &input, past, routing, LogitRows::Last);
+        let logits = model.forward(&batch).unwrap().logits.i(0).unwrap().to_vec1::<f32>().unwrap();
+        past += input.len();
+        input = vec![argmax(&logits)];
+        tokens.push(input[0]);
+        rows.push(logits);
+    }
+    (tokens, rows)
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32
+}
+
+#[test]
+fn a_batch_gives_each_request_the_bits_it_gets_alone() {
+    let mut model = CachedDecoder::new(decoder());
+    let requests = requests();
+    let mut state: BTreeMap<usize, (Vec<u32>, usize)> = requests.iter().enumerate().map(|(i, (p, _))| (i, (p.clone(), 0))).collect();
+    let mut found: Vec<(Vec<u32>, Vec<Vec<f32>>)> = vec![Default::default(); requests.len()];
+    for step in 0..6 {
+        let mut batch = Batch::default();
+        // Another order in every step.
+        let order: Vec<usize> = (0..requests.len()).map(|i| (i * 3 + step) % requests.len()).collect();
+        for &i in &order {
+            let (input, past) = &state[&i];
+            batch.push(i, input, *past, requests[i].1, LogitRows::Last);
+        }
+        let logits = model.forward(&batch).unwrap().logits.to_vec2::<f32>().unwrap();
+        for (row, &i) in logits.into_iter().zip(&order) {
+            let entry = state.get_mut(&i).unwrap();
+            *entry = (vec![argmax(&row)], entry.1 + entry.0.len());
+            found[i].0.push(argmax(&row));
+            found[i].1.push(row);
+        }
+    }
+    for (i, (prompt, routing)) in requests.iter().enumerate() {
+        assert_eq!(found[i], alone(prompt, *routing, 6), "request {i} under {routing}");
+    }
+}
+
+#[test]
+fn chunks_of_a_prompt_give_the_same_bits() {
+    let (prompt, routing) = (requests()[7].0.clone(), RoutingChoice::Native);
+    let whole = alone(&prompt, routing, 1).1;
+    for chunk in [1, 2, 5, 21] {
+        let mut model = CachedDecoder::new(decoder());
+        let mut last = None;
+        for (i, part) in prompt.chunks(chunk).enumerate() {
+            let mut batch = Batch::default();
+            batch.push(0, part, i * chunk, routing, LogitRows::Last);
+            last = Some(model.forward(&batch).unwrap().logits.i(0).unwrap().to_vec1::<f32>().unwrap());
+        }
+        assert_eq!(last.as_ref(), whole.first(), "chunks of {chunk}");
+    }
+}
+
+#[test]
+fn a_slot_starts_afresh() {
+    let mut model = CachedDecoder::new(decoder());
+    let run = |model: &mut CachedDecoder, tokens: &[u32]| {
+        let mut batch = Batch::default();
+        batch.push(0, tokens, 0, RoutingChoice::Native, LogitRows::Last);
+        model.forward(&batch).unwrap().logits.to_vec2::<f32>().unwrap()
+    };
+    let first = run(&mut model, &[1, 2, 3]);
+    run(&mut model, &[9; 40]);
+    assert_eq!(run(&mut model, &[1, 2, 3]), first);
+    model.release(0);
+    assert_eq!(run(&mut model, &[1, 2, 3]), first);
+}
+
+#[test]
+fn logits_come_for_the_rows_asked_for() {
+    let decoder = decoder();
+    let mut batch = Batch::default();
+    batch.push(0, &[1, 2, 3], 0, RoutingChoice::Native, LogitRows::None);
+    batch.push(1, &[4, 5], 0, RoutingChoice::Native, LogitRows::All);
+    batch.push(2, &[6, 7, 8], 0, RoutingChoice::Native, LogitRows::Last);
+    assert_eq!(batch.logit_rows(), [3, 4, 7]);
+    let forward = decoder.serve(&batch, None).unwrap();
+    assert_eq!(forward.logits.dims(), [3, 50]);
+    assert_eq!(forward.layers.len(), 2);
+    assert!(forward.layers.iter().all(|layer| layer.stats.tokens == 8 && layer.stats.routes == 8));
+    let mut none = Batch::default();
+    none.push(0, &[1], 0, RoutingChoice::Native, LogitRows::None);
+    assert_eq!(decoder.serve(&none, None).unwrap().logits.dims(), [0, 50]);
+}
+
+#[test]
+fn impossible_batches_are_errors() {
+    let decoder = decoder();
+    let forward = |tokens: &[u32], past| {
+        let mut batch = Batch::default();
+        batch.push(0, tokens, past, RoutingChoice::Native, LogitRows::Last);
+        decoder.serve(&batch, None)
+    };
+    assert!(forward(&[50], 0).is_err(), "token outside the vocabulary");
+    assert!(forward(&[], 0).is_err(), "nothing to do");
+    assert!(forward(&[1; 97], 0).is_err(), "longer than the context");
+    assert!(forward(&[1], 1).is_err(), "a past without a cache");
+}
+
+#[test]
+fn every_variable_gets_a_gradient() {
+    let (spec, model) = model();
+    let decoder = Decoder::new(Arc::clone(&spec), model.tracked(), &kernel::for_device(&Device::Cpu)).unwrap();
+    let tokens: Vec<u32> = (0..48).map(|i| (i * i + 3 * i) as u32 % 50).collect();
+    let policies = [RoutingPolicy::Soft { temperature: 1.0 }, RoutingPolicy::GumbelSoftmax { temperature: 0.5, noise: 1.0 }];
+    for policy in policies {
+        let mut batch = Batch::default();
+        tokens.chunks(12).enumerate().for_each(|(slot, part)| batch.push(slot, part, 0, RoutingChoice::Native, LogitRows::All));
+        let mut rng = StdRng::seed_from_u64(1);
+        let forward = decoder.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut rng }, None).unwrap();
+        let targets: Vec<u32> = tokens.iter().map(|t| (t + 1) % 50).collect();
+        let grads = ops::cross_entropy(&forward.logits, &targets).unwrap().backward().unwrap();
+        for parameter in model.parameters() {
+            let grad = grads.get(&parameter.var).unwrap_or_else(|| panic!("{policy}: no gradient reaches {}", parameter.name));
+            let norm = grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+            assert!(norm.is_finite() && norm > 0.0, "{policy}: gradient of {} is {norm}", parameter.name);
+        }
+    }
+}
+
+#[test]
+fn the_tracked_forward_is_the_served_one() {
+    let (spec, model) = model();
+    let kernel = kernel::for_device(&Device::Cpu);
+    let tracked = Decoder::new(Arc::clone(&spec), model.tracked(), &kernel).unwrap();
+    let served = Decoder::new(spec, model.detached(), &kernel).unwrap();
+    let cases = [
+        (RoutingChoice::Soft { temperature: Some(1.0) }, RoutingPolicy::Soft { temperature: 1.0 }),
+        (RoutingChoice::Native, RoutingPolicy::TopK { k: 1, weight_form: WeightForm::Renorm }),
+    ];
+    for (choice, policy) in cases {
+        let mut batch = Batch::default();
+        batch.push(0, &[3, 1, 4, 1, 5, 9, 2, 6], 0, choice, LogitRows::All);
+        batch.push(1, &[2, 7, 1, 8, 2, 8, 1, 8], 0, choice, LogitRows::All);
+        let a = served.serve(&batch, None).unwrap().logits;
+        let b = tracked.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut StdRng::seed_from_u64(0) }, None).unwrap().logits;
+        let worst: f32 = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap();
+        assert!(worst < 1e-4, "{policy}: {worst}");
+    }
+}

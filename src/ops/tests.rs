@@ -1,0 +1,123 @@
+//! Fast forms against composed ones: values, gradients, independence of the batch.
+
+use candle_core::{D, DType, Device, Tensor, Var};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::cpu::AttentionShape;
+
+fn random(shape: &[usize], rng: &mut StdRng) -> Var {
+    let count = shape.iter().product();
+    let values = (0..count).map(|_| rng.random_range(-1.5f32..1.5)).collect();
+    Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.shape(), b.shape());
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+/// Value and gradients of `fast` equal those of `composed`, under a random weighting of the output.
+fn check(name: &str, vars: &[&Var], fast: impl Fn() -> Tensor, composed: impl Fn() -> Tensor) {
+    let (a, b) = (fast(), composed());
+    assert!(difference(&a, &b) < 2e-5, "{name}: value differs by {}", difference(&a, &b));
+    let weighting = random(a.dims(), &mut StdRng::seed_from_u64(99));
+    let grads = |y: &Tensor| (y * weighting.as_detached_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+    let (a, b) = (grads(&a), grads(&b));
+    for (index, var) in vars.iter().enumerate() {
+        let (a, b) = (a.get(var).expect("fast form drops a gradient"), b.get(var).unwrap());
+        assert!(difference(a, b) < 1e-4, "{name}: gradient {index} differs by {}", difference(a, b));
+    }
+}
+
+#[test]
+fn silu_mul() {
+    let x = random(&[3, 5, 14], &mut StdRng::seed_from_u64(1));
+    let composed = || (x.narrow(2, 0, 7).unwrap().silu().unwrap() * x.narrow(2, 7, 7).unwrap()).unwrap();
+    check("silu_mul", &[&x], || super::silu_mul(&x).unwrap(), composed);
+}
+
+#[test]
+fn weighted_swiglu() {
+    let rng = &mut StdRng::seed_from_u64(2);
+    let (x, w) = (random(&[4, 3, 10], rng), random(&[4, 3], rng));
+    let composed = || {
+        let hidden = (x.narrow(2, 0, 5).unwrap().silu().unwrap() * x.narrow(2, 5, 5).unwrap()).unwrap();
+        hidden.broadcast_mul(&w.unsqueeze(D::Minus1).unwrap()).unwrap()
+    };
+    check("weighted_swiglu", &[&x, &w], || super::weighted_swiglu(&x, &w).unwrap(), composed);
+}
+
+#[test]
+fn cross_entropy() {
+    let logits = random(&[7, 19], &mut StdRng::seed_from_u64(3));
+    let targets = [0u32, 18, 3, 3, 7, 11, 2];
+    let composed = || candle_nn::loss::cross_entropy(&logits, &Tensor::new(&targets, &Device::Cpu).unwrap()).unwrap();
+    check("cross_entropy", &[&logits], || super::cross_entropy(&logits, &targets).unwrap(), composed);
+    assert!(super::cross_entropy(&logits, &[0, 1, 2, 3, 4, 5, 19]).is_err(), "a target outside the vocabulary");
+    assert!(super::cross_entropy(&logits, &[0]).is_err(), "too few targets");
+}
+
+#[test]
+fn causal_attention() {
+    let rng = &mut StdRng::seed_from_u64(4);
+    for (count, s, heads, kv_heads, head_dim, window) in [(2, 9, 4, 2, 6, None), (1, 17, 3, 1, 8, Some(4)), (3, 1, 2, 2, 4, None)] {
+        let shape = AttentionShape { heads, kv_heads, head_dim, window };
+        let t = count * s;
+        let (q, k, v) = (random(&[t, heads, head_dim], rng), random(&[t, kv_heads, head_dim], rng), random(&[t, kv_heads, head_dim], rng));
+        let composed = || {
+            let split = |x: &Tensor, n: usize| x.reshape((count, s, n, head_dim)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap();
+            let spread = |x: &Tensor| {
+                let x = split(x, kv_heads).unsqueeze(2).unwrap();
+                x.broadcast_as((count, kv_heads, heads / kv_heads, s, head_dim)).unwrap().reshape((count, heads, s, head_dim)).unwrap()
+            };
+            let scores = split(&q, heads).matmul(&spread(&k).transpose(2, 3).unwrap()).unwrap();
+            let scores = (scores / (head_dim as f64).sqrt()).unwrap();
+            let seen = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
+            let mask: Vec<f32> = (0..s * s).map(|n| if seen(n / s, n % s) { 0.0 } else { f32::NEG_INFINITY }).collect();
+            let scores = scores.broadcast_add(&Tensor::from_vec(mask, (s, s), &Device::Cpu).unwrap()).unwrap();
+            let y = candle_nn::ops::softmax(&scores, D::Minus1).unwrap().matmul(&spread(&v)).unwrap();
+            y.transpose(1, 2).unwrap().reshape((t, heads, head_dim)).unwrap()
+        };
+        check("causal_attention", &[&q, &k, &v], || super::causal_attention(&q, &k, &v, count, shape).unwrap(), composed);
+    }
+}
+
+#[test]
+fn softmax_and_rms_norm_keep_gradients() {
+    let rng = &mut StdRng::seed_from_u64(5);
+    let (x, w) = (random(&[4, 8], rng), random(&[8], rng));
+    let untracked = (x.as_detached_tensor(), w.as_detached_tensor());
+    assert!(difference(&super::softmax(&x).unwrap(), &super::softmax(&untracked.0).unwrap()) < 1e-6);
+    let normed = super::rms_norm(&x, &w, 1e-5).unwrap();
+    assert!(difference(&normed, &super::rms_norm(&untracked.0, &untracked.1, 1e-5).unwrap()) < 1e-6);
+    let grads = (normed * super::softmax(&x).unwrap()).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_some() && grads.get(&w).is_some());
+}
+
+#[test]
+fn linear_equals_matmul_and_does_not_depend_on_the_batch() {
+    let rng = &mut StdRng::seed_from_u64(6);
+    for (t, k, n) in [(1, 1, 1), (1, 64, 100), (5, 33, 7), (64, 128, 96), (130, 20, 3)] {
+        let (x, w) = (random(&[t, k], rng).as_detached_tensor(), random(&[n, k], rng).as_detached_tensor());
+        let found = super::linear(&x, &w).unwrap();
+        assert!(difference(&found, &x.matmul(&w.t().unwrap()).unwrap()) < 1e-4, "{t} {k} {n}");
+        let rows = found.to_vec2::<f32>().unwrap();
+        for (i, row) in rows.iter().enumerate() {
+            let alone = super::linear(&x.narrow(0, i, 1).unwrap(), &w).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(&alone[0], row, "row {i} of {t} alone has other bits");
+        }
+        let half = super::linear(&x, &w.to_dtype(DType::BF16).unwrap()).unwrap();
+        let rounded = w.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+        assert!(difference(&half, &x.matmul(&rounded.t().unwrap()).unwrap()) < 1e-4, "bf16 {t} {k} {n}");
+    }
+    let x = random(&[2, 4], rng).as_detached_tensor();
+    assert!(super::linear(&x, &random(&[3, 5], rng).as_detached_tensor()).is_err(), "shapes that do not fit are an error");
+}
+
+#[test]
+fn linear_of_tracked_weights_keeps_gradients() {
+    let rng = &mut StdRng::seed_from_u64(7);
+    let (x, w) = (random(&[3, 4], rng), random(&[5, 4], rng));
+    let grads = super::linear(&x, &w).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_some() && grads.get(&w).is_some());
+}
