@@ -67,10 +67,10 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens `path`. A run that starts at `first_step` drops what an interrupted one wrote beyond it.
-    pub fn open(path: &Path, first_step: usize) -> Result<Self> {
+    /// Opens `path` for a run of `steps` steps that starts at `first_step`, and drops what that run will write (again).
+    pub fn open(path: &Path, first_step: usize, steps: usize) -> Result<Self> {
         let io = |source| Error::io(path, source);
-        let kept: Vec<Record> = read(path)?.into_iter().filter(|record| record.done() <= first_step && first_step > 0).collect();
+        let kept: Vec<Record> = read(path)?.into_iter().filter(|record| record.stays(first_step, steps)).collect();
         let mut log = Self { file: OpenOptions::new().create(true).write(true).truncate(true).open(path).map_err(io)? };
         kept.iter().try_for_each(|record| log.write(record))?;
         Ok(log)
@@ -84,11 +84,12 @@ impl Log {
 }
 
 impl Record {
-    /// Steps done when it was written.
-    fn done(&self) -> usize {
+    /// Whether a run of `steps` steps that continues after `first_step` will not write it again. The evaluation at the
+    /// end is always made anew.
+    fn stays(&self, first_step: usize, steps: usize) -> bool {
         match self {
-            Self::Step(step) => step.step + 1,
-            Self::Evaluation(evaluation) => evaluation.step,
+            Self::Step(step) => step.step < first_step,
+            Self::Evaluation(evaluation) => evaluation.step <= first_step && evaluation.step < steps,
         }
     }
 }

@@ -14,3 +14,6 @@ pub mod state;
 pub mod tokenizer;
 pub mod trainable;
 pub mod trainer;
+
+#[cfg(test)]
+mod tests;

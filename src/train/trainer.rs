@@ -98,7 +98,7 @@ impl Trainer {
             }
             (false, _) => Progress::default(),
         };
-        let log = Log::open(&log_path(&config), progress.step)?;
+        let log = Log::open(&log_path(&config), progress.step, config.run.steps)?;
         Ok(Self { config, tokenizer, train, heldout, spec, model, decoder, kernel, optimizer, progress, state, log })
     }
 
@@ -118,8 +118,19 @@ impl Trainer {
     /// Trains to the last step.
     pub fn run(mut self) -> Result<Trained> {
         let steps = self.config.run.steps;
+        self.run_until(steps)?;
+        let evaluation = self.evaluate(usize::MAX)?;
+        tracing::info!("{}", describe(&evaluation));
+        self.log.write(&Record::Evaluation(evaluation.clone()))?;
+        let (temperature, noise) = (self.temperature(steps), self.noise(steps));
+        Ok(Trained { spec: self.spec, model: self.model, tokenizer: self.tokenizer, temperature, noise, evaluation })
+    }
+
+    /// Trains until `last` steps are done, evaluating and saving on the way.
+    pub(super) fn run_until(&mut self, last: usize) -> Result<()> {
+        let steps = self.config.run.steps;
         let bar = progress_bar(steps, self.progress.step);
-        while self.progress.step < steps {
+        while self.progress.step < last {
             let record = self.step()?;
             bar.set_position(self.progress.step as u64);
             bar.set_message(format!("loss {:.3}  τ {:.2}  {:.0} tok/s", record.lm_loss, record.temperature, record.tokens_per_second));
@@ -135,11 +146,7 @@ impl Trainer {
             }
         }
         bar.finish_and_clear();
-        let evaluation = self.evaluate(usize::MAX)?;
-        tracing::info!("{}", describe(&evaluation));
-        self.log.write(&Record::Evaluation(evaluation.clone()))?;
-        let (temperature, noise) = (self.temperature(steps), self.noise(steps));
-        Ok(Trained { spec: self.spec, model: self.model, tokenizer: self.tokenizer, temperature, noise, evaluation })
+        Ok(())
     }
 
     fn temperature(&self, step: usize) -> f64 {

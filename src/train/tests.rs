@@ -1,0 +1,186 @@
+//! A small run from text to checkpoint: reproducible, resumable, and served as it was evaluated.
+
+use std::{fs, path::Path};
+
+use candle_core::Tensor;
+
+use super::{
+    config::TrainConfig,
+    evaluate::evaluate,
+    export::export,
+    log::{self, Record},
+    trainer::{Trained, Trainer, folded, log_path},
+};
+use crate::{
+    error::ErrorKind,
+    model::{
+        ReferenceRouting,
+        load::{DeviceKind, WeightType, load},
+        weights::FeedForwardWeights,
+    },
+    moe::policy::RoutingChoice,
+};
+
+const RECIPE: &str = r#"
+output = "out"
+work = "work"
+[data]
+train = ["train.txt"]
+heldout = ["heldout.txt"]
+separator = "\n\n"
+vocab_size = 300
+[model]
+hidden_size = 16
+layers = 2
+heads = 2
+kv_heads = 1
+experts = 3
+expert_width = 8
+context = 16
+rope_theta = 10000.0
+tied_head = true
+[routing]
+estimator = "gumbel_soft"
+temperature = { schedule = "exp", init = 2.0, final = 0.5 }
+noise = { schedule = "linear", init = 1.0, final = 0.0 }
+balance_coef = 0.01
+z_coef = 0.0001
+serve_k = 1
+[optimizer]
+learning_rate = 1e-2
+final_ratio = 0.1
+warmup_steps = 2
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+clip_norm = 1.0
+[run]
+steps = 12
+batch = 4
+seed = 5
+eval_every = 5
+eval_tokens = 64
+save_every = 4
+"#;
+
+/// A folder with text and the recipe, changed by `edit`.
+fn folder(edit: impl Fn(String) -> String) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let line = |i: usize| format!("the {} {} sat on the {} mat.", ["old", "new", "red"][i % 3], ["cat", "dog", "ox"][i / 3 % 3], i % 7);
+    let text: Vec<String> = (0..200).map(line).collect();
+    fs::write(dir.path().join("train.txt"), text.join("\n\n")).unwrap();
+    fs::write(dir.path().join("heldout.txt"), text[..20].join("\n\n")).unwrap();
+    fs::write(dir.path().join("train.toml"), edit(RECIPE.into())).unwrap();
+    dir
+}
+
+fn config(dir: &Path) -> TrainConfig {
+    TrainConfig::read(&dir.join("train.toml")).unwrap()
+}
+
+fn train(dir: &Path, resume: bool) -> Trained {
+    Trainer::new(config(dir), resume).unwrap().run().unwrap()
+}
+
+fn values(trained: &Trained) -> Vec<(String, Vec<f32>)> {
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    trained.model.parameters().iter().map(|p| (p.name.clone(), flat(p.var.as_tensor()))).collect()
+}
+
+fn losses(dir: &Path) -> Vec<f64> {
+    let records = log::read(&log_path(&config(dir))).unwrap();
+    records.into_iter().filter_map(|record| if let Record::Step(step) = record { Some(step.lm_loss) } else { None }).collect()
+}
+
+#[test]
+fn same_seed_same_weights_and_the_loss_falls() {
+    let (a, b) = (folder(|r| r), folder(|r| r));
+    assert_eq!(values(&train(a.path(), false)), values(&train(b.path(), false)));
+    let losses = losses(a.path());
+    assert_eq!(losses.len(), 12);
+    assert!(losses[11] < losses[0] - 0.5, "{losses:?}");
+    let c = folder(|r| r.replace("seed = 5", "seed = 6"));
+    assert_ne!(values(&train(a.path(), true)), values(&train(c.path(), false)), "another seed, other weights");
+}
+
+#[test]
+fn a_resumed_run_is_the_uninterrupted_one() {
+    let (whole, cut) = (folder(|r| r), folder(|r| r));
+    let wanted = train(whole.path(), false);
+    let mut interrupted = Trainer::new(config(cut.path()), false).unwrap();
+    interrupted.run_until(6).unwrap();
+    drop(interrupted);
+    let found = train(cut.path(), true);
+    assert_eq!(values(&found), values(&wanted));
+    assert_eq!(losses(cut.path()), losses(whole.path()), "the log has each step once");
+}
+
+#[test]
+fn what_is_saved_is_what_was_evaluated() {
+    let dir = folder(|r| r);
+    let trained = train(dir.path(), false);
+    let config = config(dir.path());
+    export(&config, &trained).unwrap();
+    assert!(fs::read_to_string(config.work.join("curves.svg")).unwrap().contains("held-out perplexity"));
+
+    let loaded = load(&config.output, DeviceKind::Cpu, WeightType::Auto, false).unwrap();
+    let spec = loaded.decoder.spec();
+    assert_eq!((spec.reference, spec.estimator.as_str()), (ReferenceRouting::Soft { temperature: 1.0 }, "gumbel_soft"));
+    let block = loaded.checkpoint.routing().unwrap().train.as_ref().unwrap().temperature.clone().unwrap();
+    assert_eq!((block.at_save, block.folded), (Some(0.5), Some(true)));
+
+    let tokenizer = loaded.checkpoint.tokenizer().unwrap();
+    let documents = super::data::read_documents(&config.data.heldout, &config.data.separator).unwrap();
+    let tokens = super::data::tokenize(&documents, &tokenizer, tokenizer.token_to_id("<|endoftext|>").unwrap()).unwrap();
+    for (routing, wanted) in [
+        (RoutingChoice::Native, trained.evaluation.top1_perplexity),
+        (RoutingChoice::TopK { k: 2, weight_form: None }, trained.evaluation.top2_perplexity),
+        (RoutingChoice::Soft { temperature: None }, trained.evaluation.soft_perplexity),
+    ] {
+        let found = evaluate(&loaded.decoder, &tokens, config.model.context, routing).unwrap().perplexity;
+        assert_eq!(found, wanted, "{routing}");
+    }
+}
+
+#[test]
+fn folding_divides_the_router_and_nothing_else() {
+    let trained = train(folder(|r| r).path(), false);
+    let (plain, folded) = (trained.model.detached(), folded(&trained.model, 0.5).unwrap());
+    let router = |w: &crate::model::weights::ModelWeights| match &w.layers[0].feed_forward {
+        FeedForwardWeights::Moe(moe) => moe.router.to_vec2::<f32>().unwrap(),
+        FeedForwardWeights::Dense(_) => panic!("every layer is routed"),
+    };
+    assert_eq!(router(&folded)[1][2], router(&plain)[1][2] * 2.0);
+    assert_eq!(folded.embedding.to_vec2::<f32>().unwrap(), plain.embedding.to_vec2::<f32>().unwrap());
+}
+
+#[test]
+fn a_state_is_not_overwritten_nor_continued_under_another_recipe() {
+    let dir = folder(|r| r.replace("steps = 12", "steps = 4"));
+    train(dir.path(), false);
+    let refused = Trainer::new(config(dir.path()), false).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FailedPrecondition);
+    assert!(refused.to_string().contains("--resume"), "{refused}");
+    fs::write(dir.path().join("train.toml"), RECIPE.replace("hidden_size = 16", "hidden_size = 32")).unwrap();
+    assert!(Trainer::new(config(dir.path()), true).unwrap_err().to_string().contains("another recipe"));
+}
+
+#[test]
+fn bad_recipes_name_the_field() {
+    for (from, to, field) in [
+        ("steps = 12", "steps = 0", "run.steps"),
+        ("kv_heads = 1", "kv_heads = 3", "model.kv_heads"),
+        ("final = 0.5", "final = 0.0", "routing.temperature"),
+        ("estimator = \"gumbel_soft\"", "estimator = \"soft\"", "routing.noise"),
+        ("serve_k = 1", "serve_k = 3", "routing.serve_k"),
+        ("vocab_size = 300", "vocab_size = 30", "data.vocab_size"),
+        ("clip_norm = 1.0", "clip_norm = 1.0\nnesterov = true", "nesterov"),
+        ("estimator = \"gumbel_soft\"", "estimator = \"reinforce\"", "reinforce"),
+    ] {
+        let dir = folder(|recipe| recipe.replace(from, to));
+        let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err();
+        assert!(error.to_string().contains(field), "{to}: {error}");
+    }
+    let missing = folder(|r| r.replace("train.txt", "absent.txt"));
+    assert!(Trainer::new(config(missing.path()), false).unwrap_err().to_string().contains("absent.txt"));
+}
