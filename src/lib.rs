@@ -7,6 +7,7 @@ pub mod error;
 pub mod model;
 pub mod moe;
 pub mod ops;
+pub mod telemetry;
 pub mod train;
 
 pub use error::{Error, ErrorKind, Result};
