@@ -137,7 +137,9 @@ instruction() { # NAME REST
     fi
     if $skip; then return; fi
     case $name in
-    ARG | LABEL | EXPOSE | STOPSIGNAL) ;;
+    LABEL | EXPOSE | STOPSIGNAL) ;;
+    # A variable of this script, so that ENV can use it.
+    ARG) declare -g "${rest%%=*}=${rest#*=}" ;;
     ENV) eval "env+=($rest)" ;;
     WORKDIR) workdir=$rest && mkdir -p "$root$rest" ;;
     USER) user=$rest ;;

@@ -1,0 +1,65 @@
+# Every command of the project. `just` alone lists them.
+
+python := env("PYTHON", "python3")
+binary := "target/release/hardmax"
+
+_list:
+    @just --list --unsorted
+
+# Compile for use.
+build:
+    cargo build --release --locked
+
+# All tests.
+test *args:
+    cargo test --locked {{ args }}
+
+# What CI holds against the code.
+lint:
+    cargo fmt --check
+    cargo clippy --all-targets --locked -- -D warnings
+
+# Format the code.
+fmt:
+    cargo fmt
+
+# The documentation of the library.
+doc *args:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked {{ args }}
+
+# Licences, bans and sources of the dependencies; needs cargo-deny.
+deny:
+    cargo deny --locked check
+
+# What runs for every change.
+ci:
+    .ci/run
+
+# Serve a checkpoint, the demo unless told otherwise.
+serve *args:
+    cargo run --release --locked -- serve {{ args }}
+
+# Continue a text on a running server.
+generate prompt *args:
+    cargo run --release --locked -- generate {{ quote(prompt) }} {{ args }}
+
+# Compare with transformers, live. Set-up: tests/parity/README.md; PYTHON is the interpreter.
+parity *args: build
+    {{ python }} tests/parity/check.py --binary {{ binary }} {{ args }}
+
+# Write tests/goldens again.
+goldens *cases:
+    {{ python }} tests/parity/make_goldens.py {{ cases }}
+
+# Make the text of the demo model and train it.
+demo-train *args:
+    models/demo/prepare.sh
+    cargo run --release --locked -- train --config models/demo/train.toml {{ args }}
+
+# Build the container image.
+docker-build tag="hardmax":
+    docker build -f docker/Dockerfile --build-arg REVISION="$(git rev-parse --short HEAD)" -t {{ tag }} .
+
+# Run the steps of the Dockerfile in a root of their own; needs root and debootstrap, no container engine.
+docker-test *args:
+    docker/chroot-test.sh {{ args }}

@@ -1,0 +1,260 @@
+//! The shape of the tree, as a test: which part may name which other part, and which part may know which outside library.
+//!
+//! The order is service -> engine -> model -> moe -> kernel, one way. Whoever finds this test in the way has either put
+//! code in the wrong place or changed the design; in the second case the tables below are the place to say so.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A top-level module and what it may name of this crate, besides itself: `model` is all of it, `model::spec` a part.
+const MAY_NAME: &[(&str, &[&str])] = &[
+    // Leaves. `error` wraps the errors of loading; telemetry reads what a forward returns.
+    ("error", &["checkpoint"]),
+    ("ops", &["error"]),
+    ("telemetry", &["error", "moe"]),
+    // Maths. A MoE layer is built from the description of a model, which is data, and knows nothing of the decoder. Its
+    // shared expert is the SwiGLU of a dense layer.
+    ("moe", &["error", "ops", "model::spec", "model::weights", "model::MoeSpec", "model::ReferenceRouting", "model::SwiGlu"]),
+    ("model", &["checkpoint", "error", "moe", "ops"]),
+    ("checkpoint", &["error", "model", "moe"]),
+    ("train", &["checkpoint", "error", "model", "moe", "ops"]),
+    // Serving.
+    ("engine", &["error", "model", "moe", "telemetry"]),
+    ("service", &["checkpoint::GenerationDefaults", "engine", "error", "model", "moe", "telemetry"]),
+    ("server", &["engine", "error", "model", "moe", "service", "telemetry"]),
+    // The command line may name everything.
+    ("cli", &["checkpoint", "engine", "error", "model", "moe", "ops", "server", "service", "telemetry", "train"]),
+    ("main", &["cli"]),
+    ("lib", &[]),
+];
+
+/// An outside library (with its companions, `tonic_health` for `tonic`) and the only modules that may know of it.
+const KNOWN_TO: &[(&str, &[&str])] = &[
+    ("tonic", &["service", "server", "cli"]),
+    ("prost", &["service", "server", "cli"]),
+    ("axum", &["telemetry"]),
+    ("tokio", &["engine", "service", "server", "cli", "telemetry"]),
+];
+
+/// Settings come in as flags, which clap also reads from the environment, and nowhere else.
+const NOWHERE: &[(&str, &str)] = &[("env::var", "a setting is a flag of the command line, with `env` on it")];
+
+#[test]
+fn modules_name_only_what_is_below_them() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let Some((_, allowed)) = MAY_NAME.iter().find(|(module, _)| *module == source.module) else {
+            wrong.push(format!("{}: give `{}` its place in tests/it/policy.rs", source.path, source.module));
+            continue;
+        };
+        for path in crate_paths(&source.tokens) {
+            let top = path.split("::").next().unwrap_or_default();
+            let own = top == source.module || !top.starts_with(|c: char| c.is_ascii_lowercase());
+            let covered = |rule: &&str| path == **rule || path.starts_with(&format!("{rule}::"));
+            if !own && !allowed.iter().any(|rule| covered(&rule)) {
+                wrong.push(format!("{}: crate::{path} is not below `{}`", source.path, source.module));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn libraries_stay_in_their_layer() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        for (library, modules) in KNOWN_TO {
+            let named = source.tokens.iter().zip(source.tokens.iter().skip(1)).any(|(name, next)| {
+                next == "::" && (name == library || name.strip_prefix(library).is_some_and(|rest| rest.starts_with('_')))
+            });
+            if named && !modules.contains(&source.module.as_str()) {
+                wrong.push(format!("{}: `{}` must not know of {library}", source.path, source.module));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn forbidden_everywhere() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let text = source.tokens.concat();
+        for (forbidden, why) in NOWHERE {
+            if text.contains(forbidden) {
+                wrong.push(format!("{}: {forbidden}: {why}", source.path));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_scanner_reads_rust() {
+    let tokens = tokens(concat!(
+        "// crate::comment\n/* crate::block /* nested */ */\n",
+        "use crate::{error::{Error, Result}, model::{self, spec::{A, B as C}}, ops};\n",
+        "const S: &str = \"crate::text \\\" tokio::x\"; const R: &str = r#\"crate::raw\"#; const C: char = '\"';\n",
+        "fn f<'a>(x: &'a str) -> crate::moe::Routing { crate::engine::run(b\"crate::bytes\", '\\'', x) }",
+    ));
+    let expected = ["engine::run", "error::Error", "error::Result", "model", "model::spec::A", "model::spec::B", "moe::Routing", "ops"];
+    assert_eq!(crate_paths(&tokens), expected.map(str::to_owned).into());
+}
+
+/// A file of `src/` other than the unit tests (`tests.rs`), which may use what they like. As code: words, `::` and other signs, without comments and without what stands in quotes.
+struct Source {
+    /// For messages, from the root of the repository.
+    path: String,
+    /// Top-level module it belongs to; `main` and `lib` for the roots.
+    module: String,
+    tokens: Vec<String>,
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    let mut folders = vec![root.join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("src is readable") {
+            let path: PathBuf = entry.expect("src is readable").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
+                found.push(path);
+            }
+        }
+    }
+    assert!(!found.is_empty(), "no source found");
+    found.sort();
+    found.iter().map(|path| source(root, path)).collect()
+}
+
+fn source(root: &Path, path: &Path) -> Source {
+    let relative = path.strip_prefix(root).expect("src is below the root");
+    let first = relative.components().nth(1).expect("src has files").as_os_str().to_string_lossy();
+    Source {
+        path: relative.display().to_string(),
+        module: first.trim_end_matches(".rs").to_owned(),
+        tokens: tokens(&fs::read_to_string(path).expect("sources are UTF-8")),
+    }
+}
+
+fn tokens(text: &str) -> Vec<String> {
+    let chars: Vec<char> = text.chars().collect();
+    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
+    let (mut found, mut i) = (Vec::new(), 0);
+    while i < chars.len() {
+        let c = at(i);
+        if c == '/' && at(i + 1) == '/' {
+            while i < chars.len() && at(i) != '\n' {
+                i += 1;
+            }
+        } else if c == '/' && at(i + 1) == '*' {
+            let mut depth = 1;
+            i += 2;
+            while i < chars.len() && depth > 0 {
+                match (at(i), at(i + 1)) {
+                    ('/', '*') => (depth, i) = (depth + 1, i + 2),
+                    ('*', '/') => (depth, i) = (depth - 1, i + 2),
+                    _ => i += 1,
+                }
+            }
+        } else if c == '"' {
+            i += 1;
+            while i < chars.len() && at(i) != '"' {
+                i += if at(i) == '\\' { 2 } else { 1 };
+            }
+            i += 1;
+        } else if c == '\'' {
+            // A character, unless a lifetime: 'x' closes after one character or begins with a backslash.
+            if at(i + 1) == '\\' {
+                i += 3;
+                while i < chars.len() && at(i) != '\'' {
+                    i += 1;
+                }
+                i += 1;
+            } else if at(i + 2) == '\'' {
+                i += 3;
+            } else {
+                i += 1;
+            }
+        } else if c.is_alphanumeric() || c == '_' {
+            let begin = i;
+            while at(i).is_alphanumeric() || at(i) == '_' {
+                i += 1;
+            }
+            let word: String = chars[begin..i].iter().collect();
+            let hashes = chars[i..].iter().take_while(|c| **c == '#').count();
+            if matches!(word.as_str(), "r" | "br" | "cr") && at(i + hashes) == '"' {
+                i += hashes + 1;
+                let closes = |i: usize| at(i) == '"' && (1..=hashes).all(|n| at(i + n) == '#');
+                while i < chars.len() && !closes(i) {
+                    i += 1;
+                }
+                i += hashes + 1;
+            } else {
+                found.push(word);
+            }
+        } else if c == ':' && at(i + 1) == ':' {
+            found.push("::".to_owned());
+            i += 2;
+        } else {
+            if !c.is_whitespace() {
+                found.push(c.to_string());
+            }
+            i += 1;
+        }
+    }
+    found
+}
+
+/// Every path that begins with `crate::`, without that beginning, braces multiplied out.
+fn crate_paths(tokens: &[String]) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (i, pair) in tokens.windows(2).enumerate() {
+        if pair[0] == "crate" && pair[1] == "::" {
+            use_tree(tokens, i + 2, "", &mut found);
+        }
+    }
+    found
+}
+
+/// Reads one path or group of paths from `i` on; returns the place after it.
+fn use_tree(tokens: &[String], mut i: usize, prefix: &str, found: &mut BTreeSet<String>) -> usize {
+    let mut path = prefix.to_owned();
+    loop {
+        match tokens.get(i).map(String::as_str) {
+            Some("{") => {
+                i += 1;
+                while tokens.get(i).is_some_and(|token| token != "}") {
+                    i = use_tree(tokens, i, &path, found);
+                    while tokens.get(i).is_some_and(|token| token != "," && token != "}") {
+                        i += 1;
+                    }
+                    if tokens.get(i).is_some_and(|token| token == ",") {
+                        i += 1;
+                    }
+                }
+                return i + 1;
+            }
+            Some("self") => i += 1,
+            Some(word) if word.starts_with(|c: char| c.is_alphabetic() || c == '_') => {
+                if !path.is_empty() {
+                    path += "::";
+                }
+                path += word;
+                i += 1;
+            }
+            _ => break,
+        }
+        if tokens.get(i).is_none_or(|token| token != "::") {
+            break;
+        }
+        i += 1;
+    }
+    found.insert(path);
+    i
+}
