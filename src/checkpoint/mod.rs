@@ -36,21 +36,21 @@ use std::{
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-pub use self::{
-    error::{CheckpointError, TensorNames},
-    generation::GenerationDefaults,
-    load::LoadOptions,
-    routing_block::{
-        FidelityRecord, LayerRecord, LossRecord, NoiseRecord, ReferenceMode, ReferenceRecord, RoutingBlock, ServeRecord,
-        TemperatureRecord, TrainRecord,
-    },
-    save::{SaveRequest, save},
-};
 use self::{
     config::Config,
     fields::{Fields, read_json, read_optional_json},
     load::Plan,
     shards::{Fingerprint, Shards},
+};
+pub use self::{
+    error::{CheckpointError, TensorNames},
+    generation::GenerationDefaults,
+    load::LoadOptions,
+    routing_block::{
+        FidelityRecord, LayerRecord, LossRecord, NoiseRecord, ReferenceMode, ReferenceRecord, RoutingBlock, ServeRecord, TemperatureRecord,
+        TrainRecord,
+    },
+    save::{SaveRequest, save},
 };
 use crate::model::{ModelSpec, weights::ModelWeights};
 
@@ -116,8 +116,7 @@ impl Checkpoint {
         if generation.is_some() {
             note(&generation_path)?;
         }
-        let generation =
-            GenerationDefaults::read(&generation_path, generation.as_ref(), config.tokens.clone(), config.spec.vocab_size)?;
+        let generation = GenerationDefaults::read(&generation_path, generation.as_ref(), config.tokens.clone(), config.spec.vocab_size)?;
         let shards = Shards::open(dir)?;
         if let Some(index) = &shards.index {
             note(index)?;
