@@ -25,6 +25,7 @@ mod rope;
 mod routing_block;
 mod save;
 mod shards;
+mod swap;
 #[cfg(test)]
 mod tests;
 
@@ -59,6 +60,7 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// Key of the routing block in config.json and in the metadata of safetensors files.
 const ROUTING: &str = "routing";
 
