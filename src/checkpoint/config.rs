@@ -265,9 +265,7 @@ fn read_windows(config: &Fields<'_>, family: &Family, count: usize) -> Result<Ve
             return Ok(None);
         }
         match config.count("sliding_window")? {
-            None if config.has("sliding_window") => {
-                Err(config.wrong("sliding_window", "a width, because use_sliding_window is true"))
-            }
+            None if config.has("sliding_window") => Err(config.wrong("sliding_window", "a width, because use_sliding_window is true")),
             stated => Ok(Some(stated.unwrap_or(4096))),
         }
     };

@@ -94,7 +94,7 @@ pub enum CheckpointError {
         message: String,
     },
     /// Tensors that config.json calls for are not there.
-    #[error("{dir}: {names} missing from the safetensors files, though config.json calls for them", dir = dir.display())]
+    #[error("{dir}: the safetensors files lack {names}, expected by config.json", dir = dir.display())]
     MissingTensors {
         /// The checkpoint folder.
         dir: PathBuf,
@@ -102,7 +102,7 @@ pub enum CheckpointError {
         names: TensorNames,
     },
     /// Tensors that config.json has no place for.
-    #[error("{dir}: {names} in the safetensors files, but config.json describes a model without them", dir = dir.display())]
+    #[error("{dir}: the safetensors files hold {names}, not expected by config.json", dir = dir.display())]
     ExtraTensors {
         /// The checkpoint folder.
         dir: PathBuf,
@@ -219,7 +219,7 @@ impl TensorNames {
 
 impl fmt::Display for TensorNames {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (count, plural) = (self.0.len(), if self.0.len() == 1 { " is" } else { "s are" });
+        let (count, plural) = (self.0.len(), if self.0.len() == 1 { "" } else { "s" });
         let shown = self.0.iter().take(Self::SHOWN).map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
         match count.saturating_sub(Self::SHOWN) {
             0 => write!(f, "{count} tensor{plural} ({shown})"),

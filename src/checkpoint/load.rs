@@ -18,9 +18,7 @@ use super::{
 };
 use crate::model::{
     FeedForwardSpec, ModelSpec, QkNorm,
-    weights::{
-        AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights,
-    },
+    weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights},
 };
 
 type Result<T> = std::result::Result<T, CheckpointError>;

@@ -25,6 +25,7 @@ mod rope;
 mod routing_block;
 mod save;
 mod shards;
+mod swap;
 #[cfg(test)]
 mod tests;
 
@@ -36,21 +37,21 @@ use std::{
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-pub use self::{
-    error::{CheckpointError, TensorNames},
-    generation::GenerationDefaults,
-    load::LoadOptions,
-    routing_block::{
-        FidelityRecord, LayerRecord, LossRecord, NoiseRecord, ReferenceMode, ReferenceRecord, RoutingBlock, ServeRecord,
-        TemperatureRecord, TrainRecord,
-    },
-    save::{SaveRequest, save},
-};
 use self::{
     config::Config,
     fields::{Fields, read_json, read_optional_json},
     load::Plan,
     shards::{Fingerprint, Shards},
+};
+pub use self::{
+    error::{CheckpointError, TensorNames},
+    generation::GenerationDefaults,
+    load::LoadOptions,
+    routing_block::{
+        FidelityRecord, LayerRecord, LossRecord, NoiseRecord, ReferenceMode, ReferenceRecord, RoutingBlock, ServeRecord, TemperatureRecord,
+        TrainRecord,
+    },
+    save::{SaveRequest, save},
 };
 use crate::model::{ModelSpec, weights::ModelWeights};
 
@@ -59,6 +60,7 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// Key of the routing block in config.json and in the metadata of safetensors files.
 const ROUTING: &str = "routing";
 
@@ -116,8 +118,7 @@ impl Checkpoint {
         if generation.is_some() {
             note(&generation_path)?;
         }
-        let generation =
-            GenerationDefaults::read(&generation_path, generation.as_ref(), config.tokens.clone(), config.spec.vocab_size)?;
+        let generation = GenerationDefaults::read(&generation_path, generation.as_ref(), config.tokens.clone(), config.spec.vocab_size)?;
         let shards = Shards::open(dir)?;
         if let Some(index) = &shards.index {
             note(index)?;

@@ -81,9 +81,10 @@ pub(super) struct Source {
 
 /// All weights of a model, in order of depth.
 pub(super) fn weights(spec: &ModelSpec) -> Vec<Weight> {
-    let layers = spec.layers.iter().enumerate().flat_map(|(index, layer)| {
-        layer_weights(spec, &layer.feed_forward).into_iter().map(move |weight| Weight::Layer(index, weight))
-    });
+    let layers =
+        spec.layers.iter().enumerate().flat_map(|(index, layer)| {
+            layer_weights(spec, &layer.feed_forward).into_iter().map(move |weight| Weight::Layer(index, weight))
+        });
     let head = (!spec.tied_head).then_some(Weight::Head);
     [Weight::Embedding].into_iter().chain(layers).chain([Weight::FinalNorm]).chain(head).collect()
 }

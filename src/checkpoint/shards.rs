@@ -108,7 +108,9 @@ impl Shards {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let file = File::open(&path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => CheckpointError::Missing { path: path.clone(), message: "no such file, though the index names it".into() },
+            io::ErrorKind::NotFound => {
+                CheckpointError::Missing { path: path.clone(), message: "no such file, though the index names it".into() }
+            }
             _ => CheckpointError::io(&path, e),
         })?;
         let (fingerprint, data_start, header) = read_header(&path, &file)?;
@@ -259,9 +261,9 @@ fn find_files(dir: &Path) -> Result<Vec<String>> {
             None => Ok(numbered.into_iter().map(|(name, _)| name.clone()).collect()),
         };
     }
-    let pickle = names.iter().find(|name| {
-        [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending)) && !name.starts_with("training_args")
-    });
+    let pickle = names
+        .iter()
+        .find(|name| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending)) && !name.starts_with("training_args"));
     let message = match pickle {
         Some(name) => format!("{name} is a pickle file, which hardmax does not read; convert the weights to {SINGLE}"),
         None => format!("no weights: neither {SINGLE}, nor {INDEX}, nor model-00001-of-0000N.safetensors"),

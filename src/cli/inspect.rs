@@ -36,14 +36,19 @@ pub struct InspectArgs {
 /// Prints the report; fails where the folder cannot be opened or its tensors do not fit config.json.
 pub fn run(args: InspectArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.dir)?;
-    let report = Report::new(&checkpoint, args.tensors);
-    let text = if args.json { format!("{:#}\n", json!(report)) } else { report.to_string() };
+    let text = report(&checkpoint, args.json, args.tensors);
     match io::stdout().write_all(text.as_bytes()) {
         // The reader of a pipe may leave early.
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => return Err(Error::io("stdout", e)),
         _ => {}
     }
     Ok(checkpoint.verify()?)
+}
+
+/// The report on an opened folder, as one JSON object or as text, with or without a list of all tensors.
+pub fn report(checkpoint: &Checkpoint, json: bool, tensors: bool) -> String {
+    let report = Report::new(checkpoint, tensors);
+    if json { format!("{:#}\n", json!(report)) } else { report.to_string() }
 }
 
 /// All facts, in the order in which they are shown.
@@ -223,11 +228,8 @@ impl Layer {
 
 impl Routing {
     fn new(spec: &ModelSpec, block: bool) -> Self {
-        let serving = |(layer, moe): (usize, &crate::model::MoeSpec)| Serving {
-            layer,
-            k: moe.top_k,
-            weight_form: moe.weight_form.to_string(),
-        };
+        let serving =
+            |(layer, moe): (usize, &crate::model::MoeSpec)| Serving { layer, k: moe.top_k, weight_form: moe.weight_form.to_string() };
         Self {
             block,
             estimator: spec.estimator.clone(),
