@@ -6,3 +6,4 @@ pub mod engine;
 pub mod error;
 pub mod model;
 pub mod moe;
+pub mod telemetry;

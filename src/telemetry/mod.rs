@@ -1,0 +1,5 @@
+//! What operators see of a running server.
+
+mod expert_load;
+mod exposition;
+pub mod metrics;
