@@ -1,0 +1,229 @@
+//! A model of a few lines and a tokenizer of bytes, for the tests of the engine.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use candle_core::{Device, Tensor};
+use tokenizers::{AddedToken, Tokenizer, models::bpe::BPE, pre_tokenizers::byte_level::ByteLevel};
+
+use super::{EngineConfig, GenerateParams, Request, Task};
+use crate::{
+    error::{Error, Result},
+    model::{
+        Batch, FeedForwardSpec, Forward, LanguageModel, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec,
+    },
+    moe::{
+        LayerRouting, Routing, RoutingStats,
+        policy::{RoutingChoice, WeightForm},
+    },
+};
+
+/// End of sequence; the ids below are bytes.
+pub(super) const EOS: u32 = 256;
+pub(super) const VOCAB: usize = 260;
+pub(super) const EXPERTS: usize = 4;
+
+/// Longest a test waits for the engine before it fails.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(super) fn spec() -> ModelSpec {
+    let moe = MoeSpec { num_experts: EXPERTS, expert_width: 8, top_k: 1, weight_form: WeightForm::Raw, shared_expert_width: None };
+    ModelSpec {
+        family: "fake".into(),
+        vocab_size: VOCAB,
+        hidden_size: 8,
+        num_heads: 1,
+        num_kv_heads: 1,
+        head_dim: 8,
+        qkv_bias: false,
+        out_bias: false,
+        qk_norm: QkNorm::None,
+        clip_qkv: None,
+        rms_norm_eps: 1e-6,
+        rope: RopeSpec { theta: 1e4, scaling: RopeScaling::None },
+        max_context: 64,
+        tied_head: true,
+        layers: vec![LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe) }],
+        reference: ReferenceRouting::OwnTopK { assumed: true },
+        estimator: "unknown".into(),
+    }
+}
+
+/// One token for each byte, with the byte's value as id, and a special [`EOS`].
+pub(super) fn tokenizer() -> Arc<Tokenizer> {
+    let printable = |byte: u32| (33..=126).contains(&byte) || (161..=172).contains(&byte) || (174..=255).contains(&byte);
+    let mut others = 256..;
+    let vocab: [(String, u32); 256] = std::array::from_fn(|byte| {
+        let byte = byte as u32;
+        let spelled = if printable(byte) { byte } else { others.next().unwrap() };
+        (char::from_u32(spelled).unwrap().to_string(), byte)
+    });
+    let mut tokenizer = Tokenizer::new(BPE::builder().vocab_and_merges(vocab, Vec::new()).build().unwrap());
+    let byte_level = ByteLevel::new(false, true, true);
+    tokenizer.with_pre_tokenizer(Some(byte_level));
+    tokenizer.with_decoder(Some(byte_level));
+    tokenizer.add_special_tokens([AddedToken::from("<eos>", true)]).unwrap();
+    assert_eq!(tokenizer.token_to_id("<eos>"), Some(EOS));
+    Arc::new(tokenizer)
+}
+
+pub(super) fn config() -> EngineConfig {
+    EngineConfig { max_batch_requests: 8, max_queue_requests: 8, max_step_tokens: 64, max_new_tokens: 32, event_buffer: 64 }
+}
+
+/// Greedy continuation of `prompt`.
+pub(super) fn request(prompt: &[u32]) -> Request {
+    Request {
+        id: "test".into(),
+        prompt: prompt.to_vec(),
+        task: Task::Generate(GenerateParams::default()),
+        routing: RoutingChoice::Native,
+        deadline: None,
+    }
+}
+
+/// Logits after a history of tokens.
+type Row = Box<dyn Fn(&[u32]) -> Vec<f32> + Send>;
+
+/// Computes each row from the tokens in the slot alone, and checks that the slot holds what the batch says.
+pub(super) struct FakeModel {
+    spec: ModelSpec,
+    slots: HashMap<usize, Vec<u32>>,
+    row: Row,
+    gate: Option<Gate>,
+}
+
+/// The model's side of a [`Control`].
+struct Gate {
+    steps: mpsc::Sender<Batch>,
+    verdicts: mpsc::Receiver<Verdict>,
+    released: mpsc::Sender<usize>,
+}
+
+/// What a step does.
+pub(super) enum Verdict {
+    Go,
+    Fail,
+    Panic,
+    /// Logits of a wrong shape.
+    Misshape,
+}
+
+/// Lets a test see each step before it is taken. Once dropped, the model runs freely.
+pub(super) struct Control {
+    steps: mpsc::Receiver<Batch>,
+    verdicts: mpsc::Sender<Verdict>,
+    pub(super) released: mpsc::Receiver<usize>,
+}
+
+impl Control {
+    /// The batch of the next step, which waits for [`Control::decide`].
+    pub(super) fn step(&self) -> Batch {
+        self.steps.recv_timeout(PATIENCE).expect("the engine takes a step")
+    }
+
+    pub(super) fn decide(&self, verdict: Verdict) {
+        self.verdicts.send(verdict).unwrap();
+    }
+
+    /// The next step, allowed.
+    pub(super) fn go(&self) -> Batch {
+        let batch = self.step();
+        self.decide(Verdict::Go);
+        batch
+    }
+
+    pub(super) fn released(&self) -> usize {
+        self.released.recv_timeout(PATIENCE).expect("the engine releases a slot")
+    }
+}
+
+impl FakeModel {
+    pub(super) fn new(row: impl Fn(&[u32]) -> Vec<f32> + Send + 'static) -> Self {
+        Self { spec: spec(), slots: HashMap::new(), row: Box::new(row), gate: None }
+    }
+
+    /// Certain of `next(history)`.
+    pub(super) fn certain(next: impl Fn(&[u32]) -> u32 + Send + 'static) -> Self {
+        Self::new(move |history| one_hot(next(history)))
+    }
+
+    /// The sum of all tokens so far, modulo the number of bytes.
+    pub(super) fn sum() -> Self {
+        Self::certain(|history| history.iter().sum::<u32>() % 256)
+    }
+
+    /// Says `text` after a prompt of one token, then ends.
+    pub(super) fn recite(text: &str) -> Self {
+        let ids: Vec<u32> = text.bytes().map(u32::from).collect();
+        Self::certain(move |history| ids.get(history.len() - 1).copied().unwrap_or(EOS))
+    }
+
+    pub(super) fn gated(mut self) -> (Self, Control) {
+        let (steps, steps_seen) = mpsc::channel();
+        let (verdicts, verdicts_taken) = mpsc::channel();
+        let (released, released_seen) = mpsc::channel();
+        self.gate = Some(Gate { steps, verdicts: verdicts_taken, released });
+        (self, Control { steps: steps_seen, verdicts, released: released_seen })
+    }
+}
+
+pub(super) fn one_hot(token: u32) -> Vec<f32> {
+    (0..VOCAB as u32).map(|id| if id == token { 1.0 } else { 0.0 }).collect()
+}
+
+impl LanguageModel for FakeModel {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Forward> {
+        let verdict = match &self.gate {
+            Some(gate) if gate.steps.send(batch.clone()).is_ok() => gate.verdicts.recv().unwrap_or(Verdict::Go),
+            _ => Verdict::Go,
+        };
+        match verdict {
+            Verdict::Fail => return Err(Error::FailedPrecondition("as the test wished".into())),
+            Verdict::Panic => panic!("as the test wished"),
+            Verdict::Go | Verdict::Misshape => {}
+        }
+        let wanted = batch.logit_rows();
+        let (mut logits, mut at) = (Vec::new(), 0);
+        for span in &batch.spans {
+            let slot = self.slots.entry(span.slot).or_default();
+            if span.past == 0 {
+                slot.clear();
+            }
+            assert_eq!(slot.len(), span.past);
+            for _ in 0..span.new {
+                slot.push(batch.tokens[at]);
+                if wanted.contains(&(at as u32)) {
+                    logits.extend((self.row)(slot));
+                }
+                at += 1;
+            }
+        }
+        let rows = wanted.len() + usize::from(matches!(verdict, Verdict::Misshape));
+        logits.resize(rows * VOCAB, 0.0);
+        let tokens = batch.tokens.len() as u64;
+        let mut stats = RoutingStats { tokens, routes: tokens, ..RoutingStats::new(EXPERTS) };
+        stats.expert_tokens[0] = tokens;
+        let routing = LayerRouting {
+            layer: 0,
+            router_logits: Tensor::zeros((batch.tokens.len(), EXPERTS), candle_core::DType::F32, &Device::Cpu)?,
+            routing: Routing::Sparse(Default::default()),
+            stats,
+        };
+        Ok(Forward { logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?, layers: vec![routing] })
+    }
+
+    fn release(&mut self, slot: usize) {
+        self.slots.remove(&slot);
+        if let Some(gate) = &self.gate {
+            let _ = gate.released.send(slot);
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! One request at work: its tokens, how far the model has read them, and what is made of its logits.
+
+use std::{collections::HashSet, ops::Range, sync::Arc, time::Instant};
+
+use tokenizers::Tokenizer;
+use tokio::sync::mpsc;
+
+use super::{
+    request::{Event, FinishReason, Finished, GenerateParams, Request, Task, Timing, TokenLogprob, Tokens},
+    sampler::{self, Sampler},
+    scheduler::Work,
+    text::{Detokenizer, StopStrings},
+};
+use crate::{
+    error::{Error, Result},
+    model::LogitRows,
+    moe::policy::RoutingChoice,
+};
+
+/// A request on its way from the handle to the worker.
+#[derive(Debug)]
+pub(super) struct Submission {
+    pub(super) request: Request,
+    pub(super) events: mpsc::Sender<Event>,
+    pub(super) submitted: Instant,
+}
+
+/// What sequences need to know of the model and the server.
+#[derive(Debug)]
+pub(super) struct Surroundings {
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) eos_token_ids: HashSet<u32>,
+    pub(super) vocab_size: usize,
+    pub(super) max_context: usize,
+    /// Most tokens that a request may generate.
+    pub(super) max_new_tokens: usize,
+    /// Of the weights in force.
+    pub(super) generation: u64,
+}
+
+/// A request that waits or runs.
+pub(super) struct Sequence {
+    pub(super) id: String,
+    pub(super) events: mpsc::Sender<Event>,
+    pub(super) routing: RoutingChoice,
+    pub(super) deadline: Option<Instant>,
+    pub(super) submitted: Instant,
+    /// Start of the first step that worked on it.
+    pub(super) first_step: Option<Instant>,
+    pub(super) first_token: Option<Instant>,
+    pub(super) last_token: Option<Instant>,
+    /// Prompt and continuation.
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    /// Tokens that the model has read.
+    computed: usize,
+    task: Job,
+}
+
+enum Job {
+    Generate(Box<Generation>),
+    Score { alternatives: usize, logprobs: Vec<TokenLogprob> },
+}
+
+struct Generation {
+    sampler: Sampler,
+    text: Detokenizer,
+    stops: StopStrings,
+    stop_tokens: HashSet<u32>,
+    ignore_eos: bool,
+    logprobs: Option<usize>,
+    limit: usize,
+}
+
+/// What a step made of a sequence.
+#[derive(Debug)]
+pub(super) enum Progress {
+    /// Nothing to tell yet.
+    Quiet,
+    Tokens(Tokens),
+    Finished(Box<Finished>),
+}
+
+/// The logits that a step computed for one sequence.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows<'a> {
+    /// `[rows, V]`, as many as [`Sequence::logit_rows`] asked for.
+    pub(super) logits: &'a [f32],
+    /// End of the step.
+    pub(super) now: Instant,
+}
+
+impl Sequence {
+    /// A sequence that nothing has been done for. Fails if the tokenizer cannot decode the prompt.
+    pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Self> {
+        let Submission { request, events, submitted } = submission;
+        let task = match request.task {
+            Task::Score { alternatives } => {
+                let first = request.prompt.first().map(|&token| TokenLogprob { token, logprob: None, alternatives: Vec::new() });
+                Job::Score { alternatives, logprobs: first.into_iter().collect() }
+            }
+            Task::Generate(params) => Job::Generate(Box::new(Generation::new(params, &request.prompt, surroundings)?)),
+        };
+        Ok(Self {
+            id: request.id,
+            events,
+            routing: request.routing,
+            deadline: request.deadline,
+            submitted,
+            first_step: None,
+            first_token: None,
+            last_token: None,
+            prompt_tokens: request.prompt.len(),
+            tokens: request.prompt,
+            computed: 0,
+            task,
+        })
+    }
+
+    /// What it could do in the next step. The last place in its channel is kept for its last event.
+    pub(super) fn work(&self) -> Work {
+        let left = self.tokens.len() - self.computed;
+        match self.first_token {
+            _ if self.events.capacity() < 2 => Work::Blocked,
+            None => Work::Prefill(left),
+            Some(_) => Work::Decode,
+        }
+    }
+
+    /// The next `count` tokens for the model, and how many it has read before.
+    pub(super) fn next_tokens(&self, count: usize) -> (&[u32], usize) {
+        (&self.tokens[self.next_range(count)], self.computed)
+    }
+
+    /// The logits that the next `count` tokens are computed for.
+    pub(super) fn logit_rows(&self, count: usize) -> LogitRows {
+        match &self.task {
+            Job::Score { .. } => LogitRows::All,
+            Job::Generate(_) if self.next_range(count).end == self.tokens.len() => LogitRows::Last,
+            Job::Generate(_) => LogitRows::None,
+        }
+    }
+
+    /// Tokens of the prompt among the next `count`.
+    pub(super) fn prompt_part(&self, count: usize) -> usize {
+        self.next_range(count).end.min(self.prompt_tokens).saturating_sub(self.computed)
+    }
+
+    fn next_range(&self, count: usize) -> Range<usize> {
+        self.computed..(self.computed + count).min(self.tokens.len())
+    }
+
+    /// Takes the result of a step that read `count` tokens. After an error the sequence is over.
+    pub(super) fn advance(&mut self, count: usize, rows: Rows<'_>, surroundings: &Surroundings) -> Result<Progress> {
+        if rows.logits.iter().any(|logit| !logit.is_finite()) {
+            return Err(Error::NonFinite);
+        }
+        let range = self.next_range(count);
+        self.computed = range.end;
+        match &mut self.task {
+            Job::Score { alternatives, logprobs } => {
+                for (row, next) in rows.logits.chunks_exact(surroundings.vocab_size).zip(range.start + 1..) {
+                    if let Some(&token) = self.tokens.get(next) {
+                        logprobs.push(sampler::logprob(row, token, *alternatives));
+                    }
+                }
+                if self.computed < self.tokens.len() {
+                    return Ok(Progress::Quiet);
+                }
+                let logprobs = std::mem::take(logprobs);
+                Ok(self.finished(FinishReason::Length, Tokens::default(), logprobs, rows.now, surroundings))
+            }
+            Job::Generate(_) if self.computed < self.tokens.len() => Ok(Progress::Quiet),
+            Job::Generate(generation) => {
+                let generated = self.tokens.len() - self.prompt_tokens + 1;
+                let (tokens, end) = generation.next(rows.logits, generated, surroundings)?;
+                self.tokens.extend(&tokens.ids);
+                self.first_token.get_or_insert(rows.now);
+                self.last_token = Some(rows.now);
+                Ok(match end {
+                    None => Progress::Tokens(tokens),
+                    Some(reason) => self.finished(reason, tokens, Vec::new(), rows.now, surroundings),
+                })
+            }
+        }
+    }
+
+    fn finished(
+        &self,
+        reason: FinishReason,
+        tail: Tokens,
+        prompt_logprobs: Vec<TokenLogprob>,
+        now: Instant,
+        around: &Surroundings,
+    ) -> Progress {
+        Progress::Finished(Box::new(Finished {
+            tail,
+            reason,
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.tokens.len() - self.prompt_tokens,
+            prompt_logprobs,
+            timing: self.timing(now),
+            generation: around.generation,
+        }))
+    }
+
+    /// How the time until `now` divides.
+    pub(super) fn timing(&self, now: Instant) -> Timing {
+        let started = self.first_step.unwrap_or(now);
+        let first_token = self.first_token.unwrap_or(now);
+        Timing {
+            queue: started.saturating_duration_since(self.submitted),
+            prefill: first_token.saturating_duration_since(started),
+            decode: self.last_token.unwrap_or(first_token).saturating_duration_since(first_token),
+        }
+    }
+
+    /// Whether it continues its prompt, rather than scoring it.
+    pub(super) fn generates(&self) -> bool {
+        matches!(self.task, Job::Generate(_))
+    }
+
+    /// What it is doing, for [`Error::DeadlineExceeded`].
+    pub(super) fn phase(&self) -> &'static str {
+        match (self.first_step, self.first_token) {
+            (None, _) => "queued",
+            (Some(_), None) => "prefilling",
+            (Some(_), Some(_)) => "decoding",
+        }
+    }
+}
+
+impl Generation {
+    fn new(params: GenerateParams, prompt: &[u32], surroundings: &Surroundings) -> Result<Self> {
+        let room = surroundings.max_context.saturating_sub(prompt.len());
+        let wanted = params.max_new_tokens.unwrap_or(usize::MAX);
+        Ok(Self {
+            sampler: Sampler::new(&params, prompt),
+            text: Detokenizer::new(surroundings.tokenizer.clone(), prompt)?,
+            stops: StopStrings::new(params.stop),
+            stop_tokens: params.stop_token_ids.into_iter().collect(),
+            ignore_eos: params.ignore_eos,
+            logprobs: params.logprobs,
+            limit: wanted.min(surroundings.max_new_tokens).min(room),
+        })
+    }
+
+    /// The token after `row`, the `generated`th of this generation, and whether it is the last.
+    ///
+    /// A stop token comes before a stop string, and that before the limit. The text of a stop token is not part of the
+    /// continuation; its id is.
+    fn next(&mut self, row: &[f32], generated: usize, surroundings: &Surroundings) -> Result<(Tokens, Option<FinishReason>)> {
+        let token = self.sampler.sample(row)?;
+        let logprobs = self.logprobs.map(|alternatives| sampler::logprob(row, token, alternatives)).into_iter().collect();
+        let mut tokens = Tokens { text: String::new(), ids: vec![token], logprobs };
+        let mut end = if !self.ignore_eos && surroundings.eos_token_ids.contains(&token) {
+            Some(FinishReason::EndOfSequence(token))
+        } else if self.stop_tokens.contains(&token) {
+            Some(FinishReason::StopToken(token))
+        } else {
+            None
+        };
+        if end.is_none() {
+            let piece = self.text.push(token)?;
+            end = self.show(&piece, &mut tokens).or((generated >= self.limit).then_some(FinishReason::Length));
+        }
+        if !matches!(end, None | Some(FinishReason::StopString(_))) {
+            let piece = self.text.flush()?;
+            match self.show(&piece, &mut tokens) {
+                None => tokens.text += &self.stops.finish(),
+                Some(stop) if end == Some(FinishReason::Length) => end = Some(stop),
+                Some(_) => {}
+            }
+        }
+        Ok((tokens, end))
+    }
+
+    /// Adds what stop strings let through; the reason to end if one was found.
+    fn show(&mut self, piece: &str, tokens: &mut Tokens) -> Option<FinishReason> {
+        let passed = self.stops.push(piece);
+        tokens.text += &passed.text;
+        passed.stopped_by.map(FinishReason::StopString)
+    }
+}
