@@ -16,7 +16,9 @@ use crate::{
     },
 };
 
-/// Arguments of `generate`.
+/// Ask a server to continue a text, and print it as it comes.
+///
+/// The text goes to standard output; token counts, times and errors go to standard error. Ctrl-C cancels the request.
 #[derive(Args, Clone, Debug)]
 pub struct GenerateArgs {
     /// The text to continue; `-` reads it from standard input.

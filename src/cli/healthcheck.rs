@@ -8,7 +8,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 use super::client::{DEFAULT_URL, block_on, connect, refused};
 use crate::error::{Error, Result};
 
-/// Arguments of `healthcheck`.
+/// Ask a server for its health: exit status 0 if it is SERVING, else 1.
 #[derive(Args, Clone, Debug)]
 pub struct HealthcheckArgs {
     /// Address of the server.
@@ -22,7 +22,7 @@ pub struct HealthcheckArgs {
     pub timeout: Duration,
 }
 
-/// Prints the health of a server; fails unless it is SERVING.
+/// Fails unless the server is SERVING.
 pub fn run(args: HealthcheckArgs) -> Result<()> {
     block_on(async {
         let answer = tokio::time::timeout(args.timeout, check(&args)).await;

@@ -29,16 +29,14 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// The commands.
+/// The commands. Help shows the documentation of their arguments.
+#[allow(missing_docs)]
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve a checkpoint over gRPC.
     Serve(serve::ServeArgs),
-    Train(train::TrainArgs),
-    /// Ask a server to continue a text, and print it as it comes.
     Generate(generate::GenerateArgs),
-    /// Ask a server for its health: exit status 0 if it is serving.
     Healthcheck(healthcheck::HealthcheckArgs),
+    Train(train::TrainArgs),
     Inspect(inspect::InspectArgs),
     Forward(forward::ForwardArgs),
 }
@@ -97,6 +95,7 @@ mod tests {
     fn every_flag_is_explained_and_every_serve_flag_has_a_variable() {
         let cli = Cli::command();
         for command in cli.get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
                 if command.get_name() == "serve" {

@@ -2,7 +2,8 @@
 
 use std::{fmt, io, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use tokenizers::Tokenizer;
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
@@ -10,15 +11,22 @@ use tokio::{
 };
 
 use crate::{
+    checkpoint::Checkpoint,
     engine::EngineConfig,
     error::{Error, Result},
-    model::{LanguageModel, ModelSpec},
+    model::{
+        self, CachedDecoder, ModelSpec,
+        load::{DeviceKind, WeightType},
+    },
     moe::policy::RoutingChoice,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
 };
 
-/// Arguments of `serve`.
+/// Serve a checkpoint over gRPC.
+///
+/// SIGTERM and SIGINT drain: the server says NOT_SERVING, lets what runs end, and exits with status 0. A second signal
+/// exits at once.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
     /// Checkpoint folder in Hugging Face layout: config.json, safetensors, tokenizer.json.
@@ -34,11 +42,11 @@ pub struct ServeArgs {
     #[arg(long, env = "HARDMAX_METRICS_LISTEN", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
     pub metrics_listen: MetricsListen,
     /// Where the model runs. `cuda` needs a build with `--features cuda`.
-    #[arg(long, env = "HARDMAX_DEVICE", value_enum, default_value_t = DeviceChoice::Cpu)]
-    pub device: DeviceChoice,
-    /// Number format of the weights and of the arithmetic. `auto` is f32 on the CPU and the checkpoint's own on a GPU.
-    #[arg(long, env = "HARDMAX_DTYPE", value_enum, default_value_t = DtypeChoice::Auto)]
-    pub dtype: DtypeChoice,
+    #[arg(long, env = "HARDMAX_DEVICE", value_enum, default_value_t)]
+    pub device: DeviceKind,
+    /// Element type of the large weights. `auto` is f32 on the CPU and bf16 on a GPU.
+    #[arg(long, env = "HARDMAX_DTYPE", value_enum, default_value = "auto")]
+    pub dtype: WeightType,
     /// Routing of requests that choose none: `native` (as the checkpoint says), `top-K`, `top-K:raw|renorm|unit`,
     /// `soft` or `soft:TEMPERATURE`. Default: native.
     #[arg(long, env = "HARDMAX_ROUTING", value_name = "ROUTING")]
@@ -89,34 +97,8 @@ pub enum MetricsListen {
     At(SocketAddr),
 }
 
-/// Where the model runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceChoice {
-    /// The processor.
-    Cpu,
-    /// The first NVIDIA GPU.
-    Cuda,
-}
-
-/// Number format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DtypeChoice {
-    /// By device and checkpoint.
-    Auto,
-    /// 32 bits.
-    F32,
-    /// bfloat16.
-    Bf16,
-}
-
 /// Serves until SIGTERM or SIGINT, then drains. A second signal exits at once.
 pub fn run(args: ServeArgs) -> Result<()> {
-    if args.device == DeviceChoice::Cuda && !cfg!(feature = "cuda") {
-        return Err(Error::invalid(
-            "--device",
-            "this program was built without CUDA: build it with `--features cuda`, or use --device cpu",
-        ));
-    }
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
         pool.map_err(|error| Error::Internal(format!("--threads: {error}")))?;
@@ -260,55 +242,53 @@ impl fmt::Display for MetricsListen {
 
 // === loading ===
 
-/// What a checkpoint folder yields.
-struct LoadedModel {
-    model: Box<dyn LanguageModel>,
-    tokenizer: tokenizers::Tokenizer,
-    eos_token_ids: Vec<u32>,
-    sampling: SamplingDefaults,
-    device: String,
-    dtype: String,
-}
-
 /// Loads the checkpoint and puts together what the server needs of it.
 fn load_model(args: &ServeArgs) -> Result<Loaded> {
-    let loaded = load_checkpoint(args)?;
-    let (spec, routing, engine) = (loaded.model.spec(), args.serving_routing(), args.engine_config());
+    let model::load::Loaded { checkpoint, decoder, dtype } = model::load::load(&args.model, args.device, args.dtype, true)?;
+    let tokenizer = Arc::new(tokenizer(&checkpoint)?);
+    let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
     spec.check_routing(routing)?;
+    let service = ServiceConfig {
+        model_name: args.served_name(),
+        device: args.device.to_string(),
+        dtype: dtype.as_str().to_owned(),
+        routing,
+        sampling: SamplingDefaults::from(checkpoint.generation()),
+        max_receive_bytes: args.max_receive_message_bytes.get(),
+        max_send_bytes: args.max_send_message_bytes.get(),
+    };
     tracing::info!(
+        name = %service.model_name,
         family = %spec.family,
         layers = spec.layers.len(),
-        max_context = spec.max_context,
-        device = %loaded.device,
-        dtype = %loaded.dtype,
+        device = %service.device,
+        dtype = %service.dtype,
         serving_routing = %describe(spec, routing),
         reference_routing = %describe(spec, spec.reference.choice()),
         "model loaded"
     );
     tracing::info!(
+        max_context_tokens = spec.max_context,
         max_batch_requests = engine.max_batch_requests,
         max_queue_requests = engine.max_queue_requests,
         max_step_tokens = engine.max_step_tokens,
         max_new_tokens = engine.max_new_tokens,
-        max_receive_message_bytes = args.max_receive_message_bytes,
-        max_send_message_bytes = args.max_send_message_bytes,
+        max_receive_message_bytes = service.max_receive_bytes,
+        max_send_message_bytes = service.max_send_bytes,
         "limits"
     );
-    let service = ServiceConfig {
-        model_name: args.served_name(),
-        device: loaded.device,
-        dtype: loaded.dtype,
-        routing,
-        sampling: loaded.sampling,
-        max_receive_bytes: args.max_receive_message_bytes.get(),
-        max_send_bytes: args.max_send_message_bytes.get(),
-    };
-    let (tokenizer, eos_token_ids) = (Arc::new(loaded.tokenizer), loaded.eos_token_ids);
-    Ok(Loaded { model: loaded.model, tokenizer, eos_token_ids, engine, service })
+    let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
+    Ok(Loaded { model: Box::new(CachedDecoder::new(decoder)), tokenizer, eos_token_ids, engine, service })
 }
 
-fn load_checkpoint(args: &ServeArgs) -> Result<LoadedModel> {
-    Err(Error::FailedPrecondition(format!("{}: loading is not wired in", args.model.display())))
+/// The tokenizer, without the truncation and padding that training may have left in its file: a prompt that is too long
+/// is refused, not shortened.
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let mut tokenizer = checkpoint.tokenizer()?;
+    tokenizer.with_padding(None);
+    let plain = tokenizer.with_truncation(None).map(|_| ());
+    plain.map_err(|error| Error::Internal(format!("truncation cannot be turned off: {error}")))?;
+    Ok(tokenizer)
 }
 
 /// A choice, and what the first MoE layer makes of it.

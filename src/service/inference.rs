@@ -20,6 +20,7 @@ use super::{
     to_status,
 };
 use crate::{
+    checkpoint::GenerationDefaults,
     engine::{self, Engine, Event, EventStream, Finished, Task, Tokens},
     error::{Error, ErrorKind, Result},
     model::{ModelSpec, MoeSpec},
@@ -127,6 +128,21 @@ impl ServiceConfig {
 impl Default for SamplingDefaults {
     fn default() -> Self {
         Self { temperature: 0.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0 }
+    }
+}
+
+impl From<&GenerationDefaults> for SamplingDefaults {
+    /// A checkpoint that does not say that it wants to be sampled is greedy; its other numbers are for clients that
+    /// ask for a temperature.
+    fn from(checkpoint: &GenerationDefaults) -> Self {
+        let greedy = Self::default();
+        let sampled = checkpoint.do_sample == Some(true);
+        Self {
+            temperature: if sampled { checkpoint.temperature.unwrap_or(1.0) } else { greedy.temperature },
+            top_k: checkpoint.top_k.unwrap_or(greedy.top_k),
+            top_p: checkpoint.top_p.unwrap_or(greedy.top_p),
+            repetition_penalty: checkpoint.repetition_penalty.unwrap_or(greedy.repetition_penalty),
+        }
     }
 }
 
@@ -436,6 +452,16 @@ mod tests {
         for bad in [&b""[..], b"a b", b"a\n", "\u{e9}".as_bytes(), b"\0", b"\xff", &[b'x'; 129]] {
             assert!(checked_id("request_id", bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_checkpoint_is_greedy_unless_it_says_otherwise() {
+        let silent = GenerationDefaults::default();
+        assert_eq!(SamplingDefaults::from(&silent), SamplingDefaults::default());
+        let sampled = GenerationDefaults { do_sample: Some(true), top_k: Some(50), ..silent.clone() };
+        assert_eq!(SamplingDefaults::from(&sampled), SamplingDefaults { temperature: 1.0, top_k: 50, ..Default::default() });
+        let unsampled = GenerationDefaults { do_sample: Some(false), temperature: Some(0.6), ..silent };
+        assert_eq!(SamplingDefaults::from(&unsampled).temperature, 0.0);
     }
 
     #[test]

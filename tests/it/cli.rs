@@ -90,9 +90,13 @@ async fn errors_say_what_to_do() {
         assert_eq!(hardmax(arguments).await.status.code(), Some(2), "{arguments:?}");
     }
     #[cfg(not(feature = "cuda"))]
-    {
-        let output = hardmax(&["serve", "--device", "cuda"]).await;
-        assert_eq!(output.status.code(), Some(2));
-        assert!(text(&output.stderr).contains("--features cuda"), "{}", text(&output.stderr));
-    }
+    refused_at_load(&["--device", "cuda", "--model", "tests/goldens/mixtral_gqa"], "--features cuda").await;
+    refused_at_load(&["--model", "no/such/folder"], "no/such/folder").await;
+}
+
+async fn refused_at_load(flags: &[&str], expected: &str) {
+    let arguments = [&["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "off"], flags].concat();
+    let output = hardmax(&arguments).await;
+    assert_eq!(output.status.code(), Some(1), "{flags:?}");
+    assert!(text(&output.stderr).contains(expected), "{}", text(&output.stderr));
 }

@@ -4,6 +4,7 @@
 
 mod cli;
 mod fuzz;
+mod process;
 mod server;
 mod service;
 mod support;
