@@ -7,6 +7,8 @@ pub mod error;
 pub mod model;
 pub mod moe;
 pub mod ops;
+pub mod server;
+pub mod service;
 pub mod telemetry;
 pub mod train;
 

@@ -1,25 +1,16 @@
-//! The command line of hardmax.
-use clap::Parser;
+//! The `hardmax` program: reads the command line and runs the command.
 
-#[derive(clap::Parser)]
-#[command(version, about)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
+use std::process::ExitCode;
 
-#[derive(clap::Subcommand)]
-enum Command {
-    Inspect(hardmax::cli::inspect::InspectArgs),
-    Forward(hardmax::cli::forward::ForwardArgs),
-    Train(hardmax::cli::train::TrainArgs),
-}
+use clap::Parser as _;
+use hardmax::cli::{Cli, exit_code};
 
-fn main() -> hardmax::Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    match Cli::parse().command {
-        Command::Inspect(args) => hardmax::cli::inspect::run(args),
-        Command::Forward(args) => hardmax::cli::forward::run(args),
-        Command::Train(args) => hardmax::cli::train::run(args),
+fn main() -> ExitCode {
+    match Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(exit_code(&error))
+        }
     }
 }

@@ -2,4 +2,5 @@
 
 mod expert_load;
 mod exposition;
+pub mod http;
 pub mod metrics;

@@ -1,0 +1,344 @@
+//! `hardmax serve`: flags, loading, signals.
+
+use std::{fmt, io, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+
+use clap::Args;
+use tokenizers::Tokenizer;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+};
+
+use crate::{
+    checkpoint::Checkpoint,
+    engine::EngineConfig,
+    error::{Error, Result},
+    model::{
+        self, CachedDecoder, ModelSpec,
+        load::{DeviceKind, WeightType},
+    },
+    moe::policy::RoutingChoice,
+    server::{self, DrainConfig, Listeners, Loaded},
+    service::{SamplingDefaults, ServiceConfig},
+};
+
+/// Serve a checkpoint over gRPC.
+///
+/// SIGTERM and SIGINT drain: the server says NOT_SERVING, lets what runs end, and exits with status 0. A second signal
+/// exits at once.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Checkpoint folder in Hugging Face layout: config.json, safetensors, tokenizer.json.
+    #[arg(long, env = "HARDMAX_MODEL", value_name = "DIR", default_value = "models/demo")]
+    pub model: PathBuf,
+    /// The name by which clients may ask for the model. Default: the name of the folder.
+    #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME")]
+    pub model_name: Option<String>,
+    /// Address of the gRPC port. There is no TLS and no authentication: keep it on a trusted network.
+    #[arg(long, env = "HARDMAX_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:50051")]
+    pub listen: SocketAddr,
+    /// Address of the port with /metrics and /healthz, or `off`.
+    #[arg(long, env = "HARDMAX_METRICS_LISTEN", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
+    pub metrics_listen: MetricsListen,
+    /// Where the model runs. `cuda` needs a build with `--features cuda`.
+    #[arg(long, env = "HARDMAX_DEVICE", value_enum, default_value_t)]
+    pub device: DeviceKind,
+    /// Element type of the large weights. `auto` is f32 on the CPU and bf16 on a GPU.
+    #[arg(long, env = "HARDMAX_DTYPE", value_enum, default_value = "auto")]
+    pub dtype: WeightType,
+    /// Routing of requests that choose none: `native` (as the checkpoint says), `top-K`, `top-K:raw|renorm|unit`,
+    /// `soft` or `soft:TEMPERATURE`. Default: native.
+    #[arg(long, env = "HARDMAX_ROUTING", value_name = "ROUTING")]
+    pub routing: Option<RoutingChoice>,
+    /// Short for `--routing top-1` or `--routing top-2`.
+    #[arg(long, env = "HARDMAX_TOP_K", value_name = "K", value_parser = clap::value_parser!(u8).range(1..=2), conflicts_with = "routing")]
+    pub top_k: Option<u8>,
+    /// Requests that run at once, in one batch.
+    #[arg(long, env = "HARDMAX_MAX_BATCH_REQUESTS", value_name = "N", default_value = "16")]
+    pub max_batch_requests: NonZeroUsize,
+    /// Requests that may wait for a place in the batch; 0 for none. One more is refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "HARDMAX_MAX_QUEUE_REQUESTS", value_name = "N", default_value_t = 256)]
+    pub max_queue_requests: usize,
+    /// Tokens of one forward pass, over all requests. Longer prompts take several passes, so that running requests
+    /// do not wait for them.
+    #[arg(long, env = "HARDMAX_MAX_STEP_TOKENS", value_name = "N", default_value = "512")]
+    pub max_step_tokens: NonZeroUsize,
+    /// Most tokens that a request may generate, and the number for requests that do not say.
+    #[arg(long, env = "HARDMAX_MAX_NEW_TOKENS", value_name = "N", default_value = "1024")]
+    pub max_new_tokens: NonZeroUsize,
+    /// Messages that may wait for a slow reader before its request pauses.
+    #[arg(long, env = "HARDMAX_EVENT_BUFFER", value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(2..))]
+    pub event_buffer: u32,
+    /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
+    #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
+    pub max_receive_message_bytes: NonZeroUsize,
+    /// Largest response message. A Score with many alternatives is the only large one.
+    #[arg(long, env = "HARDMAX_MAX_SEND_MESSAGE_BYTES", value_name = "BYTES", default_value = "67108864")]
+    pub max_send_message_bytes: NonZeroUsize,
+    /// After SIGTERM or SIGINT the server says NOT_SERVING and still serves for this long, so that load balancers can
+    /// notice. Behind one, set it above the interval of its health checks.
+    #[arg(long, env = "HARDMAX_DRAIN_GRACE", value_name = "SECONDS", default_value = "0", value_parser = seconds)]
+    pub drain_grace: Duration,
+    /// After that grace, how long running requests may take to end.
+    #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub drain_timeout: Duration,
+    /// Threads that compute. Default: one for each core.
+    #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+}
+
+/// The observer's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsListen {
+    /// No port.
+    Off,
+    /// A port on this address.
+    At(SocketAddr),
+}
+
+/// Serves until SIGTERM or SIGINT, then drains. A second signal exits at once.
+pub fn run(args: ServeArgs) -> Result<()> {
+    if let Some(threads) = args.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
+        pool.map_err(|error| Error::Internal(format!("--threads: {error}")))?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::Internal(format!("no runtime: {error}")))?;
+    let result = runtime.block_on(serve(args));
+    // A load that was interrupted is not waited for.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(args: ServeArgs) -> Result<()> {
+    let shutdown = signals()?;
+    let grpc = bind("--listen", args.listen).await?;
+    let metrics = match args.metrics_listen {
+        MetricsListen::Off => None,
+        MetricsListen::At(address) => Some(bind("--metrics-listen", address).await?),
+    };
+    announce(&args, &grpc, metrics.as_ref());
+    let drain = DrainConfig { grace: args.drain_grace, timeout: args.drain_timeout };
+    server::run(Listeners { grpc, metrics }, drain, move || load_model(&args), shutdown).await
+}
+
+async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let advice = match error.kind() {
+            io::ErrorKind::AddrInUse => ". Another program has it: stop that, or choose another port",
+            io::ErrorKind::PermissionDenied => ". Ports below 1024 need privileges: choose a higher one",
+            io::ErrorKind::AddrNotAvailable => ". No interface of this machine has that address",
+            _ => "",
+        };
+        Error::FailedPrecondition(format!("cannot listen on {flag} {address}: {error}{advice}"))
+    })
+}
+
+/// Done at the first signal; at the second the process exits.
+fn signals() -> Result<impl Future<Output = ()>> {
+    let listen = |kind| signal(kind).map_err(|error| Error::Internal(format!("cannot listen for signals: {error}")));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let (first, seen) = oneshot::channel();
+    tokio::spawn(async move {
+        either(&mut terminate, &mut interrupt).await;
+        let _ = first.send(());
+        tracing::info!("stopping; a second signal exits at once");
+        either(&mut terminate, &mut interrupt).await;
+        tracing::warn!("second signal: exiting at once");
+        std::process::exit(1);
+    });
+    Ok(async {
+        if seen.await.is_err() {
+            // Without the task there are no signals: serve on.
+            std::future::pending::<()>().await;
+        }
+    })
+}
+
+async fn either(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+fn announce(args: &ServeArgs, grpc: &TcpListener, metrics: Option<&TcpListener>) {
+    let address = |listener: &TcpListener| listener.local_addr().map_or_else(|_| "?".into(), |address| address.to_string());
+    let observers = metrics.map_or_else(|| "off".into(), address);
+    tracing::info!(grpc = %address(grpc), metrics = %observers, model = %args.model.display(), "starting");
+    let open = |address: SocketAddr| if address.ip().is_loopback() { "this machine" } else { "the network" };
+    let metrics_open = match args.metrics_listen {
+        MetricsListen::Off => "nobody",
+        MetricsListen::At(address) => open(address),
+    };
+    tracing::info!(
+        tls = "none",
+        authentication = "none",
+        grpc_open_to = open(args.listen),
+        metrics_open_to = metrics_open,
+        "security posture"
+    );
+}
+
+/// Seconds as a number, with or without a fraction.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let value: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(value).map_err(|error| error.to_string())
+}
+
+// === impl ServeArgs ===
+
+impl ServeArgs {
+    /// Routing of requests that choose none.
+    pub fn serving_routing(&self) -> RoutingChoice {
+        match self.top_k {
+            Some(k) => RoutingChoice::TopK { k: k.into(), weight_form: None },
+            None => self.routing.unwrap_or_default(),
+        }
+    }
+
+    /// The name that clients use.
+    pub fn served_name(&self) -> String {
+        let folder = || {
+            let absolute = std::path::absolute(&self.model).ok()?;
+            Some(absolute.file_name()?.to_string_lossy().into_owned())
+        };
+        self.model_name.clone().or_else(folder).unwrap_or_else(|| "model".into())
+    }
+
+    fn engine_config(&self) -> EngineConfig {
+        EngineConfig {
+            max_batch_requests: self.max_batch_requests.get(),
+            max_queue_requests: self.max_queue_requests,
+            max_step_tokens: self.max_step_tokens.get(),
+            max_new_tokens: self.max_new_tokens.get(),
+            event_buffer: self.event_buffer as usize,
+        }
+    }
+}
+
+// === impl MetricsListen ===
+
+impl FromStr for MetricsListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            address => address.parse().map(Self::At).map_err(|_| "neither an address such as 127.0.0.1:9464 nor 'off'".into()),
+        }
+    }
+}
+
+impl fmt::Display for MetricsListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::At(address) => address.fmt(f),
+        }
+    }
+}
+
+// === loading ===
+
+/// Loads the checkpoint and puts together what the server needs of it.
+fn load_model(args: &ServeArgs) -> Result<Loaded> {
+    let model::load::Loaded { checkpoint, decoder, dtype } = model::load::load(&args.model, args.device, args.dtype, true)?;
+    let tokenizer = Arc::new(tokenizer(&checkpoint)?);
+    let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
+    spec.check_routing(routing)?;
+    let service = ServiceConfig {
+        model_name: args.served_name(),
+        device: args.device.to_string(),
+        dtype: dtype.as_str().to_owned(),
+        routing,
+        sampling: SamplingDefaults::from(checkpoint.generation()),
+        max_receive_bytes: args.max_receive_message_bytes.get(),
+        max_send_bytes: args.max_send_message_bytes.get(),
+    };
+    tracing::info!(
+        name = %service.model_name,
+        family = %spec.family,
+        layers = spec.layers.len(),
+        device = %service.device,
+        dtype = %service.dtype,
+        serving_routing = %describe(spec, routing),
+        reference_routing = %describe(spec, spec.reference.choice()),
+        "model loaded"
+    );
+    tracing::info!(
+        max_context_tokens = spec.max_context,
+        max_batch_requests = engine.max_batch_requests,
+        max_queue_requests = engine.max_queue_requests,
+        max_step_tokens = engine.max_step_tokens,
+        max_new_tokens = engine.max_new_tokens,
+        max_receive_message_bytes = service.max_receive_bytes,
+        max_send_message_bytes = service.max_send_bytes,
+        "limits"
+    );
+    let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
+    Ok(Loaded { model: Box::new(CachedDecoder::new(decoder)), tokenizer, eos_token_ids, engine, service })
+}
+
+/// The tokenizer, without the truncation and padding that training may have left in its file: a prompt that is too long
+/// is refused, not shortened.
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let mut tokenizer = checkpoint.tokenizer()?;
+    tokenizer.with_padding(None);
+    let plain = tokenizer.with_truncation(None).map(|_| ());
+    plain.map_err(|error| Error::Internal(format!("truncation cannot be turned off: {error}")))?;
+    Ok(tokenizer)
+}
+
+/// A choice, and what the first MoE layer makes of it.
+fn describe(spec: &ModelSpec, choice: RoutingChoice) -> String {
+    let resolved = spec.moe_layers().next().and_then(|(_, moe)| moe.resolve(choice, spec.reference).ok());
+    resolved.map_or_else(|| choice.to_string(), |policy| format!("{choice}: {policy}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn parse(flags: &[&str]) -> Result<ServeArgs, clap::Error> {
+        Line::try_parse_from(std::iter::once("serve").chain(flags.iter().copied())).map(|line| line.serve)
+    }
+
+    #[test]
+    fn routing_has_two_spellings_and_one_meaning() {
+        assert_eq!(parse(&[]).unwrap().serving_routing(), RoutingChoice::Native);
+        let one = RoutingChoice::TopK { k: 1, weight_form: None };
+        assert_eq!(parse(&["--top-k", "1"]).unwrap().serving_routing(), one);
+        assert_eq!(parse(&["--routing", "top-1"]).unwrap().serving_routing(), one);
+        let both = parse(&["--top-k", "1", "--routing", "top-1"]).unwrap_err();
+        assert_eq!(both.kind(), clap::error::ErrorKind::ArgumentConflict);
+        assert!(parse(&["--top-k", "3"]).is_err());
+        assert!(parse(&["--routing", "top-one"]).is_err());
+    }
+
+    #[test]
+    fn values_are_checked_when_they_are_read() {
+        for flags in [["--max-batch-requests", "0"], ["--listen", "50051"], ["--metrics-listen", "no"], ["--drain-grace", "-1"]] {
+            assert!(parse(&flags).is_err(), "{flags:?}");
+        }
+        let args = parse(&["--metrics-listen", "off", "--drain-timeout", "0.5"]).unwrap();
+        assert_eq!(args.metrics_listen, MetricsListen::Off);
+        assert_eq!(args.drain_timeout, Duration::from_millis(500));
+    }
+
+    #[test]
+    fn the_served_name_is_the_folder_unless_given() {
+        assert_eq!(parse(&[]).unwrap().served_name(), "demo");
+        assert_eq!(parse(&["--model", "some/where/"]).unwrap().served_name(), "where");
+        assert_eq!(parse(&["--model-name", "x"]).unwrap().served_name(), "x");
+    }
+}

@@ -1,0 +1,258 @@
+//! The running server: both ports, the layers, health, and the order in which it all stops.
+//!
+//! Stopping: NOT_SERVING at once; requests are still served while load balancers notice (`drain_grace`); then new ones
+//! get UNAVAILABLE, and those in flight may finish (`drain_timeout`); the rest fails with a status; only then do the
+//! engine and the connections go.
+
+use std::{fmt, future::Future, pin::pin, sync::Arc, time::Duration};
+
+use tokenizers::Tokenizer;
+use tokio::{
+    net::TcpListener,
+    sync::oneshot,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tonic::{
+    codec::CompressionEncoding,
+    server::NamedService,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    engine::{Engine, EngineConfig, EngineParts},
+    error::{Error, Result},
+    model::LanguageModel,
+    service::{
+        DeadlineLayer, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, ServiceConfig, proto::inference_server::InferenceServer,
+    },
+    telemetry::{
+        http::{self, Page, Readiness},
+        metrics::Metrics,
+    },
+};
+
+/// How often an idle connection is asked whether it lives, and how long it has to answer.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+
+/// Streams of one connection beyond what the engine can hold: health, reflection, and the requests that are refused.
+const SPARE_STREAMS: usize = 128;
+
+/// How long clients have to read their last messages once the engine has stopped.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The sockets, bound by the caller: tests bind port 0, and an address in use is told before a model is loaded.
+#[derive(Debug)]
+pub struct Listeners {
+    /// gRPC.
+    pub grpc: TcpListener,
+    /// `/metrics` and `/healthz`; `None` for neither.
+    pub metrics: Option<TcpListener>,
+}
+
+/// A model in memory, with what is needed to serve it.
+pub struct Loaded {
+    /// Goes to the engine.
+    pub model: Box<dyn LanguageModel>,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Tokens that end a generation.
+    pub eos_token_ids: Vec<u32>,
+    /// Limits of the engine.
+    pub engine: EngineConfig,
+    /// The face of the service.
+    pub service: ServiceConfig,
+}
+
+/// How the server stops.
+#[derive(Clone, Copy, Debug)]
+pub struct DrainConfig {
+    /// From NOT_SERVING to the refusal of new requests.
+    pub grace: Duration,
+    /// From there to the end of those that are not done.
+    pub timeout: Duration,
+}
+
+/// Aborts its task when dropped.
+#[derive(Debug)]
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+/// The health of all our services, as one.
+#[derive(Debug)]
+struct Health(HealthReporter);
+
+/// Loads with `load`, serves until `shutdown`, then drains.
+///
+/// Returns once everything has stopped: `Ok` after `shutdown`, an error if loading or a socket failed, or if the
+/// engine had stopped by itself.
+pub async fn run(
+    listeners: Listeners,
+    drain: DrainConfig,
+    load: impl FnOnce() -> Result<Loaded> + Send + 'static,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let mut shutdown = pin!(shutdown);
+    let page = Arc::new(Page::default());
+    let _observers = listeners.metrics.map(|listener| AbortOnDrop(tokio::spawn(http::serve(listener, page.clone()))));
+
+    let loading = tokio::task::spawn_blocking(load);
+    let loaded = tokio::select! {
+        loaded = loading => loaded.map_err(|error| Error::Internal(format!("loading failed: {error}")))??,
+        () = &mut shutdown => {
+            tracing::info!("stopped while loading");
+            return Ok(());
+        }
+    };
+    let metrics = Arc::new(Metrics::new(&loaded.service.metrics(loaded.model.spec())?)?);
+    let engine = Engine::start(EngineParts {
+        model: loaded.model,
+        tokenizer: loaded.tokenizer,
+        eos_token_ids: loaded.eos_token_ids,
+        config: loaded.engine,
+        metrics: metrics.clone(),
+    })?;
+    let service = InferenceService::new(engine.clone(), loaded.service.clone())?;
+    page.show(metrics.clone());
+
+    let (health, health_service) = Health::new().await;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let router = builder(engine.config())
+        .layer(ObserveLayer::new(metrics))
+        .layer(DeadlineLayer)
+        .add_service(health_service)
+        .add_service(reflection().build_v1().map_err(descriptor_error)?)
+        .add_service(reflection().build_v1alpha().map_err(descriptor_error)?)
+        .add_service(inference_server(service, &loaded.service));
+    let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE.0));
+    let mut serving = AbortOnDrop(tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
+        // A dropped sender stops the server as well.
+        let _ = stopped.await;
+    })));
+    health.set(ServingStatus::Serving).await;
+    page.set(Readiness::Serving);
+    tracing::info!(model = %loaded.service.model_name, "serving");
+
+    let engine_lives = tokio::select! {
+        result = &mut serving.0 => return Err(ended(result)),
+        () = &mut shutdown => true,
+        () = engine.closed() => {
+            tracing::error!("the engine has stopped; the server answers NOT_SERVING until it is restarted");
+            health.set(ServingStatus::NotServing).await;
+            page.set(Readiness::Failed);
+            tokio::select! {
+                result = &mut serving.0 => return Err(ended(result)),
+                () = &mut shutdown => false,
+            }
+        }
+    };
+
+    page.set(if engine_lives { Readiness::Draining } else { Readiness::Failed });
+    health.set(ServingStatus::NotServing).await;
+    if engine_lives {
+        drain_engine(&engine, drain).await;
+    }
+    health.clear().await;
+    let _ = stop.send(());
+    if timeout(CLOSE_TIMEOUT, &mut serving.0).await.is_err() {
+        tracing::warn!("some clients keep their connections open: closing them");
+    }
+    tracing::info!("stopped");
+    if engine_lives { Ok(()) } else { Err(Error::Internal("the engine had stopped".into())) }
+}
+
+async fn drain_engine(engine: &Engine, drain: DrainConfig) {
+    tracing::info!(grace = ?drain.grace, timeout = ?drain.timeout, "draining");
+    sleep(drain.grace).await;
+    engine.drain();
+    if timeout(drain.timeout, engine.drained()).await.is_err() {
+        let status = engine.status();
+        tracing::warn!(running = status.running, waiting = status.waiting, "the drain timeout has passed: ending the remaining requests");
+    }
+    // It waits for the step that is under way.
+    let engine = engine.clone();
+    if let Err(error) = tokio::task::spawn_blocking(move || engine.shutdown()).await {
+        tracing::error!(%error, "the engine did not shut down");
+    }
+}
+
+fn builder(engine: &EngineConfig) -> Server {
+    let streams = engine.max_batch_requests.saturating_add(engine.max_queue_requests).saturating_add(SPARE_STREAMS);
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .max_concurrent_streams(u32::try_from(streams).unwrap_or(u32::MAX))
+}
+
+fn inference_server(service: InferenceService, config: &ServiceConfig) -> InferenceServer<InferenceService> {
+    InferenceServer::new(service)
+        .max_decoding_message_size(config.max_receive_bytes)
+        .max_encoding_message_size(config.max_send_bytes)
+        // Requests only: a compressed answer of one token is larger than a plain one.
+        .accept_compressed(CompressionEncoding::Gzip)
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+fn descriptor_error(error: tonic_reflection::server::Error) -> Error {
+    Error::Internal(format!("the embedded descriptors cannot be read: {error}"))
+}
+
+/// The server task ended although nobody asked it to.
+fn ended(result: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>) -> Error {
+    match result {
+        Ok(Ok(())) => Error::Internal("the gRPC server ended by itself".into()),
+        Ok(Err(error)) => Error::Internal(format!("the gRPC server failed: {error}")),
+        Err(error) => Error::Internal(format!("the gRPC server failed: {error}")),
+    }
+}
+
+// === impl Loaded ===
+
+impl fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loaded").field("engine", &self.engine).field("service", &self.service).finish_non_exhaustive()
+    }
+}
+
+// === impl Health ===
+
+impl Health {
+    /// The reporter and its service. NOT_SERVING until set.
+    async fn new() -> (Self, tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>) {
+        let (reporter, service) = tonic_health::server::health_reporter();
+        let health = Self(reporter);
+        health.set(ServingStatus::NotServing).await;
+        (health, service)
+    }
+
+    /// The server as a whole, which has the empty name, and each of our services.
+    fn names() -> [&'static str; 2] {
+        ["", <InferenceServer<InferenceService> as NamedService>::NAME]
+    }
+
+    async fn set(&self, status: ServingStatus) {
+        for name in Self::names() {
+            self.0.set_service_status(name, status).await;
+        }
+    }
+
+    /// Ends open Watch streams, which would hold the connections open.
+    async fn clear(mut self) {
+        for name in Self::names() {
+            self.0.clear_service_status(name).await;
+        }
+    }
+}
+
+// === impl AbortOnDrop ===
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,0 +1,188 @@
+//! What every RPC goes through first: its final status is counted, and a panic in its handler becomes INTERNAL.
+//!
+//! The status of a stream is in its trailers, so the response body is watched to its end; a body that is dropped
+//! before that was cancelled.
+
+use std::{
+    future::{Future, poll_fn},
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tonic::{
+    Code, Status,
+    body::Body,
+    codegen::{BoxFuture, Bytes, Service, http},
+};
+use tower::Layer;
+
+use super::to_status;
+use crate::{
+    error::Error,
+    telemetry::metrics::{self, Method, Metrics},
+};
+
+/// Makes an [`ObserveService`].
+#[derive(Clone, Debug)]
+pub struct ObserveLayer {
+    metrics: Arc<Metrics>,
+}
+
+/// Counts the RPCs of `hardmax.v1` by method and final code, and contains panics of all.
+#[derive(Clone, Debug)]
+pub struct ObserveService<S> {
+    inner: S,
+    metrics: Arc<Metrics>,
+}
+
+/// Counts one RPC when it is dropped.
+#[derive(Debug)]
+struct Outcome {
+    metrics: Arc<Metrics>,
+    /// `None` for health and reflection, which are not counted.
+    method: Option<Method>,
+    /// `None`: no status was sent, so the client went away.
+    code: Option<Code>,
+}
+
+/// A response body whose trailers tell the outcome.
+#[derive(Debug)]
+struct ObservedBody {
+    inner: Body,
+    outcome: Outcome,
+}
+
+// === impl ObserveLayer ===
+
+impl ObserveLayer {
+    /// Counts into `metrics`.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics }
+    }
+}
+
+impl<S> Layer<S> for ObserveLayer {
+    type Service = ObserveService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ObserveService { inner, metrics: self.metrics.clone() }
+    }
+}
+
+// === impl ObserveService ===
+
+impl<S> Service<http::Request<Body>> for ObserveService<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let method = method(request.uri().path());
+        let mut outcome = Outcome { metrics: self.metrics.clone(), method, code: None };
+        let response = self.inner.call(request);
+        Box::pin(async move {
+            let response = match contained(response).await {
+                Some(response) => response?,
+                None => panicked().into_http(),
+            };
+            outcome.code = code(response.headers());
+            if outcome.code.is_some() {
+                return Ok(response);
+            }
+            let (parts, inner) = response.into_parts();
+            Ok(http::Response::from_parts(parts, Body::new(ObservedBody { inner, outcome })))
+        })
+    }
+}
+
+/// The output of `future`, or `None` if it panics.
+async fn contained<F: Future>(future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
+        Ok(poll) => poll.map(Some),
+        Err(_) => Poll::Ready(None),
+    })
+    .await
+}
+
+fn panicked() -> Status {
+    to_status(&Error::Internal("the handler panicked".into()))
+}
+
+fn code(headers: &http::HeaderMap) -> Option<Code> {
+    headers.get("grpc-status").map(|status| Code::from_bytes(status.as_bytes()))
+}
+
+fn method(path: &str) -> Option<Method> {
+    match path {
+        "/hardmax.v1.Inference/Generate" => Some(Method::Generate),
+        "/hardmax.v1.Inference/Score" => Some(Method::Score),
+        "/hardmax.v1.Inference/Tokenize" => Some(Method::Tokenize),
+        "/hardmax.v1.Inference/Detokenize" => Some(Method::Detokenize),
+        "/hardmax.v1.Inference/GetModelInfo" => Some(Method::GetModelInfo),
+        _ => None,
+    }
+}
+
+// === impl Outcome ===
+
+impl Drop for Outcome {
+    fn drop(&mut self) {
+        if let Some(method) = self.method {
+            let code = self.code.unwrap_or(Code::Cancelled);
+            self.metrics.request(method, metrics::Code::from_number(code.into()));
+        }
+    }
+}
+
+// === impl ObservedBody ===
+
+impl HttpBody for ObservedBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        let polled = catch_unwind(AssertUnwindSafe(|| Pin::new(&mut this.inner).poll_frame(cx)));
+        let frame = match polled {
+            Ok(poll) => ready!(poll),
+            Err(_) => {
+                this.inner = Body::empty();
+                let mut trailers = http::HeaderMap::new();
+                Some(panicked().add_header(&mut trailers).map(|()| Frame::trailers(trailers)))
+            }
+        };
+        match &frame {
+            Some(Ok(frame)) => {
+                if let Some(code) = frame.trailers_ref().and_then(code) {
+                    this.outcome.code = Some(code);
+                }
+            }
+            Some(Err(status)) => this.outcome.code = Some(status.code()),
+            None => {
+                this.outcome.code.get_or_insert(Code::Unknown);
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

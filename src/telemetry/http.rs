@@ -1,0 +1,84 @@
+//! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever restarts processes.
+
+use std::{
+    io,
+    sync::{Arc, OnceLock, RwLock},
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::net::TcpListener;
+
+use super::metrics::Metrics;
+
+/// What the server can do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// The model is not in memory yet.
+    Loading,
+    /// Requests are served.
+    Serving,
+    /// Stopping: new requests should go elsewhere.
+    Draining,
+    /// The engine is gone; only a restart helps.
+    Failed,
+}
+
+/// What the port shows. The server writes it, the port reads it.
+#[derive(Debug)]
+pub struct Page {
+    readiness: RwLock<Readiness>,
+    /// The series depend on the model, so they exist once it is loaded.
+    metrics: OnceLock<Arc<Metrics>>,
+}
+
+// === impl Page ===
+
+impl Default for Page {
+    fn default() -> Self {
+        Self { readiness: RwLock::new(Readiness::Loading), metrics: OnceLock::new() }
+    }
+}
+
+impl Page {
+    /// From now on `/metrics` shows `metrics`; later calls change nothing.
+    pub fn show(&self, metrics: Arc<Metrics>) {
+        let _ = self.metrics.set(metrics);
+    }
+
+    /// From now on `/healthz` answers by `readiness`.
+    pub fn set(&self, readiness: Readiness) {
+        *self.readiness.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = readiness;
+    }
+
+    fn readiness(&self) -> Readiness {
+        *self.readiness.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Serves `page` until the future is dropped.
+pub async fn serve(listener: TcpListener, page: Arc<Page>) -> io::Result<()> {
+    let routes = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(page);
+    axum::serve(listener, routes).await
+}
+
+async fn metrics(State(page): State<Arc<Page>>) -> Response {
+    match page.metrics.get() {
+        Some(metrics) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response(),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the model is loading\n").into_response(),
+    }
+}
+
+async fn healthz(State(page): State<Arc<Page>>) -> (StatusCode, &'static str) {
+    match page.readiness() {
+        Readiness::Serving => (StatusCode::OK, "ok\n"),
+        Readiness::Loading => (StatusCode::SERVICE_UNAVAILABLE, "the model is loading\n"),
+        Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+        Readiness::Failed => (StatusCode::SERVICE_UNAVAILABLE, "the engine has stopped\n"),
+    }
+}

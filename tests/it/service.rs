@@ -1,0 +1,400 @@
+//! What each RPC answers, over a real socket: the good answers, and the table of statuses.
+
+use std::time::Duration;
+
+use hardmax::{
+    engine::EngineConfig,
+    service::proto::{
+        self, DetokenizeRequest, FinishReason, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, ScoreRequest, TokenIds,
+        TokenizeRequest,
+        finish::Matched,
+        generate_request::Prompt,
+        routing_policy::{Native, Policy, Soft, TopK},
+        score_request::Input,
+    },
+};
+use tonic::{Code, Request, Status};
+use tonic_types::StatusExt as _;
+
+use crate::support::{EOS, MODEL, Options, PANIC, POISON, RawCall, SCRIPT, TestServer, VOCAB, collect, generate, said, soon};
+
+fn field(status: &Status) -> String {
+    let bad = status.get_details_bad_request().expect("BadRequest details");
+    assert_eq!(bad.field_violations.len(), 1);
+    assert!(!bad.field_violations[0].description.is_empty());
+    bad.field_violations[0].field.clone()
+}
+
+fn retry_after(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay
+}
+
+fn sampling(change: impl FnOnce(&mut SamplingParams)) -> GenerateRequest {
+    let mut request = generate("a", 4);
+    change(request.sampling.as_mut().unwrap());
+    request
+}
+
+fn routed(policy: Option<Policy>) -> GenerateRequest {
+    GenerateRequest { routing: Some(RoutingPolicy { policy }), ..generate("a", 4) }
+}
+
+fn tokens(ids: Vec<u32>) -> GenerateRequest {
+    GenerateRequest { prompt: Some(Prompt::TokenIds(TokenIds { ids })), ..generate("", 4) }
+}
+
+#[tokio::test]
+async fn a_generation_streams_whole_characters() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let response = soon(client.generate(generate("ab", 60))).await.unwrap();
+    let (messages, end) = collect(response.into_inner()).await;
+    assert!(end.is_none());
+
+    let expected = said(2, 60);
+    let ids: Vec<u8> = messages.iter().flat_map(|m| &m.token_ids).map(|&id| id as u8).collect();
+    assert_eq!(ids, expected);
+    let text: String = messages.iter().map(|m| m.text.as_str()).collect();
+    assert_eq!(text, String::from_utf8_lossy(&expected));
+    let pieces = messages.iter().filter(|m| m.text.contains('\u{fffd}')).count();
+    assert!(pieces <= 1, "only the cut at the end may leave half a character");
+
+    let (last, others) = messages.split_last().unwrap();
+    assert!(others.iter().all(|m| m.finish.is_none()));
+    let finish = last.finish.as_ref().unwrap();
+    assert_eq!((finish.reason(), &finish.matched), (FinishReason::Length, &None));
+    assert_eq!(finish.usage, Some(proto::Usage { prompt_tokens: 2, generated_tokens: 60 }));
+    assert_eq!(finish.generation, 1);
+    let timing = finish.timing.unwrap();
+    assert!(timing.queue_seconds >= 0.0 && timing.prefill_seconds > 0.0 && timing.decode_seconds > 0.0);
+}
+
+#[tokio::test]
+async fn a_generation_ends_before_its_stop_string() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let request = sampling(|s| (s.stop, s.max_new_tokens) = (vec!["of a".into()], None));
+    let (messages, _) = collect(client.generate(request).await.unwrap().into_inner()).await;
+    let text: String = messages.iter().map(|m| m.text.as_str()).collect();
+    assert_eq!(text, "Größe 🙂 ");
+    assert_eq!(messages.last().unwrap().finish.as_ref().unwrap().matched, Some(Matched::StopString("of a".into())));
+    assert_eq!(messages.last().unwrap().finish.as_ref().unwrap().reason(), FinishReason::Stop);
+
+    let stop_token = u32::from(b'm');
+    let request = sampling(|s| (s.stop_token_ids, s.max_new_tokens) = (vec![stop_token], None));
+    let (messages, _) = collect(client.generate(request).await.unwrap().into_inner()).await;
+    assert_eq!(messages.last().unwrap().finish.as_ref().unwrap().matched, Some(Matched::StopTokenId(stop_token)));
+}
+
+#[tokio::test]
+async fn logprobs_come_with_their_tokens() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let (messages, _) = collect(client.generate(sampling(|s| s.logprobs = Some(2))).await.unwrap().into_inner()).await;
+    for message in &messages {
+        assert_eq!(message.logprobs.len(), message.token_ids.len());
+        for (token, id) in message.logprobs.iter().zip(&message.token_ids) {
+            assert_eq!((token.token_id, token.alternatives.len()), (*id, 2));
+            assert!((token.logprob.unwrap() - expected_logprob()).abs() < 1e-4);
+        }
+    }
+}
+
+/// Of the token that the model says: `log(e^8 / (e^8 + V - 1))`.
+fn expected_logprob() -> f32 {
+    let e8 = 8f64.exp();
+    (e8 / (e8 + (VOCAB - 1) as f64)).ln() as f32
+}
+
+#[tokio::test]
+async fn a_score_is_the_sum_of_its_tokens() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    // The first byte follows nothing; the model says the others.
+    let text = format!("x{}", &SCRIPT[..2]);
+    let request = ScoreRequest { input: Some(Input::Text(text)), alternatives: Some(1), ..Default::default() };
+    let score = soon(client.score(request)).await.unwrap().into_inner();
+    assert_eq!(score.tokens.len(), 3);
+    assert_eq!(score.tokens[0].logprob, None);
+    let sum: f64 = score.tokens.iter().filter_map(|t| t.logprob).map(f64::from).sum();
+    assert!((score.logprob_sum - sum).abs() < 1e-9);
+    assert!((score.logprob_sum - 2.0 * f64::from(expected_logprob())).abs() < 1e-4);
+    assert!((score.perplexity - (-sum / 2.0).exp()).abs() < 1e-9);
+    assert_eq!(score.tokens[1].alternatives[0].token_id, u32::from(SCRIPT.as_bytes()[0]));
+    assert!(score.timing.is_some() && score.generation == 1);
+
+    let single = ScoreRequest { input: Some(Input::TokenIds(TokenIds { ids: vec![7] })), ..Default::default() };
+    let score = soon(client.score(single)).await.unwrap().into_inner();
+    assert_eq!((score.tokens.len(), score.logprob_sum, score.perplexity), (1, 0.0, 1.0));
+}
+
+#[tokio::test]
+async fn text_survives_tokens() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let long = "Größe 🙂".repeat(20_000);
+    for text in ["", "plain", "Größe 🙂", "nul \0 and \r\n and \u{feff}", "<eos> in the text", &long] {
+        let request = TokenizeRequest { text: text.into(), ..Default::default() };
+        let answer = soon(client.tokenize(request)).await.unwrap().into_inner();
+        for token in answer.tokens.iter().take(100) {
+            assert!(token.start < token.end && token.end as usize <= text.len(), "{token:?}");
+        }
+        let token_ids = answer.tokens.iter().map(|t| t.id).collect();
+        let request = DetokenizeRequest { token_ids, skip_special_tokens: Some(false), ..Default::default() };
+        let answer = soon(client.detokenize(request)).await.unwrap().into_inner();
+        assert!(answer.text == text, "{} bytes became {}", text.len(), answer.text.len());
+    }
+    let request = DetokenizeRequest { token_ids: vec![u32::from(b'a'), EOS], ..Default::default() };
+    assert_eq!(client.detokenize(request).await.unwrap().into_inner().text, "a");
+    let request = TokenizeRequest { text: "é".into(), ..Default::default() };
+    let token = &client.tokenize(request).await.unwrap().into_inner().tokens[0];
+    assert_eq!((token.id, token.token.as_str()), (0xc3, "Ã"));
+}
+
+#[tokio::test]
+async fn the_model_describes_itself() {
+    let routing = "top-1:raw".parse().unwrap();
+    let server = TestServer::start(Options { routing, ..Options::default() }).await;
+    let mut client = server.client().await;
+    let info = client.get_model_info(GetModelInfoRequest { model: MODEL.into() }).await.unwrap().into_inner();
+    assert_eq!((info.model.as_str(), info.family.as_str(), info.device.as_str(), info.dtype.as_str()), (MODEL, "fake_moe", "cpu", "f32"));
+    assert_eq!((info.vocab_size as usize, info.num_layers, info.generation), (VOCAB, 1, 1));
+    assert_eq!(info.eos_token_ids, [EOS]);
+    assert_eq!(info.trained_with, "gumbel_softmax");
+    let raw = proto::WeightForm::Raw;
+    let top_1 = RoutingPolicy { policy: Some(Policy::TopK(TopK { k: 1, weight_form: Some(raw.into()) })) };
+    assert_eq!((info.moe_layers[0].num_experts, &info.moe_layers[0].serving_routing), (4, &Some(top_1)));
+    assert_eq!(info.reference_routing, Some(RoutingPolicy { policy: Some(Policy::Soft(Soft { temperature: Some(0.5) })) }));
+    // Three of four experts of 3 · D · F parameters rest.
+    assert_eq!(info.parameters - info.active_parameters, 3 * 3 * 4 * 8);
+    let limits = info.limits.unwrap();
+    assert_eq!((limits.max_context_tokens, limits.max_batch_requests, limits.max_queue_requests), (256, 4, 8));
+    assert_eq!(limits.max_receive_message_bytes, 4 << 20);
+    assert_eq!(info.server_version, env!("CARGO_PKG_VERSION"));
+}
+
+#[tokio::test]
+async fn requests_have_an_id() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+
+    let response = client.generate(GenerateRequest { request_id: "from-field".into(), ..generate("a", 2) }).await.unwrap();
+    assert_eq!(response.metadata().get("x-request-id").unwrap(), "from-field");
+    let (messages, _) = collect(response.into_inner()).await;
+    assert!(messages.iter().all(|m| m.request_id == "from-field"));
+
+    let mut request = Request::new(ScoreRequest { input: Some(Input::Text("ab".into())), ..Default::default() });
+    request.metadata_mut().insert("x-request-id", "from-metadata".parse().unwrap());
+    let response = client.score(request).await.unwrap();
+    assert_eq!(response.metadata().get("x-request-id").unwrap(), "from-metadata");
+    assert_eq!(response.get_ref().request_id, "from-metadata");
+
+    let response = client.generate(generate("a", 1)).await.unwrap();
+    let made = response.metadata().get("x-request-id").unwrap().to_str().unwrap().to_owned();
+    assert_eq!(made.len(), 16);
+
+    let refused = client.generate(GenerateRequest { request_id: "mine".into(), ..generate("", 1) }).await.unwrap_err();
+    assert_eq!(refused.metadata().get("x-request-id").unwrap(), "mine");
+
+    for bad in ["a b", "é", "\n", &"x".repeat(129)] {
+        let status = client.generate(GenerateRequest { request_id: bad.into(), ..generate("a", 1) }).await.unwrap_err();
+        assert_eq!((status.code(), field(&status).as_str()), (Code::InvalidArgument, "request_id"));
+    }
+}
+
+#[tokio::test]
+async fn bad_arguments_name_their_field() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let cases = [
+        (GenerateRequest { prompt: None, ..generate("", 1) }, "prompt"),
+        (generate("", 1), "prompt"),
+        (tokens(vec![1, VOCAB as u32]), "token_ids[1]"),
+        (tokens(vec![u32::MAX]), "token_ids[0]"),
+        (sampling(|s| s.max_new_tokens = Some(0)), "sampling.max_new_tokens"),
+        (sampling(|s| s.temperature = Some(-1.0)), "sampling.temperature"),
+        (sampling(|s| s.temperature = Some(f32::NAN)), "sampling.temperature"),
+        (sampling(|s| s.top_p = Some(0.0)), "sampling.top_p"),
+        (sampling(|s| s.top_p = Some(1.5)), "sampling.top_p"),
+        (sampling(|s| s.min_p = Some(1.0)), "sampling.min_p"),
+        (sampling(|s| s.repetition_penalty = Some(0.0)), "sampling.repetition_penalty"),
+        (sampling(|s| s.logprobs = Some(21)), "sampling.logprobs"),
+        (sampling(|s| s.stop = vec![String::new()]), "sampling.stop[0]"),
+        (sampling(|s| s.stop_token_ids = vec![u32::MAX]), "sampling.stop_token_ids[0]"),
+        (routed(None), "routing.policy"),
+        (routed(Some(Policy::TopK(TopK { k: 0, weight_form: None }))), "routing.top_k.k"),
+        (routed(Some(Policy::TopK(TopK { k: 5, weight_form: None }))), "routing.top_k.k"),
+        (routed(Some(Policy::TopK(TopK { k: 1, weight_form: Some(99) }))), "routing.top_k.weight_form"),
+        (routed(Some(Policy::Soft(Soft { temperature: Some(0.0) }))), "routing.soft.temperature"),
+    ];
+    for (request, expected) in cases {
+        let status = soon(client.generate(request.clone())).await.expect_err(&format!("{request:?}"));
+        assert_eq!((status.code(), field(&status).as_str()), (Code::InvalidArgument, expected), "{status:?}");
+    }
+    let no_input = soon(client.score(ScoreRequest::default())).await.unwrap_err();
+    assert_eq!((no_input.code(), field(&no_input).as_str()), (Code::InvalidArgument, "input"));
+    let request = ScoreRequest { input: Some(Input::Text("ab".into())), alternatives: Some(21), ..Default::default() };
+    assert_eq!(field(&soon(client.score(request)).await.unwrap_err()), "alternatives");
+    let status = client.detokenize(DetokenizeRequest { token_ids: vec![0, 257], ..Default::default() }).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::InvalidArgument, "token_ids[1]"));
+}
+
+#[tokio::test]
+async fn every_routing_of_the_protocol_is_served() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let policies = [
+        Policy::Native(Native {}),
+        Policy::TopK(TopK { k: 1, weight_form: None }),
+        Policy::TopK(TopK { k: 4, weight_form: Some(3) }),
+        Policy::Soft(Soft { temperature: None }),
+        Policy::Soft(Soft { temperature: Some(2.0) }),
+    ];
+    for policy in policies {
+        let (messages, end) = collect(client.generate(routed(Some(policy))).await.unwrap().into_inner()).await;
+        assert!(end.is_none() && messages.last().unwrap().finish.is_some());
+    }
+}
+
+#[tokio::test]
+async fn another_model_is_not_found() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let model = || "other".to_owned();
+    let statuses = [
+        client.generate(GenerateRequest { model: model(), ..generate("a", 1) }).await.unwrap_err(),
+        client.score(ScoreRequest { model: model(), ..Default::default() }).await.unwrap_err(),
+        client.tokenize(TokenizeRequest { model: model(), ..Default::default() }).await.unwrap_err(),
+        client.detokenize(DetokenizeRequest { model: model(), ..Default::default() }).await.unwrap_err(),
+        client.get_model_info(GetModelInfoRequest { model: model() }).await.unwrap_err(),
+    ];
+    for status in statuses {
+        assert_eq!(status.code(), Code::NotFound);
+        assert!(status.message().contains(MODEL), "{}", status.message());
+    }
+    collect(client.generate(GenerateRequest { model: MODEL.into(), ..generate("a", 1) }).await.unwrap().into_inner()).await;
+}
+
+#[tokio::test]
+async fn what_is_too_long_is_out_of_range() {
+    let server = TestServer::start(Options { max_receive_bytes: 1024, ..Options::default() }).await;
+    let mut client = server.client().await;
+    let status = client.generate(generate(&"a".repeat(256), 1)).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "prompt"));
+    let status = client.generate(generate("a", u32::MAX)).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "sampling.max_new_tokens"));
+    let status = client.generate(generate(&"a".repeat(2000), 1)).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "a message above the limit: {status:?}");
+    assert!(status.message().contains("1024"), "{}", status.message());
+}
+
+#[tokio::test]
+async fn a_full_queue_says_when_to_come_back() {
+    let engine = EngineConfig { max_batch_requests: 1, max_queue_requests: 1, ..Options::default().engine };
+    let server = TestServer::start(Options { engine, gate_open: false, ..Options::default() }).await;
+    let mut client = server.client().await;
+    let running = client.generate(generate("a", 4)).await.unwrap();
+    let waiting = client.generate(generate("a", 4)).await.unwrap();
+    let status = client.generate(generate("a", 4)).await.unwrap_err();
+    assert_eq!((status.code(), retry_after(&status)), (Code::ResourceExhausted, Some(Duration::from_secs(1))));
+    assert_eq!(status.metadata().get("grpc-retry-pushback-ms").unwrap(), "1000");
+    server.gate.open();
+    for accepted in [running, waiting] {
+        let (messages, end) = collect(accepted.into_inner()).await;
+        assert!(end.is_none() && messages.last().unwrap().finish.is_some());
+    }
+    assert!(client.generate(generate("a", 4)).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_deadline_before_the_answer() {
+    let server = TestServer::start(Options { gate_open: false, ..Options::default() }).await;
+    let score = ScoreRequest { input: Some(Input::Text("ab".into())), ..Default::default() };
+    // Zero, below the resolution of timers, and several that make tonic's own timer race.
+    for timeout in ["0n", "500u", "1m", "2m", "3m", "5m", "8m", "13m", "21m", "40m"] {
+        let answer = RawCall::new("Score", &score).header("grpc-timeout", timeout).send(&server).await;
+        assert_eq!(answer.code(), Some(Code::DeadlineExceeded), "{timeout}: {answer:?}");
+    }
+    for timeout in ["", "5", "x", "123456789S"] {
+        let answer = RawCall::new("Score", &score).header("grpc-timeout", timeout).send(&server).await;
+        assert_eq!(answer.code(), Some(Code::InvalidArgument), "{timeout:?}");
+    }
+    server.gate.open();
+    let answer = RawCall::new("Score", &score).header("grpc-timeout", "99999999H").send(&server).await;
+    assert_eq!(answer.code(), Some(Code::Ok), "{answer:?}");
+    server.metric_reaches("hardmax_requests_total", &[("method", "Score"), ("code", "DEADLINE_EXCEEDED")], 10.0).await;
+}
+
+#[tokio::test]
+async fn a_deadline_in_mid_stream() {
+    let server = TestServer::start(Options::endless()).await;
+    let mut client = server.client().await;
+    let mut request = Request::new(generate("a", 1 << 20));
+    request.set_timeout(Duration::from_millis(150));
+    let (messages, end) = collect(client.generate(request).await.unwrap().into_inner()).await;
+    assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
+    assert!(!messages.is_empty() && messages.iter().all(|m| m.finish.is_none()));
+    server.metric_reaches("hardmax_request_finished_total", &[("reason", "deadline")], 1.0).await;
+}
+
+#[tokio::test]
+async fn a_failed_request_fails_alone() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    for culprit in [POISON, PANIC] {
+        let (_, end) = collect(client.generate(tokens(vec![1, culprit])).await.unwrap().into_inner()).await;
+        assert_eq!(end.unwrap().code(), Code::Internal);
+        let (messages, end) = collect(client.generate(generate("a", 4)).await.unwrap().into_inner()).await;
+        assert!(end.is_none() && messages.last().unwrap().finish.is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_slot() {
+    let engine = EngineConfig { max_batch_requests: 1, ..Options::default().engine };
+    let server = TestServer::start(Options { engine, ..Options::endless() }).await;
+    let mut client = server.client().await;
+    let finishes = async |mut other: proto::inference_client::InferenceClient<_>| {
+        let (messages, end) = collect(soon(other.generate(generate("a", 4))).await.unwrap().into_inner()).await;
+        end.is_none() && messages.last().unwrap().finish.is_some()
+    };
+
+    // The stream is dropped: one reset on a connection that lives.
+    let mut stream = client.generate(generate("a", 1 << 20)).await.unwrap().into_inner();
+    soon(stream.message()).await.unwrap();
+    drop(stream);
+    assert!(finishes(client.clone()).await);
+
+    // The connection is dropped.
+    let mut other = server.client().await;
+    let mut stream = other.generate(generate("a", 1 << 20)).await.unwrap().into_inner();
+    soon(stream.message()).await.unwrap();
+    drop((stream, other));
+    assert!(finishes(client.clone()).await);
+
+    // A unary call is given up.
+    let endless = ScoreRequest { input: Some(Input::Text("a".repeat(1 << 20))), ..Default::default() };
+    let mut other = server.client().await;
+    let mut score = Box::pin(other.score(endless));
+    tokio::select! {
+        answer = &mut score => panic!("{answer:?}"),
+        () = server.metric_reaches("hardmax_requests_running", &[], 1.0) => {}
+    }
+    drop(score);
+    assert!(finishes(client.clone()).await);
+
+    server.metric_reaches("hardmax_request_finished_total", &[("reason", "cancelled")], 3.0).await;
+    server.metric_reaches("hardmax_requests_total", &[("method", "Generate"), ("code", "CANCELLED")], 2.0).await;
+    server.metric_reaches("hardmax_requests_total", &[("method", "Score"), ("code", "CANCELLED")], 1.0).await;
+}
+
+#[tokio::test]
+async fn compressed_requests_are_read_within_the_limit() {
+    let server = TestServer::start(Options { max_receive_bytes: 4096, ..Options::default() }).await;
+    let mut client = server.client().await.send_compressed(tonic::codec::CompressionEncoding::Gzip);
+    let request = TokenizeRequest { text: "a".repeat(2000), ..Default::default() };
+    assert_eq!(client.tokenize(request).await.unwrap().into_inner().tokens.len(), 2000);
+    let bomb = TokenizeRequest { text: "a".repeat(1 << 20), ..Default::default() };
+    let code = client.tokenize(bomb).await.unwrap_err().code();
+    assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{code:?}");
+}
