@@ -162,6 +162,7 @@ impl FakeModel {
         Self::certain(move |history| ids.get(history.len() - 1).copied().unwrap_or(EOS))
     }
 
+    #[expect(clippy::disallowed_methods, reason = "a test sends a handful of messages")]
     pub(super) fn gated(mut self) -> (Self, Control) {
         let (steps, steps_seen) = mpsc::channel();
         let (verdicts, verdicts_taken) = mpsc::channel();

@@ -158,6 +158,7 @@ impl Engine {
         let spec = model.spec().clone();
         let status = EngineStatus { running: 0, waiting: 0, draining: false, alive: true, generation: worker::FIRST_GENERATION };
         let shared = Arc::new(Shared { status: watch::Sender::new(status), metrics });
+        #[expect(clippy::disallowed_methods, reason = "bounded by `count_in`, which also knows what is running")]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
             tokenizer: tokenizer.clone(),

@@ -179,6 +179,7 @@ fn add_bias(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 /// `[new, past + new]` f32: 0 where the query may look, negative infinity elsewhere.
 fn mask(new: usize, past: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
     let allowed = |query: usize, key: usize| key <= query && window.is_none_or(|window| query - key < window);
-    let rows = (past..past + new).flat_map(|query| (0..past + new).map(move |key| if allowed(query, key) { 0f32 } else { f32::NEG_INFINITY }));
+    let rows =
+        (past..past + new).flat_map(|query| (0..past + new).map(move |key| if allowed(query, key) { 0f32 } else { f32::NEG_INFINITY }));
     Ok(Tensor::from_vec(rows.collect(), (new, past + new), device)?)
 }

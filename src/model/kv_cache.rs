@@ -42,7 +42,15 @@ impl KvCache {
     /// Writes new keys and values `[new, kv_heads, head_dim]` after `past` rows, and returns all `past + new` rows.
     ///
     /// `limit` is the longest sequence. Layers must be written in order.
-    pub fn append(&mut self, slot: usize, layer: usize, past: usize, keys: &Tensor, values: &Tensor, limit: usize) -> Result<(Tensor, Tensor)> {
+    pub fn append(
+        &mut self,
+        slot: usize,
+        layer: usize,
+        past: usize,
+        keys: &Tensor,
+        values: &Tensor,
+        limit: usize,
+    ) -> Result<(Tensor, Tensor)> {
         let new = keys.dim(0)?;
         let needed = past + new;
         let layers = self.slots.entry(slot).or_default();

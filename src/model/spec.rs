@@ -179,9 +179,7 @@ impl MoeSpec {
             RoutingChoice::TopK { k, .. } if k == 0 || k > self.num_experts => {
                 Err(Error::invalid("routing.top_k.k", format!("{k} is not from 1 to {}, the number of experts", self.num_experts)))
             }
-            RoutingChoice::TopK { k, weight_form } => {
-                Ok(RoutingPolicy::TopK { k, weight_form: weight_form.unwrap_or(self.weight_form) })
-            }
+            RoutingChoice::TopK { k, weight_form } => Ok(RoutingPolicy::TopK { k, weight_form: weight_form.unwrap_or(self.weight_form) }),
             RoutingChoice::Soft { temperature } => {
                 let default = match reference {
                     ReferenceRouting::Soft { temperature } => temperature,

@@ -149,7 +149,9 @@ fn serving_and_training_compute_the_same_function() {
     let (layer, x) = (layer(weights(rng)), random(&[13, 8], rng));
     let soft = train(&layer, &x, RoutingPolicy::Soft { temperature: 0.7 }).to_vec2().unwrap();
     assert_close(&soft, &serve(&layer, &x, RoutingChoice::Soft { temperature: Some(0.7) }), "soft");
-    for (k, weight_form) in [(1, WeightForm::Raw), (2, WeightForm::Raw), (2, WeightForm::Renorm), (1, WeightForm::Renorm), (3, WeightForm::Unit)] {
+    for (k, weight_form) in
+        [(1, WeightForm::Raw), (2, WeightForm::Raw), (2, WeightForm::Renorm), (1, WeightForm::Renorm), (3, WeightForm::Unit)]
+    {
         let hard = train(&layer, &x, top(k, weight_form)).to_vec2().unwrap();
         assert_close(&hard, &serve(&layer, &x, RoutingChoice::TopK { k, weight_form: Some(weight_form) }), "hard");
     }

@@ -191,16 +191,42 @@ impl View {
     }
 }
 
+/// A matrix to be written.
+struct Target {
+    start: *mut f32,
+    row_stride: usize,
+    /// Keep what is there and add to it.
+    add: bool,
+}
+
 /// `out [m, n] (+)= scale · a [m, k] · b [k, n]`, on this thread.
 ///
 /// # Safety
 /// All three matrices lie inside live buffers, and nobody else touches `out`.
-unsafe fn multiply(m: usize, n: usize, k: usize, out: *mut f32, out_stride: usize, add: bool, scale: f32, a: View, b: View) {
+unsafe fn multiply([m, n, k]: [usize; 3], out: Target, scale: f32, a: View, b: View) {
+    let (start, stride) = (out.start, out.row_stride as isize);
     // SAFETY: the caller's contract.
     unsafe {
         gemm::gemm(
-            m, n, k, out, 1, out_stride as isize, add, a.start, a.column_stride, a.row_stride, b.start, b.column_stride, b.row_stride, 1.0,
-            scale, false, false, false, gemm::Parallelism::None,
+            m,
+            n,
+            k,
+            start,
+            1,
+            stride,
+            out.add,
+            a.start,
+            a.column_stride,
+            a.row_stride,
+            b.start,
+            b.column_stride,
+            b.row_stride,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
         );
     }
 }
@@ -221,7 +247,7 @@ impl Shared {
 }
 
 impl CausalAttention {
-    /// (first element of the sequence in q, in k and v, of the head within a row) for every query head.
+    /// Elements of a token in q, and in k and v.
     fn strides(&self) -> (usize, usize) {
         (self.shape.heads * self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim)
     }
@@ -230,7 +256,15 @@ impl CausalAttention {
     fn weights(&self, s: usize, q: View, k: View, weights: &mut [f32]) {
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         // SAFETY: q and k are views of whole sequences; `weights` is this thread's own.
-        unsafe { multiply(s, s, self.shape.head_dim, weights.as_mut_ptr(), s, false, scale, q, k.transposed()) };
+        unsafe {
+            multiply(
+                [s, s, self.shape.head_dim],
+                Target { start: weights.as_mut_ptr(), row_stride: s, add: false },
+                scale,
+                q,
+                k.transposed(),
+            )
+        };
         for (query, row) in weights.chunks_mut(s).enumerate() {
             let first = self.shape.window.map_or(0, |window| (query + 1).saturating_sub(window));
             let (before, rest) = row.split_at_mut(first);
@@ -285,7 +319,7 @@ impl CustomOp3 for CausalAttention {
                 self.weights(s, View::rows(q[q_at..].as_ptr(), q_row), View::rows(k[kv_at..].as_ptr(), kv_row), weights);
                 let (weights, v) = (View::rows(weights.as_ptr(), s), View::rows(v[kv_at..].as_ptr(), kv_row));
                 // SAFETY: rows of this head of this sequence only; inside `out`, which has the shape of q.
-                unsafe { multiply(s, head_dim, s, target.at(q_at), q_row, false, 1.0, weights, v) };
+                unsafe { multiply([s, head_dim, s], Target { start: target.at(q_at), row_stride: q_row, add: false }, 1.0, weights, v) };
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))
@@ -321,8 +355,20 @@ impl CustomOp3 for CausalAttention {
                         let own = View::rows(weights.as_ptr(), s);
                         // SAFETY: all views are of this sequence and head; outputs are this task's own, see above.
                         unsafe {
-                            multiply(s, head_dim, s, d_v.at(kv_at), kv_row, true, 1.0, own.transposed(), grad);
-                            multiply(s, s, head_dim, d_scores.as_mut_ptr(), s, false, 1.0, grad, v.transposed());
+                            multiply(
+                                [s, head_dim, s],
+                                Target { start: d_v.at(kv_at), row_stride: kv_row, add: true },
+                                1.0,
+                                own.transposed(),
+                                grad,
+                            );
+                            multiply(
+                                [s, s, head_dim],
+                                Target { start: d_scores.as_mut_ptr(), row_stride: s, add: false },
+                                1.0,
+                                grad,
+                                v.transposed(),
+                            );
                         }
                         for (row, d_row) in weights.chunks(s).zip(d_scores.chunks_mut(s)) {
                             let inner: f32 = row.iter().zip(d_row.iter()).map(|(w, d)| w * d).sum();
@@ -331,8 +377,14 @@ impl CustomOp3 for CausalAttention {
                         let d_scores = View::rows(d_scores.as_ptr(), s);
                         // SAFETY: as above.
                         unsafe {
-                            multiply(s, head_dim, s, d_q.at(q_at), q_row, false, 1.0, d_scores, k);
-                            multiply(s, head_dim, s, d_k.at(kv_at), kv_row, true, 1.0, d_scores.transposed(), q);
+                            multiply([s, head_dim, s], Target { start: d_q.at(q_at), row_stride: q_row, add: false }, 1.0, d_scores, k);
+                            multiply(
+                                [s, head_dim, s],
+                                Target { start: d_k.at(kv_at), row_stride: kv_row, add: true },
+                                1.0,
+                                d_scores.transposed(),
+                                q,
+                            );
                         }
                     }
                 },

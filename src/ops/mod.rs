@@ -41,7 +41,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
         let scale = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
         return Ok(wide.broadcast_div(&scale)?.broadcast_mul(&weight.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
     }
-    #[allow(clippy::disallowed_methods)] // nothing is tracked
+    #[expect(clippy::disallowed_methods, reason = "nothing is tracked")]
     Ok(candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)?)
 }
 
@@ -50,7 +50,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if x.track_op() {
         return Ok(candle_nn::ops::softmax(x, D::Minus1)?);
     }
-    #[allow(clippy::disallowed_methods)] // nothing is tracked
+    #[expect(clippy::disallowed_methods, reason = "nothing is tracked")]
     Ok(candle_nn::ops::softmax_last_dim(&x.contiguous()?)?)
 }
 

@@ -176,7 +176,9 @@ impl TrainConfig {
         ensure(model.context >= 8, "model.context", "must be at least 8")?;
         ensure(model.rope_theta > 1.0 && model.rope_theta.is_finite(), "model.rope_theta", "must be above 1")?;
         ensure((1..=2).contains(&routing.serve_k), "routing.serve_k", "must be 1 or 2")?;
-        for (field, schedule, positive) in [("routing.temperature", Some(routing.temperature), true), ("routing.noise", routing.noise, false)] {
+        for (field, schedule, positive) in
+            [("routing.temperature", Some(routing.temperature), true), ("routing.noise", routing.noise, false)]
+        {
             if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive)) {
                 return Err(Error::invalid(field, problem));
             }

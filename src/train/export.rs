@@ -55,10 +55,7 @@ fn routing_block(config: &TrainConfig, trained: &Trained) -> RoutingBlock {
                 at_save: Some(trained.temperature),
                 folded: Some(true),
             }),
-            noise: Some(NoiseRecord {
-                kind: Some(if noisy { "gumbel" } else { "none" }.into()),
-                scale_at_save: Some(trained.noise),
-            }),
+            noise: Some(NoiseRecord { kind: Some(if noisy { "gumbel" } else { "none" }.into()), scale_at_save: Some(trained.noise) }),
             weight_form: Some(WeightForm::Raw),
             loss: Some(LossRecord {
                 balance: Some("switch".into()),

@@ -125,17 +125,13 @@ impl Rule {
 
     fn apply(&self, values: &mut [f32], moments: &mut Moments, gradient: &[f32], decay: f32) {
         let Self { beta1, beta2, rate, root, clip } = *self;
-        values
-            .par_iter_mut()
-            .zip(&mut moments.first)
-            .zip(&mut moments.second)
-            .zip(gradient)
-            .with_min_len(1 << 14)
-            .for_each(|(((value, first), second), &gradient)| {
+        values.par_iter_mut().zip(&mut moments.first).zip(&mut moments.second).zip(gradient).with_min_len(1 << 14).for_each(
+            |(((value, first), second), &gradient)| {
                 let gradient = gradient * clip;
                 *first = beta1 * *first + (1.0 - beta1) * gradient;
                 *second = beta2 * *second + (1.0 - beta2) * gradient * gradient;
                 *value -= decay * *value + rate * *first / (second.sqrt() / root + EPSILON as f32);
-            });
+            },
+        );
     }
 }

@@ -37,12 +37,11 @@ pub fn curves(records: &[Record], path: &Path) -> Result<()> {
         ),
     ];
     let root = SVGBackend::new(path, (1200, 380)).into_drawing_area();
-    let drawn = root.fill(&WHITE).map_err(|error| error.to_string()).and_then(|()| {
-        root.split_evenly((1, 3)).iter().zip(&panels).try_for_each(|(area, (title, curves))| panel(area, title, curves))
-    });
-    drawn
-        .and_then(|()| root.present().map_err(|error| error.to_string()))
-        .map_err(|error| Error::io(path, std::io::Error::other(error)))
+    let drawn = root
+        .fill(&WHITE)
+        .map_err(|error| error.to_string())
+        .and_then(|()| root.split_evenly((1, 3)).iter().zip(&panels).try_for_each(|(area, (title, curves))| panel(area, title, curves)));
+    drawn.and_then(|()| root.present().map_err(|error| error.to_string())).map_err(|error| Error::io(path, std::io::Error::other(error)))
 }
 
 fn panel(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, curves: &[Curve<'_>]) -> std::result::Result<(), String> {

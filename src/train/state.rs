@@ -81,7 +81,8 @@ impl StateDir {
             tensors.insert(format!("{}.value", parameter.name), parameter.var.as_detached_tensor());
         }
         let file = temporary.join("tensors.safetensors");
-        safetensors::serialize_to_file(tensors.iter(), None, &file).map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
+        safetensors::serialize_to_file(tensors.iter(), None, &file)
+            .map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
         let file = temporary.join(TOKENIZER);
         tokenizer.save(&file, false).map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
         let header = Header { progress, updates, recipe: self.recipe.clone() };
@@ -118,7 +119,8 @@ impl StateDir {
         let text = fs::read_to_string(&file).map_err(|source| Error::io(&file, source))?;
         let header: Header = serde_json::from_str(&text).map_err(|error| Error::invalid(file.display().to_string(), error.to_string()))?;
         if header.recipe != self.recipe {
-            let message = format!("{} was made by another recipe: restore the recipe, or remove the folder to begin anew", self.path.display());
+            let message =
+                format!("{} was made by another recipe: restore the recipe, or remove the folder to begin anew", self.path.display());
             return Err(Error::FailedPrecondition(message));
         }
         let file = self.path.join("tensors.safetensors");

@@ -2,7 +2,10 @@
 
 use tokenizers::{
     Tokenizer,
-    models::{TrainerWrapper, bpe::{BPE, BpeTrainerBuilder}},
+    models::{
+        TrainerWrapper,
+        bpe::{BPE, BpeTrainerBuilder},
+    },
     pre_tokenizers::byte_level::ByteLevel,
 };
 
@@ -15,9 +18,7 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 pub fn train<'a>(documents: impl Iterator<Item = &'a str> + Send, vocab_size: usize) -> Result<Tokenizer> {
     let failed = |error: tokenizers::Error| Error::Internal(format!("training the tokenizer: {error}"));
     let mut tokenizer = Tokenizer::new(BPE::default());
-    tokenizer
-        .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
-        .with_decoder(Some(ByteLevel::new(false, true, true)));
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true))).with_decoder(Some(ByteLevel::new(false, true, true)));
     let mut trainer: TrainerWrapper = BpeTrainerBuilder::new()
         .show_progress(false)
         .vocab_size(vocab_size)

@@ -76,7 +76,9 @@ impl Trainer {
             true => state.tokenizer()?,
             false => tokenizer::train(documents.iter().map(String::as_str), config.data.vocab_size)?,
         };
-        let end = tokenizer.token_to_id(tokenizer::END_OF_TEXT).ok_or_else(|| Error::Internal("the tokenizer lost its end-of-text token".into()))?;
+        let end = tokenizer
+            .token_to_id(tokenizer::END_OF_TEXT)
+            .ok_or_else(|| Error::Internal("the tokenizer lost its end-of-text token".into()))?;
         let train = data::tokenize(&documents, &tokenizer, end)?;
         let heldout = data::tokenize(&heldout, &tokenizer, end)?;
         if train.len() <= config.model.context {
@@ -93,7 +95,8 @@ impl Trainer {
         let progress = match (state.exists(), resume) {
             (true, true) => state.load(&model, &mut optimizer)?,
             (true, false) => {
-                let message = format!("{} holds the state of a run: continue it with --resume, or remove the folder", state.path().display());
+                let message =
+                    format!("{} holds the state of a run: continue it with --resume, or remove the folder", state.path().display());
                 return Err(Error::FailedPrecondition(message));
             }
             (false, _) => Progress::default(),

@@ -71,7 +71,10 @@ fn decoder(case: &Path, weights: WeightType) -> Decoder {
 fn check_layer(what: &str, golden: &Golden, mode: &str, routing: &LayerRouting) {
     let layer = routing.layer;
     let wanted = golden.floats(&format!("{mode}.router_logits.{layer}"));
-    assert!(largest(&routing.router_logits.to_vec2().unwrap(), &wanted) < TOLERANCE * range(&wanted), "{what}: router logits of layer {layer}");
+    assert!(
+        largest(&routing.router_logits.to_vec2().unwrap(), &wanted) < TOLERANCE * range(&wanted),
+        "{what}: router logits of layer {layer}"
+    );
     let Routing::Sparse(routes) = &routing.routing else { panic!("{what}: serving routes sparsely") };
     for (token, wanted) in golden.experts(mode, layer).into_iter().enumerate() {
         let found: HashMap<u32, f32> = routes.routes(token).map(|i| (routes.expert_ids[i], routes.weights[i])).collect();

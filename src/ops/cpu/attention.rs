@@ -46,7 +46,15 @@ pub(crate) fn attention(q: &[f32], sequences: &[KeyValue<'_>], shape: AttentionS
     out
 }
 
-fn one_head(q: &[f32], out: &mut [f32], sequence: &KeyValue<'_>, head: usize, position: usize, shape: AttentionShape, scores: &mut Vec<f32>) {
+fn one_head(
+    q: &[f32],
+    out: &mut [f32],
+    sequence: &KeyValue<'_>,
+    head: usize,
+    position: usize,
+    shape: AttentionShape,
+    scores: &mut Vec<f32>,
+) {
     let first = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
     let kv_head = head / (shape.heads / shape.kv_heads);
     let stride = shape.kv_heads * shape.head_dim;

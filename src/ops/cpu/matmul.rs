@@ -62,7 +62,11 @@ impl Weight for bf16 {
 /// # Safety
 /// The CPU has `S`; all pointers are readable for `k` elements.
 #[inline(always)]
-unsafe fn tile<S: Simd, W: Weight, const M: usize, const N: usize>(rows: [*const f32; M], weights: [*const W; N], k: usize) -> [[f32; N]; M] {
+unsafe fn tile<S: Simd, W: Weight, const M: usize, const N: usize>(
+    rows: [*const f32; M],
+    weights: [*const W; N],
+    k: usize,
+) -> [[f32; N]; M] {
     // SAFETY: offsets stay below k.
     unsafe {
         let mut sums = [[S::zero(); N]; M];
@@ -97,7 +101,12 @@ unsafe fn tile<S: Simd, W: Weight, const M: usize, const N: usize>(rows: [*const
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn strip<S: Simd, W: Weight, const N: usize>(rows: &[&[f32]], weights: [*const W; N], k: usize, emit: &mut impl FnMut(usize, [f32; N])) {
+unsafe fn strip<S: Simd, W: Weight, const N: usize>(
+    rows: &[&[f32]],
+    weights: [*const W; N],
+    k: usize,
+    emit: &mut impl FnMut(usize, [f32; N]),
+) {
     let mut row = 0;
     // SAFETY: the caller's contract; a row is a slice of k elements.
     unsafe {
@@ -192,14 +201,28 @@ unsafe fn task<S: Simd, W: Weight>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn task_avx512<W: Weight>(rows: &[&[f32]], w: &[W], k: usize, columns: Range<usize>, epilogue: &impl Epilogue, emit: &mut impl FnMut(usize, usize, f32)) {
+fn task_avx512<W: Weight>(
+    rows: &[&[f32]],
+    w: &[W],
+    k: usize,
+    columns: Range<usize>,
+    epilogue: &impl Epilogue,
+    emit: &mut impl FnMut(usize, usize, f32),
+) {
     // SAFETY: the target feature is enabled here; `run_task` has checked the lengths.
     unsafe { task::<super::simd::x86::Avx512, W>(rows, w, k, columns, epilogue, emit) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn task_avx2<W: Weight>(rows: &[&[f32]], w: &[W], k: usize, columns: Range<usize>, epilogue: &impl Epilogue, emit: &mut impl FnMut(usize, usize, f32)) {
+fn task_avx2<W: Weight>(
+    rows: &[&[f32]],
+    w: &[W],
+    k: usize,
+    columns: Range<usize>,
+    epilogue: &impl Epilogue,
+    emit: &mut impl FnMut(usize, usize, f32),
+) {
     // SAFETY: the target features are enabled here; `run_task` has checked the lengths.
     unsafe { task::<super::simd::x86::Avx2, W>(rows, w, k, columns, epilogue, emit) }
 }

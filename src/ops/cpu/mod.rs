@@ -5,9 +5,9 @@ mod exp;
 mod matmul;
 mod simd;
 
+pub use self::simd::Isa;
 pub(crate) use self::{
-    exp::exp,
     attention::{AttentionShape, KeyValue, attention},
+    exp::exp,
     matmul::{Group, Grouped, Weight, linear, silu},
 };
-pub use self::simd::Isa;
