@@ -54,7 +54,7 @@ fn modules_name_only_what_is_below_them() {
             let top = path.split("::").next().unwrap_or_default();
             let own = top == source.module || !top.starts_with(|c: char| c.is_ascii_lowercase());
             let covered = |rule: &&str| path == **rule || path.starts_with(&format!("{rule}::"));
-            if !own && !allowed.iter().any(|rule| covered(rule)) {
+            if !own && !allowed.iter().any(covered) {
                 wrong.push(format!("{}: crate::{path} is not below `{}`", source.path, source.module));
             }
         }
