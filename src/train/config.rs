@@ -33,6 +33,19 @@ pub struct TrainConfig {
     pub optimizer: OptimizerConfig,
     /// Length, batch, evaluation.
     pub run: RunConfig,
+    /// Defaults of generation, written to generation_config.json.
+    #[serde(default, skip_serializing)]
+    pub generation: GenerationConfig,
+}
+
+/// What a request gets that does not say otherwise. Left out: greedy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerationConfig {
+    /// 0 is greedy.
+    pub temperature: Option<f32>,
+    /// In (0, 1].
+    pub top_p: Option<f32>,
 }
 
 /// Text files, UTF-8.
@@ -191,6 +204,9 @@ impl TrainConfig {
         ensure((0.0..=1.0).contains(&optimizer.final_ratio), "optimizer.final_ratio", "must be from 0 to 1")?;
         ensure([optimizer.beta1, optimizer.beta2].iter().all(|b| (0.0..1.0).contains(b)), "optimizer.beta1", "betas must be in [0, 1)")?;
         ensure(optimizer.clip_norm > 0.0, "optimizer.clip_norm", "must be above 0")?;
+        let generation = &self.generation;
+        ensure(generation.temperature.is_none_or(|t| t.is_finite() && t >= 0.0), "generation.temperature", "must be at least 0")?;
+        ensure(generation.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "generation.top_p", "must be above 0 and at most 1")?;
         ensure(run.steps > 0 && run.batch > 0, "run.steps", "steps and batch must be above 0")?;
         ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")
     }

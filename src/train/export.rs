@@ -22,7 +22,13 @@ pub fn export(config: &TrainConfig, trained: &Trained) -> Result<()> {
         .tokenizer
         .token_to_id(tokenizer::END_OF_TEXT)
         .ok_or_else(|| Error::Internal("the tokenizer lost its end-of-text token".into()))?;
-    let generation = GenerationDefaults { eos_token_ids: vec![end], ..GenerationDefaults::default() };
+    let generation = GenerationDefaults {
+        eos_token_ids: vec![end],
+        temperature: config.generation.temperature,
+        top_p: config.generation.top_p,
+        do_sample: config.generation.temperature.map(|temperature| temperature > 0.0),
+        ..GenerationDefaults::default()
+    };
     let weights = folded(&trained.model, trained.temperature)?;
     checkpoint::save(
         &config.output,

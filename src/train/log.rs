@@ -50,6 +50,9 @@ pub struct EvaluationRecord {
     pub step: usize,
     /// Predicted tokens.
     pub tokens: usize,
+    /// On all held-out text, at the end of the run; the others take a part of it.
+    #[serde(default)]
+    pub complete: bool,
     /// Perplexity when all experts are mixed at the training temperature, without noise.
     pub soft_perplexity: f64,
     /// Perplexity under hard top-2, renormalised.
@@ -67,10 +70,10 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens `path` for a run of `steps` steps that starts at `first_step`, and drops what that run will write (again).
-    pub fn open(path: &Path, first_step: usize, steps: usize) -> Result<Self> {
+    /// Opens `path` for a run that starts at `first_step`, and drops what that run will write (again).
+    pub fn open(path: &Path, first_step: usize) -> Result<Self> {
         let io = |source| Error::io(path, source);
-        let kept: Vec<Record> = read(path)?.into_iter().filter(|record| record.stays(first_step, steps)).collect();
+        let kept: Vec<Record> = read(path)?.into_iter().filter(|record| record.stays(first_step)).collect();
         let mut log = Self { file: OpenOptions::new().create(true).write(true).truncate(true).open(path).map_err(io)? };
         kept.iter().try_for_each(|record| log.write(record))?;
         Ok(log)
@@ -84,12 +87,12 @@ impl Log {
 }
 
 impl Record {
-    /// Whether a run of `steps` steps that continues after `first_step` will not write it again. The evaluation at the
-    /// end is always made anew.
-    fn stays(&self, first_step: usize, steps: usize) -> bool {
+    /// Whether a run that continues after `first_step` will not write it again. The evaluation at the end is always made
+    /// anew.
+    fn stays(&self, first_step: usize) -> bool {
         match self {
             Self::Step(step) => step.step < first_step,
-            Self::Evaluation(evaluation) => evaluation.step <= first_step && evaluation.step < steps,
+            Self::Evaluation(evaluation) => evaluation.step <= first_step && !evaluation.complete,
         }
     }
 }

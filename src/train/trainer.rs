@@ -101,7 +101,7 @@ impl Trainer {
             }
             (false, _) => Progress::default(),
         };
-        let log = Log::open(&log_path(&config), progress.step, config.run.steps)?;
+        let log = Log::open(&log_path(&config), progress.step)?;
         Ok(Self { config, tokenizer, train, heldout, spec, model, decoder, kernel, optimizer, progress, state, log })
     }
 
@@ -139,7 +139,7 @@ impl Trainer {
             bar.set_message(format!("loss {:.3}  τ {:.2}  {:.0} tok/s", record.lm_loss, record.temperature, record.tokens_per_second));
             self.log.write(&Record::Step(record))?;
             let done = self.progress.step;
-            if done.is_multiple_of(self.config.run.eval_every) && done < steps {
+            if done.is_multiple_of(self.config.run.eval_every) {
                 let evaluation = self.evaluate(self.config.run.eval_tokens)?;
                 bar.suspend(|| tracing::info!("{}", describe(&evaluation)));
                 self.log.write(&Record::Evaluation(evaluation))?;
@@ -222,6 +222,7 @@ impl Trainer {
         Ok(EvaluationRecord {
             step: self.progress.step,
             tokens: top1.tokens,
+            complete: tokens >= self.heldout.len(),
             soft_perplexity: soft.perplexity,
             top2_perplexity: top2.perplexity,
             top1_perplexity: top1.perplexity,
