@@ -186,3 +186,78 @@ impl HttpBody for ObservedBody {
         self.inner.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::metrics::MetricsConfig;
+
+    /// Answers with `body`; panics instead if there is none.
+    struct Handler(Option<Body>);
+
+    /// Panics when it is read.
+    struct Broken;
+
+    impl Service<http::Request<Body>> for Handler {
+        type Response = http::Response<Body>;
+        type Error = Status;
+        type Future = BoxFuture<Self::Response, Status>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+            let body = self.0.take();
+            Box::pin(async move { Ok(http::Response::new(body.expect("this test panics here"))) })
+        }
+    }
+
+    impl HttpBody for Broken {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            panic!("this test panics here");
+        }
+    }
+
+    async fn call(handler: Handler) -> (http::Response<Body>, Arc<Metrics>) {
+        let metrics = Arc::new(Metrics::new(&MetricsConfig::default()).unwrap());
+        let request = http::Request::post("/hardmax.v1.Inference/Score").body(Body::empty()).unwrap();
+        let response = ObserveLayer::new(metrics.clone()).layer(handler).call(request).await.unwrap();
+        (response, metrics)
+    }
+
+    fn counted(metrics: &Metrics, code: &str) -> bool {
+        let labels = ["method=\"Score\"".to_owned(), format!("code=\"{code}\"")];
+        let page = metrics.render();
+        let mut lines = page.lines().filter(|line| line.starts_with("hardmax_requests_total{"));
+        lines.any(|line| labels.iter().all(|label| line.contains(label)) && line.ends_with(" 1"))
+    }
+
+    #[tokio::test]
+    async fn a_panic_of_the_handler_is_internal() {
+        let (response, metrics) = call(Handler(None)).await;
+        assert_eq!(code(response.headers()), Some(Code::Internal));
+        assert!(counted(&metrics, "INTERNAL"));
+    }
+
+    #[tokio::test]
+    async fn a_panic_of_the_stream_is_internal_and_its_end() {
+        let (response, metrics) = call(Handler(Some(Body::new(Broken)))).await;
+        let mut body = response.into_body();
+        let frame = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap().unwrap();
+        assert_eq!(code(frame.trailers_ref().unwrap()), Some(Code::Internal));
+        assert!(poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.is_none());
+        drop(body);
+        assert!(counted(&metrics, "INTERNAL"));
+    }
+
+    #[tokio::test]
+    async fn a_body_that_nobody_reads_to_its_end_was_cancelled() {
+        let (response, metrics) = call(Handler(Some(Body::new(Broken)))).await;
+        drop(response);
+        assert!(counted(&metrics, "CANCELLED"));
+    }
+}
