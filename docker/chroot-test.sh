@@ -203,8 +203,9 @@ exercise() { # UID:GID
 
     local url=http://127.0.0.1:9464
     curl -fsS "$url/healthz" >/dev/null
-    echo "metrics: $(curl -fsS "$url/metrics" | grep -c '^hardmax_') series, for example"
-    curl -fsS "$url/metrics" | grep '^hardmax_' | head -n 3
+    curl -fsS "$url/metrics" >"$work/metrics"
+    echo "metrics: $(grep -c '^hardmax_' "$work/metrics") series, for example"
+    grep -m 3 '^hardmax_' "$work/metrics"
     echo "generate: In the beginning$( (contained "$as" "${entrypoint[@]}" generate "In the beginning" --max-new-tokens 24))"
     if (contained "$as" sh -c 'echo x >/tmp/x || echo x >/opt/hardmax/x') 2>/dev/null; then
         die "something is writable"
