@@ -8,6 +8,8 @@ pub mod inspect;
 pub mod serve;
 pub mod train;
 
+use std::io::IsTerminal as _;
+
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -72,7 +74,7 @@ pub fn exit_code(error: &Error) -> u8 {
 
 fn init_logging(format: LogFormat, level: &str) -> Result<()> {
     let filter = EnvFilter::try_new(level).map_err(|error| Error::invalid("--log-level", format!("'{level}': {error}")))?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
     let result = match format {
         LogFormat::Text => lines.with_target(false).try_init(),
         LogFormat::Json => lines.json().try_init(),
