@@ -7,14 +7,14 @@ use candle_core::{DType, Device, Tensor};
 use super::{
     Batch, FeedForwardSpec, Forward, LanguageModel, ModelSpec,
     attention::{Attention, AttentionInput},
-    feed_forward::{FeedForward, SwiGlu},
+    feed_forward::FeedForward,
     kv_cache::KvCache,
     rope::Rope,
     weights::{FeedForwardWeights, ModelWeights},
 };
 use crate::{
     error::{Error, Result},
-    moe::{MoeLayer, RoutingMode, kernel::ExpertKernel, policy::RoutingChoice},
+    moe::{MoeLayer, RoutingMode, SwiGlu, kernel::ExpertKernel, policy::RoutingChoice},
     ops,
 };
 

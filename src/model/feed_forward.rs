@@ -2,31 +2,10 @@
 
 use candle_core::Tensor;
 
-use super::weights::SwiGluWeights;
 use crate::{
     error::Result,
-    moe::{LayerRouting, MoeLayer, RoutingMode},
-    ops,
+    moe::{LayerRouting, MoeLayer, RoutingMode, SwiGlu},
 };
-
-/// `down(silu(gate x) ⊙ up x)`.
-#[derive(Clone, Debug)]
-pub struct SwiGlu {
-    weights: SwiGluWeights,
-}
-
-impl SwiGlu {
-    /// With the given weights.
-    pub fn new(weights: SwiGluWeights) -> Self {
-        Self { weights }
-    }
-
-    /// `x [T, D]` to `[T, D]`.
-    pub fn forward(&self, x_td: &Tensor) -> Result<Tensor> {
-        let hidden = ops::silu_mul(&ops::linear(x_td, &self.weights.gate_up)?)?;
-        ops::linear(&hidden, &self.weights.down)
-    }
-}
 
 /// Dense or routed.
 #[derive(Clone, Debug)]

@@ -15,7 +15,6 @@ use candle_core::Tensor;
 pub use self::{
     batch::{Batch, LogitRows, Span},
     decoder::{CachedDecoder, Decoder},
-    feed_forward::SwiGlu,
     spec::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
 };
 use crate::{error::Result, moe::LayerRouting};

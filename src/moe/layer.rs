@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use rand::rngs::StdRng;
 
 use super::{
-    LayerRouting, Routing,
+    LayerRouting, Routing, SwiGlu,
     kernel::{ExpertKernel, Experts},
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy},
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    model::{MoeSpec, ReferenceRouting, SwiGlu, weights::MoeWeights},
+    model::{MoeSpec, ReferenceRouting, weights::MoeWeights},
     ops::{self, cpu_slice},
 };
 

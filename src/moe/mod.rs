@@ -9,12 +9,14 @@ pub mod plan;
 pub mod policy;
 pub mod route;
 mod stats;
+mod swiglu;
 
 use candle_core::Tensor;
 
 pub use self::{
     layer::{MoeLayer, RoutingMode},
     stats::{LayerRouting, RoutingStats},
+    swiglu::SwiGlu,
 };
 
 /// Expert weights of every token: what a policy makes of router logits.

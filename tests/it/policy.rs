@@ -15,9 +15,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("error", &["checkpoint"]),
     ("ops", &["error"]),
     ("telemetry", &["error", "moe"]),
-    // Maths. A MoE layer is built from the description of a model, which is data, and knows nothing of the decoder. Its
-    // shared expert is the SwiGLU of a dense layer.
-    ("moe", &["error", "ops", "model::spec", "model::weights", "model::MoeSpec", "model::ReferenceRouting", "model::SwiGlu"]),
+    // Maths. A MoE layer is built from the description of a model, which is data, and knows nothing of the decoder.
+    ("moe", &["error", "ops", "model::spec", "model::weights", "model::MoeSpec", "model::ReferenceRouting"]),
     ("model", &["checkpoint", "error", "moe", "ops"]),
     ("checkpoint", &["error", "model", "moe"]),
     ("train", &["checkpoint", "error", "model", "moe", "ops"]),
