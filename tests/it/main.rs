@@ -4,6 +4,7 @@
 
 mod checkpoint;
 mod cli;
+mod demo;
 mod fuzz;
 mod parity;
 mod policy;
