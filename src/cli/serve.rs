@@ -291,10 +291,13 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// A choice, and what the first MoE layer makes of it.
+/// What a choice comes to in the first MoE layer.
 fn describe(spec: &ModelSpec, choice: RoutingChoice) -> String {
-    let resolved = spec.moe_layers().next().and_then(|(_, moe)| moe.resolve(choice, spec.reference).ok());
-    resolved.map_or_else(|| choice.to_string(), |policy| format!("{choice}: {policy}"))
+    match spec.moe_layers().next().map(|(_, moe)| moe.resolve(choice, spec.reference)) {
+        Some(Ok(policy)) if choice == RoutingChoice::Native => format!("native, {policy}"),
+        Some(Ok(policy)) => policy.to_string(),
+        None | Some(Err(_)) => choice.to_string(),
+    }
 }
 
 #[cfg(test)]

@@ -114,7 +114,7 @@ async fn a_real_checkpoint_is_served_and_drained() {
     let (_folder, model) = checkpoint();
     let server = Server::start(model, &["--top-k", "1"]).await;
     assert_eq!((&server.loaded["name"], &server.loaded["dtype"]), (&json!("tiny"), &json!("f32")));
-    assert_eq!(server.loaded["serving_routing"], "top-1: top-1 (renorm)");
+    assert_eq!(server.loaded["serving_routing"], "top-1 (renorm)");
     let mut client = soon(InferenceClient::connect(format!("http://{}", server.grpc))).await.unwrap();
     let info = client.get_model_info(GetModelInfoRequest::default()).await.unwrap().into_inner();
     assert_eq!((info.model.as_str(), info.family.as_str(), info.eos_token_ids), ("tiny", "mixtral", vec![2]));
