@@ -183,7 +183,7 @@ impl LanguageModel for FakeModel {
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
         let verdict = match &self.gate {
-            Some(gate) if gate.steps.send(batch.clone()).is_ok() => gate.verdicts.recv().unwrap_or(Verdict::Go),
+            Some(gate) if gate.steps.send(batch.clone()).is_ok() => gate.verdicts.recv_timeout(PATIENCE).unwrap_or(Verdict::Go),
             _ => Verdict::Go,
         };
         match verdict {

@@ -35,7 +35,7 @@ pub use self::{
 };
 use self::{
     sequence::Submission,
-    worker::{Command, Worker},
+    worker::{Clock, Command, Worker},
 };
 use crate::{
     error::{Error, Result},
@@ -153,6 +153,10 @@ impl Shared {
 impl Engine {
     /// Starts the thread. Fails with `InvalidArgument` where a limit of the configuration is below its minimum.
     pub fn start(parts: EngineParts) -> Result<Self> {
+        Self::start_with_clock(parts, Box::new(Instant::now))
+    }
+
+    fn start_with_clock(parts: EngineParts, clock: Clock) -> Result<Self> {
         let EngineParts { model, tokenizer, eos_token_ids, config, metrics } = parts;
         config.check()?;
         let spec = model.spec().clone();
@@ -168,7 +172,7 @@ impl Engine {
             max_new_tokens: config.max_new_tokens,
             generation: worker::FIRST_GENERATION,
         };
-        let worker = Worker::new(model, surroundings, &config, shared.clone(), inbox);
+        let worker = Worker::new(model, clock, surroundings, &config, shared.clone(), inbox);
         let thread = worker.spawn()?;
         let thread = Mutex::new(Some(thread));
         Ok(Self { inner: Arc::new(Inner { shared, commands, thread, spec, tokenizer, eos_token_ids, config }) })

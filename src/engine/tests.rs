@@ -1,7 +1,10 @@
 //! The engine as its callers see it, on a fake model.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -276,7 +279,7 @@ async fn cancelling_while_decoding_frees_the_slot() {
     assert_eq!(control.released(), 0);
     assert_eq!(control.go().tokens, [9]);
     assert_eq!(collect(follower).await.ids, [9]);
-    engine.drained().await;
+    tokio::time::timeout(PATIENCE, engine.drained()).await.unwrap();
     assert!(control.released.recv_timeout(Duration::ZERO).is_ok(), "the follower's");
     assert!(control.released.try_recv().is_err(), "each slot once");
 }
@@ -335,31 +338,46 @@ fn phase(answer: &Answer) -> &'static str {
     }
 }
 
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// An engine whose clock goes an hour further each time the returned function is called.
+fn start_with_jumps(model: FakeModel, config: EngineConfig, metrics: Arc<Metrics>) -> (Engine, impl Fn()) {
+    let jumps = Arc::new(AtomicU32::new(0));
+    let jump = {
+        let jumps = jumps.clone();
+        move || {
+            jumps.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    let clock = Box::new(move || Instant::now() + HOUR * jumps.load(Ordering::SeqCst));
+    let parts = EngineParts { model: Box::new(model), tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
+    (Engine::start_with_clock(parts, clock).unwrap(), jump)
+}
+
 #[tokio::test]
 async fn deadlines_in_every_phase() {
-    let soon = || Instant::now() + Duration::from_secs(1);
     let with = |prompt: &[u32], deadline| Request { deadline: Some(deadline), ..tokens(prompt, 8) };
     let metrics = metrics();
     let (model, control) = FakeModel::sum().gated();
-    let engine = start_with(model, EngineConfig { max_batch_requests: 1, max_step_tokens: 2, ..fake::config() }, metrics.clone());
+    let config = EngineConfig { max_batch_requests: 1, max_step_tokens: 2, ..fake::config() };
+    let (engine, jump) = start_with_jumps(model, config, metrics.clone());
 
     let late = engine.submit(with(&[1], Instant::now())).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::DeadlineExceeded);
 
-    let deadline = soon();
+    let deadline = Instant::now() + HOUR / 2;
     let prefilling = engine.submit(with(&[1, 2, 3], deadline)).unwrap();
     control.step();
     let queued = engine.submit(with(&[4], deadline)).unwrap();
-    tokio::time::sleep_until(deadline.into()).await;
+    jump();
     control.decide(Verdict::Go);
     assert_eq!(phase(&collect(prefilling).await), "prefilling");
     assert_eq!(phase(&collect(queued).await), "queued");
 
-    let deadline = soon();
-    let decoding = engine.submit(with(&[1], deadline)).unwrap();
+    let decoding = engine.submit(with(&[1], deadline + HOUR)).unwrap();
     control.go();
     control.step();
-    tokio::time::sleep_until(deadline.into()).await;
+    jump();
     control.decide(Verdict::Go);
     assert_eq!(phase(&collect(decoding).await), "decoding");
     assert_eq!(series(&metrics, "hardmax_request_finished_total{reason=\"deadline\"}"), 3.0);
@@ -368,9 +386,17 @@ async fn deadlines_in_every_phase() {
 
 #[tokio::test]
 async fn a_deadline_reaches_a_blocked_reader() {
-    let engine = start(FakeModel::sum(), EngineConfig { event_buffer: 2, ..fake::config() });
-    let deadline = Instant::now() + Duration::from_millis(300);
-    let stream = engine.submit(Request { deadline: Some(deadline), ..tokens(&[1], 20) }).unwrap();
+    let metrics = metrics();
+    let (model, control) = FakeModel::sum().gated();
+    let (engine, jump) = start_with_jumps(model, EngineConfig { event_buffer: 2, ..fake::config() }, metrics.clone());
+    let stream = engine.submit(Request { deadline: Some(Instant::now() + HOUR / 2), ..tokens(&[1], 20) }).unwrap();
+    control.step();
+    // A request that decodes beside it shows that the blocked one is not scheduled any more.
+    let other = engine.submit(tokens(&[2], 1)).unwrap();
+    control.decide(Verdict::Go);
+    assert_eq!(control.go().tokens, [2]);
+    assert_eq!(collect(other).await.ids, [2]);
+    jump();
     tokio::time::timeout(PATIENCE, engine.drained()).await.unwrap();
     let answer = collect(stream).await;
     assert_eq!((phase(&answer), answer.ids.len()), ("decoding", 1));

@@ -51,8 +51,12 @@ enum Pace {
     Busy,
 }
 
+/// Tells the time by which deadlines are judged; tests have one that jumps.
+pub(super) type Clock = Box<dyn Fn() -> Instant + Send>;
+
 pub(super) struct Worker {
     model: Box<dyn LanguageModel>,
+    clock: Clock,
     surroundings: Surroundings,
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
@@ -88,6 +92,7 @@ impl Drop for LastWords {
 impl Worker {
     pub(super) fn new(
         model: Box<dyn LanguageModel>,
+        clock: Clock,
         surroundings: Surroundings,
         config: &EngineConfig,
         shared: Arc<Shared>,
@@ -95,7 +100,7 @@ impl Worker {
     ) -> Self {
         let limits = Limits { max_running: config.max_batch_requests, max_step_tokens: config.max_step_tokens };
         let scheduler = Scheduler::new(limits);
-        Self { model, surroundings, shared, commands, scheduler, sequences: BTreeMap::new(), last_id: 0 }
+        Self { model, clock, surroundings, shared, commands, scheduler, sequences: BTreeMap::new(), last_id: 0 }
     }
 
     pub(super) fn spawn(self) -> Result<JoinHandle<()>> {
@@ -170,7 +175,7 @@ impl Worker {
 
     /// Ends what nobody listens to any more, and what is too late.
     fn sweep(&mut self) {
-        let now = Instant::now();
+        let now = (self.clock)();
         let ends: Vec<(SequenceId, Ending)> = self
             .sequences
             .iter()
@@ -205,12 +210,12 @@ impl Worker {
         if shares.is_empty() {
             return false;
         }
-        let started = Instant::now();
+        let started = (self.clock)();
         let batch = self.build(&shares, started);
         match self.forward(&batch) {
             Ok(output) => {
-                let now = Instant::now();
-                self.shared.metrics.observe_step(batch.tokens.len(), now - started, &output.layers);
+                let now = (self.clock)();
+                self.shared.metrics.observe_step(batch.tokens.len(), now.saturating_duration_since(started), &output.layers);
                 self.settle(&shares, &batch, &output.logits, now);
             }
             Err(reason) => {
