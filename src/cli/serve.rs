@@ -70,6 +70,9 @@ pub struct ServeArgs {
     /// Messages that may wait for a slow reader before its request pauses.
     #[arg(long, env = "HARDMAX_EVENT_BUFFER", value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(2..))]
     pub event_buffer: u32,
+    /// How long a request may wait for its reader before it ends with CANCELLED: it holds a place in the batch.
+    #[arg(long, env = "HARDMAX_READER_TIMEOUT", value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub reader_timeout: Duration,
     /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
     pub max_receive_message_bytes: NonZeroUsize,
@@ -214,6 +217,7 @@ impl ServeArgs {
             max_step_tokens: self.max_step_tokens.get(),
             max_new_tokens: self.max_new_tokens.get(),
             event_buffer: self.event_buffer as usize,
+            reader_timeout: self.reader_timeout,
         }
     }
 }

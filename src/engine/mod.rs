@@ -22,7 +22,7 @@ mod tests;
 use std::{
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread::JoinHandle,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokenizers::Tokenizer;
@@ -56,11 +56,20 @@ pub struct EngineConfig {
     pub max_new_tokens: usize,
     /// Events that a slow reader may leave unread before its request pauses. At least 2: one is kept for the last event.
     pub event_buffer: usize,
+    /// How long a request may wait for its reader before it ends: it holds a slot that others could use.
+    pub reader_timeout: Duration,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { max_batch_requests: 16, max_queue_requests: 256, max_step_tokens: 512, max_new_tokens: 1024, event_buffer: 64 }
+        Self {
+            max_batch_requests: 16,
+            max_queue_requests: 256,
+            max_step_tokens: 512,
+            max_new_tokens: 1024,
+            event_buffer: 64,
+            reader_timeout: Duration::from_secs(60),
+        }
     }
 }
 
