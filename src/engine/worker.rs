@@ -179,10 +179,11 @@ impl Worker {
             .iter_mut()
             .filter_map(|(&id, sequence)| {
                 let stalled = sequence.stalled(now).is_some_and(|waited| waited >= limit);
-                if sequence.events.is_closed() {
-                    Some((id, Ending::Cancelled))
-                } else if sequence.deadline.is_some_and(|deadline| deadline <= now) {
+                // Whoever waits until the deadline leaves at the deadline.
+                if sequence.deadline.is_some_and(|deadline| deadline <= now) {
                     Some((id, Ending::Failed(Error::DeadlineExceeded { phase: sequence.phase() })))
+                } else if sequence.events.is_closed() {
+                    Some((id, Ending::Cancelled))
                 } else {
                     stalled.then_some((id, Ending::Failed(Error::ReaderStalled { limit })))
                 }

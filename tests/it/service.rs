@@ -323,6 +323,8 @@ async fn a_deadline_before_the_answer() {
     let answer = RawCall::new("Score", &score).header("grpc-timeout", "99999999H").send(&server).await;
     assert_eq!(answer.code(), Some(Code::Ok), "{answer:?}");
     server.metric_reaches("hardmax_requests_total", &[("method", "Score"), ("code", "DEADLINE_EXCEEDED")], 10.0).await;
+    server.metric_reaches("hardmax_request_finished_total", &[("reason", "length")], 1.0).await;
+    assert_eq!(server.metric("hardmax_request_finished_total", &[("reason", "cancelled")]).await, Some(0.0));
 }
 
 #[tokio::test]
