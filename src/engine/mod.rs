@@ -206,6 +206,12 @@ impl Engine {
         Ok(EventStream::new(reader, inner.shared.clone()))
     }
 
+    /// Refuses a prompt that was found too long before all its tokens were known, as [`Engine::submit`] would.
+    pub fn refuse_too_long(&self, field: &str) -> Error {
+        self.inner.shared.metrics.rejected(Rejection::TooLong);
+        Error::out_of_range(field, format!("more than the {} tokens of the model's context", self.inner.spec.max_context))
+    }
+
     /// Takes a place in the queue. The queue is full when batch and queue together are: what a free slot will take at once does not wait.
     fn count_in(&self) -> Result<()> {
         let Inner { shared, config, .. } = &*self.inner;
