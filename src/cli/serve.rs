@@ -2,7 +2,7 @@
 
 use std::{fmt, io, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use clap::Args;
+use clap::{Args, builder::NonEmptyStringValueParser};
 use tokenizers::Tokenizer;
 use tokio::{
     net::TcpListener,
@@ -33,7 +33,7 @@ pub struct ServeArgs {
     #[arg(long, env = "HARDMAX_MODEL", value_name = "DIR", default_value = "models/demo")]
     pub model: PathBuf,
     /// The name by which clients may ask for the model. Default: the name of the folder.
-    #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME")]
+    #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub model_name: Option<String>,
     /// Address of the gRPC port. There is no TLS and no authentication: keep it on a trusted network.
     #[arg(long, env = "HARDMAX_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:50051")]
@@ -344,5 +344,6 @@ mod tests {
         assert_eq!(parse(&[]).unwrap().served_name(), "demo");
         assert_eq!(parse(&["--model", "some/where/"]).unwrap().served_name(), "where");
         assert_eq!(parse(&["--model-name", "x"]).unwrap().served_name(), "x");
+        assert!(parse(&["--model-name", ""]).is_err(), "as an empty variable in a compose file would say");
     }
 }
