@@ -1,6 +1,6 @@
 //! The one error type. It knows kinds, not transports: `service::status` maps kinds to gRPC codes, `main` to exit codes.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use crate::checkpoint::CheckpointError;
 
@@ -51,6 +51,12 @@ pub enum Error {
     /// The client went away.
     #[error("cancelled by the client")]
     Cancelled,
+    /// The client left its answer unread for too long; others can use its place.
+    #[error("the answer was not read for {limit:?}")]
+    ReaderStalled {
+        /// How long a request may wait for its reader.
+        limit: Duration,
+    },
     /// A checkpoint folder cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -122,7 +128,7 @@ impl Error {
             Self::QueueFull { .. } => ErrorKind::ResourceExhausted,
             Self::Draining => ErrorKind::Unavailable,
             Self::DeadlineExceeded { .. } => ErrorKind::DeadlineExceeded,
-            Self::Cancelled => ErrorKind::Cancelled,
+            Self::Cancelled | Self::ReaderStalled { .. } => ErrorKind::Cancelled,
             Self::Checkpoint(_) | Self::Io { .. } | Self::Tensor(_) | Self::NonFinite | Self::Internal(_) => ErrorKind::Internal,
         }
     }

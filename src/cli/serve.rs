@@ -2,7 +2,7 @@
 
 use std::{fmt, io, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use clap::Args;
+use clap::{Args, builder::NonEmptyStringValueParser};
 use tokenizers::Tokenizer;
 use tokio::{
     net::TcpListener,
@@ -33,7 +33,7 @@ pub struct ServeArgs {
     #[arg(long, env = "HARDMAX_MODEL", value_name = "DIR", default_value = "models/demo")]
     pub model: PathBuf,
     /// The name by which clients may ask for the model. Default: the name of the folder.
-    #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME")]
+    #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub model_name: Option<String>,
     /// Address of the gRPC port. There is no TLS and no authentication: keep it on a trusted network.
     #[arg(long, env = "HARDMAX_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:50051")]
@@ -70,6 +70,9 @@ pub struct ServeArgs {
     /// Messages that may wait for a slow reader before its request pauses.
     #[arg(long, env = "HARDMAX_EVENT_BUFFER", value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(2..))]
     pub event_buffer: u32,
+    /// How long a request may wait for its reader before it ends with CANCELLED: it holds a place in the batch.
+    #[arg(long, env = "HARDMAX_READER_TIMEOUT", value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub reader_timeout: Duration,
     /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
     pub max_receive_message_bytes: NonZeroUsize,
@@ -214,6 +217,7 @@ impl ServeArgs {
             max_step_tokens: self.max_step_tokens.get(),
             max_new_tokens: self.max_new_tokens.get(),
             event_buffer: self.event_buffer as usize,
+            reader_timeout: self.reader_timeout,
         }
     }
 }
@@ -343,5 +347,6 @@ mod tests {
         assert_eq!(parse(&[]).unwrap().served_name(), "demo");
         assert_eq!(parse(&["--model", "some/where/"]).unwrap().served_name(), "where");
         assert_eq!(parse(&["--model-name", "x"]).unwrap().served_name(), "x");
+        assert!(parse(&["--model-name", ""]).is_err(), "as an empty variable in a compose file would say");
     }
 }

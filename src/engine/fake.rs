@@ -71,7 +71,14 @@ pub(super) fn tokenizer() -> Arc<Tokenizer> {
 }
 
 pub(super) fn config() -> EngineConfig {
-    EngineConfig { max_batch_requests: 8, max_queue_requests: 8, max_step_tokens: 64, max_new_tokens: 32, event_buffer: 64 }
+    EngineConfig {
+        max_batch_requests: 8,
+        max_queue_requests: 8,
+        max_step_tokens: 64,
+        max_new_tokens: 32,
+        event_buffer: 64,
+        reader_timeout: PATIENCE,
+    }
 }
 
 /// Greedy continuation of `prompt`.

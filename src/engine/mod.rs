@@ -22,7 +22,7 @@ mod tests;
 use std::{
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread::JoinHandle,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokenizers::Tokenizer;
@@ -56,11 +56,20 @@ pub struct EngineConfig {
     pub max_new_tokens: usize,
     /// Events that a slow reader may leave unread before its request pauses. At least 2: one is kept for the last event.
     pub event_buffer: usize,
+    /// How long a request may wait for its reader before it ends: it holds a slot that others could use.
+    pub reader_timeout: Duration,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { max_batch_requests: 16, max_queue_requests: 256, max_step_tokens: 512, max_new_tokens: 1024, event_buffer: 64 }
+        Self {
+            max_batch_requests: 16,
+            max_queue_requests: 256,
+            max_step_tokens: 512,
+            max_new_tokens: 1024,
+            event_buffer: 64,
+            reader_timeout: Duration::from_secs(60),
+        }
     }
 }
 
@@ -199,6 +208,12 @@ impl Engine {
         let submission = Box::new(Submission { request, events, submitted });
         inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
         Ok(EventStream::new(reader, inner.shared.clone()))
+    }
+
+    /// Refuses a prompt that was found too long before all its tokens were known, as [`Engine::submit`] would.
+    pub fn refuse_too_long(&self, field: &str) -> Error {
+        self.inner.shared.metrics.rejected(Rejection::TooLong);
+        Error::out_of_range(field, format!("more than the {} tokens of the model's context", self.inner.spec.max_context))
     }
 
     /// Takes a place in the queue. The queue is full when batch and queue together are: what a free slot will take at once does not wait.

@@ -52,15 +52,17 @@ pub(super) struct Scheduler {
     waiting: VecDeque<SequenceId>,
     /// In order of arrival, hence of id.
     running: Vec<(SequenceId, usize)>,
+    /// Slots that were used and are free again.
     free: BTreeSet<usize>,
+    /// Slots that were ever used: all above are free.
+    used: usize,
     /// The last sequence that decoded when not all could.
     last_turn: SequenceId,
 }
 
 impl Scheduler {
     pub(super) fn new(limits: Limits) -> Self {
-        let free = (0..limits.max_running).collect();
-        Self { limits, waiting: VecDeque::new(), running: Vec::new(), free, last_turn: 0 }
+        Self { limits, waiting: VecDeque::new(), running: Vec::new(), free: BTreeSet::new(), used: 0, last_turn: 0 }
     }
 
     /// Puts a sequence at the end of the queue.
@@ -73,10 +75,23 @@ impl Scheduler {
         if self.waiting.is_empty() {
             return None;
         }
-        let slot = self.free.pop_first()?;
+        let slot = self.free_slot()?;
         let id = self.waiting.pop_front()?;
         self.running.push((id, slot));
         Some(id)
+    }
+
+    /// The lowest free slot.
+    fn free_slot(&mut self) -> Option<usize> {
+        if let Some(slot) = self.free.pop_first() {
+            return Some(slot);
+        }
+        let slot = self.used;
+        if slot == self.limits.max_running {
+            return None;
+        }
+        self.used += 1;
+        Some(slot)
     }
 
     /// Forgets a sequence, wherever it is.
@@ -163,6 +178,15 @@ mod tests {
     }
 
     #[test]
+    fn slots_cost_nothing_until_they_are_used() {
+        let mut scheduler = scheduler(usize::MAX, 1);
+        scheduler.enqueue(1);
+        assert_eq!(scheduler.admit(), Some(1));
+        assert_eq!(scheduler.remove(1), Some(Place::Running(0)));
+        assert_eq!(scheduler.free.len(), 1);
+    }
+
+    #[test]
     fn slots_are_reused_lowest_first() {
         let mut scheduler = scheduler(2, 1);
         (1..=3).for_each(|id| scheduler.enqueue(id));
@@ -234,7 +258,7 @@ mod tests {
                 }
                 assert!(step < 200 + 200 * 60, "starved");
             }
-            assert_eq!(scheduler.free.len(), max_running);
+            assert_eq!(scheduler.free.len(), scheduler.used);
         }
     }
 }

@@ -1,6 +1,11 @@
 //! One request at work: its tokens, how far the model has read them, and what is made of its logits.
 
-use std::{collections::HashSet, ops::Range, sync::Arc, time::Instant};
+use std::{
+    collections::HashSet,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokenizers::Tokenizer;
 use tokio::sync::mpsc;
@@ -49,6 +54,8 @@ pub(super) struct Sequence {
     pub(super) first_step: Option<Instant>,
     pub(super) first_token: Option<Instant>,
     pub(super) last_token: Option<Instant>,
+    /// Since when its reader leaves no room in the channel.
+    stalled_since: Option<Instant>,
     /// Prompt and continuation.
     tokens: Vec<u32>,
     prompt_tokens: usize,
@@ -110,6 +117,7 @@ impl Sequence {
             first_step: None,
             first_token: None,
             last_token: None,
+            stalled_since: None,
             prompt_tokens: request.prompt.len(),
             tokens: request.prompt,
             computed: 0,
@@ -117,14 +125,25 @@ impl Sequence {
         })
     }
 
-    /// What it could do in the next step. The last place in its channel is kept for its last event.
+    /// What it could do in the next step.
     pub(super) fn work(&self) -> Work {
         let left = self.tokens.len() - self.computed;
         match self.first_token {
-            _ if self.events.capacity() < 2 => Work::Blocked,
+            _ if self.blocked() => Work::Blocked,
             None => Work::Prefill(left),
             Some(_) => Work::Decode,
         }
+    }
+
+    /// Its reader has to catch up: the last place in the channel is kept for the last event.
+    fn blocked(&self) -> bool {
+        self.events.capacity() < 2
+    }
+
+    /// How long it has been waiting for its reader; `None` if it is not.
+    pub(super) fn stalled(&mut self, now: Instant) -> Option<Duration> {
+        self.stalled_since = self.blocked().then(|| self.stalled_since.unwrap_or(now));
+        self.stalled_since.map(|since| now.saturating_duration_since(since))
     }
 
     /// The next `count` tokens for the model, and how many it has read before.

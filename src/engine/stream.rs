@@ -14,7 +14,8 @@ use crate::error::Error;
 
 /// Events of one request: any number of `Tokens`, then exactly one `Finished` or `Failed`, then `None`.
 ///
-/// **Dropping it cancels the request.** A reader that is too slow pauses its own request and no other.
+/// **Dropping it cancels the request.** A reader that is too slow pauses its own request and no other; after
+/// [`EngineConfig::reader_timeout`](super::EngineConfig::reader_timeout) the request ends, because it holds a slot.
 #[derive(Debug)]
 pub struct EventStream {
     events: mpsc::Receiver<Event>,

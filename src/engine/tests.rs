@@ -403,6 +403,20 @@ async fn a_deadline_reaches_a_blocked_reader() {
 }
 
 #[tokio::test]
+async fn readers_that_never_read_do_not_keep_their_slots() {
+    let config = EngineConfig { event_buffer: 2, max_batch_requests: 2, reader_timeout: Duration::from_millis(50), ..fake::config() };
+    let metrics = metrics();
+    let engine = start_with(FakeModel::sum(), config, metrics.clone());
+    let stalled = [&[1], &[2]].map(|prompt| engine.submit(tokens(prompt, 20)).unwrap());
+    assert_eq!(ask(&engine, tokens(&[3], 1)).await.ids.len(), 1);
+    for stream in stalled {
+        let answer = collect(stream).await;
+        assert_eq!((answer.ids.len(), answer.kind()), (1, ErrorKind::Cancelled));
+    }
+    assert_eq!(series(&metrics, "hardmax_request_finished_total{reason=\"cancelled\"}"), 2.0);
+}
+
+#[tokio::test]
 async fn draining_finishes_what_is_inside() {
     let (engine, control, running) = occupied(fake::config());
     let queued = engine.submit(tokens(&[5], 1)).unwrap();

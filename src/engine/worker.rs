@@ -63,6 +63,8 @@ pub(super) struct Worker {
     scheduler: Scheduler,
     sequences: BTreeMap<SequenceId, Sequence>,
     last_id: SequenceId,
+    /// As in [`EngineConfig::reader_timeout`].
+    reader_timeout: Duration,
 }
 
 /// What a forward gave, on the host.
@@ -100,7 +102,8 @@ impl Worker {
     ) -> Self {
         let limits = Limits { max_running: config.max_batch_requests, max_step_tokens: config.max_step_tokens };
         let scheduler = Scheduler::new(limits);
-        Self { model, clock, surroundings, shared, commands, scheduler, sequences: BTreeMap::new(), last_id: 0 }
+        let reader_timeout = config.reader_timeout;
+        Self { model, clock, surroundings, shared, commands, scheduler, sequences: BTreeMap::new(), last_id: 0, reader_timeout }
     }
 
     pub(super) fn spawn(self) -> Result<JoinHandle<()>> {
@@ -173,19 +176,21 @@ impl Worker {
         let _ = events.try_send(Event::Failed(error));
     }
 
-    /// Ends what nobody listens to any more, and what is too late.
+    /// Ends what is too late, what nobody listens to any more, and what is not read.
     fn sweep(&mut self) {
-        let now = (self.clock)();
+        let (now, limit) = ((self.clock)(), self.reader_timeout);
         let ends: Vec<(SequenceId, Ending)> = self
             .sequences
-            .iter()
+            .iter_mut()
             .filter_map(|(&id, sequence)| {
-                if sequence.events.is_closed() {
-                    Some((id, Ending::Cancelled))
-                } else if sequence.deadline.is_some_and(|deadline| deadline <= now) {
+                let stalled = sequence.stalled(now).is_some_and(|waited| waited >= limit);
+                // Whoever waits until the deadline leaves at the deadline.
+                if sequence.deadline.is_some_and(|deadline| deadline <= now) {
                     Some((id, Ending::Failed(Error::DeadlineExceeded { phase: sequence.phase() })))
+                } else if sequence.events.is_closed() {
+                    Some((id, Ending::Cancelled))
                 } else {
-                    None
+                    stalled.then_some((id, Ending::Failed(Error::ReaderStalled { limit })))
                 }
             })
             .collect();
@@ -368,6 +373,7 @@ fn outcome(ending: &Ending) -> Outcome {
         Ending::Finished(finished) if finished.reason == FinishReason::Length => Outcome::Length,
         Ending::Finished(_) => Outcome::Stop,
         Ending::Failed(Error::DeadlineExceeded { .. }) => Outcome::Deadline,
+        Ending::Failed(Error::ReaderStalled { .. }) => Outcome::Cancelled,
         Ending::Failed(_) => Outcome::Error,
         Ending::Cancelled => Outcome::Cancelled,
     }

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 /// How much earlier than tonic's timer ours fires: one tick of tokio's clock, so that their order is certain.
 const HEAD_START: Duration = Duration::from_millis(1);
 
-/// When the client stops waiting. An extension of every request that came with a `grpc-timeout`.
+/// When to answer at the latest: a moment before the client stops waiting. An extension of every request that came with a `grpc-timeout`.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline(pub Instant);
 
@@ -66,10 +66,10 @@ where
         let Some(deadline) = timeout.and_then(|timeout| Instant::now().checked_add(timeout)) else {
             return Box::pin(self.inner.call(request));
         };
-        request.extensions_mut().insert(Deadline(deadline));
+        let answer_by = deadline.checked_sub(HEAD_START).unwrap_or(deadline);
+        request.extensions_mut().insert(Deadline(answer_by));
         let response = self.inner.call(request);
         Box::pin(async move {
-            let answer_by = deadline.checked_sub(HEAD_START).unwrap_or(deadline);
             match tokio::time::timeout_at(answer_by.into(), response).await {
                 Ok(response) => response,
                 Err(_) => Ok(to_status(&Error::DeadlineExceeded { phase: "waiting for the answer" }).into_http()),

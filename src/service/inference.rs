@@ -31,6 +31,9 @@ use crate::{
 /// Longer texts are tokenised away from the threads that serve sockets, and only so many at once as there are cores.
 const INLINE_TEXT: usize = 64 * 1024;
 
+/// How much longer each part of a long text is than the one before, until the whole text is tokenised.
+const PART_GROWTH: usize = 4;
+
 /// Longest request id, in bytes: it comes back in every message and in a header.
 const MAX_REQUEST_ID: usize = 128;
 
@@ -210,17 +213,6 @@ impl InferenceService {
         Err(Error::NotFound(format!("model: this server has '{}' only", self.config.model_name)))
     }
 
-    /// The tokens of `text`, with byte offsets.
-    async fn encode(&self, text: String, add_special: bool, field: &'static str) -> Result<tokenizers::Encoding> {
-        let engine = self.engine.clone();
-        let bytes = text.len();
-        self.work(bytes, move || {
-            let encoding = engine.tokenizer().encode(text, add_special);
-            encoding.map_err(|error| Error::invalid(field, format!("cannot be tokenised: {error}")))
-        })
-        .await?
-    }
-
     /// Runs `work` here if `bytes` is small, else on a thread that serves no socket.
     async fn work<T: Send + 'static>(&self, bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
         if bytes <= INLINE_TEXT {
@@ -240,7 +232,10 @@ impl InferenceService {
         match input {
             None => Err(Error::invalid(field, "neither text nor token_ids is set")),
             Some(Input::Ids(ids)) => Ok(ids),
-            Some(Input::Text(text)) => Ok(self.encode(text, true, field).await?.get_ids().to_vec()),
+            Some(Input::Text(text)) => {
+                let engine = self.engine.clone();
+                self.work(text.len(), move || encode_prompt(&engine, &text, field)).await?
+            }
         }
     }
 
@@ -281,7 +276,8 @@ impl InferenceService {
 
     async fn tokenize_request(&self, request: proto::TokenizeRequest) -> Result<proto::TokenizeResponse> {
         self.check_model(&request.model)?;
-        let encoding = self.encode(request.text, request.add_special_tokens.unwrap_or(true), "text").await?;
+        let (engine, text, add_special) = (self.engine.clone(), request.text, request.add_special_tokens.unwrap_or(true));
+        let encoding = self.work(text.len(), move || encode(&engine, &text, add_special, "text")).await??;
         let tokens = encoding.get_ids().iter().zip(encoding.get_tokens()).zip(encoding.get_offsets());
         let tokens = tokens.map(|((&id, token), &(start, end))| proto::tokenize_response::Token {
             id,
@@ -344,6 +340,26 @@ impl InferenceService {
 enum Input {
     Text(String),
     Ids(Vec<u32>),
+}
+
+/// The tokens of `text`, with byte offsets.
+fn encode(engine: &Engine, text: &str, add_special: bool, field: &str) -> Result<tokenizers::Encoding> {
+    let encoding = engine.tokenizer().encode(text, add_special);
+    encoding.map_err(|error| Error::invalid(field, format!("cannot be tokenised: {error}")))
+}
+
+/// The tokens of a prompt. One that is far too long is refused after its beginning: tokenising megabytes takes many seconds.
+fn encode_prompt(engine: &Engine, text: &str, field: &str) -> Result<Vec<u32>> {
+    let mut part = INLINE_TEXT;
+    while part < text.len() {
+        // A cut changes the tokens beside it; those of another whole context are beyond doubt.
+        let beginning = &text[..text.floor_char_boundary(part)];
+        if encode(engine, beginning, true, field)?.len() > 2 * engine.spec().max_context {
+            return Err(engine.refuse_too_long(field));
+        }
+        part = part.saturating_mul(PART_GROWTH);
+    }
+    Ok(encode(engine, text, true, field)?.get_ids().to_vec())
 }
 
 /// The engine's end of a stream is gone, and it said nothing.

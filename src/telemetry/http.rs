@@ -1,4 +1,4 @@
-//! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever restarts processes.
+//! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever sends requests here: 503 while loading and draining.
 
 use std::{
     io,

@@ -289,6 +289,19 @@ async fn what_is_too_long_is_out_of_range() {
 }
 
 #[tokio::test]
+async fn the_length_of_a_huge_text_is_known_from_its_beginning() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let text = "é".repeat(1_900_000);
+    let status = soon(client.generate(generate(&text, 1))).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "prompt"));
+    assert_eq!(status.message(), "prompt: more than the 256 tokens of the model's context");
+    let status = soon(client.score(ScoreRequest { input: Some(Input::Text(text)), ..Default::default() })).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "input"));
+    server.metric_reaches("hardmax_admission_rejections_total", &[("reason", "too_long")], 2.0).await;
+}
+
+#[tokio::test]
 async fn a_full_queue_says_when_to_come_back() {
     let engine = EngineConfig { max_batch_requests: 1, max_queue_requests: 1, ..Options::default().engine };
     let server = TestServer::start(Options { engine, gate_open: false, ..Options::default() }).await;
@@ -323,6 +336,8 @@ async fn a_deadline_before_the_answer() {
     let answer = RawCall::new("Score", &score).header("grpc-timeout", "99999999H").send(&server).await;
     assert_eq!(answer.code(), Some(Code::Ok), "{answer:?}");
     server.metric_reaches("hardmax_requests_total", &[("method", "Score"), ("code", "DEADLINE_EXCEEDED")], 10.0).await;
+    server.metric_reaches("hardmax_request_finished_total", &[("reason", "length")], 1.0).await;
+    assert_eq!(server.metric("hardmax_request_finished_total", &[("reason", "cancelled")]).await, Some(0.0));
 }
 
 #[tokio::test]

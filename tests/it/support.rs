@@ -220,6 +220,7 @@ impl Default for Options {
                 max_step_tokens: 64,
                 max_new_tokens: 1 << 20,
                 event_buffer: 64,
+                reader_timeout: PATIENCE,
             },
             max_context: 256,
             max_receive_bytes: 4 << 20,
