@@ -12,12 +12,14 @@ use crate::{
         load::{DeviceKind, WeightType, load},
     },
     moe::{LayerRouting, Routing, policy::RoutingChoice},
+    ops::cpu_slice,
 };
 
 /// Run token ids through a model once and write logits and routing to a safetensors file.
 ///
 /// The file holds `logits [T, V]` f32 and, for each MoE layer N (decoder layer from 0), `router_logits.N [T, E]` f32,
-/// `expert_ids.N [T, k]` u32 and `expert_weights.N [T, k]` f32, by descending weight.
+/// `expert_ids.N [T, k]` u32 and `expert_weights.N [T, k]` f32, by descending weight. Where the model computes NaN or
+/// infinity there is no file, but an error.
 #[derive(clap::Args, Debug)]
 pub struct ForwardArgs {
     /// Checkpoint folder in Hugging Face layout.
@@ -56,8 +58,15 @@ pub fn run(args: ForwardArgs) -> Result<()> {
 
 /// By name, on the host.
 fn tensors(forward: &Forward) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors = BTreeMap::from([("logits".to_owned(), forward.logits.to_device(&Device::Cpu)?)]);
-    for LayerRouting { layer, router_logits, routing, .. } in &forward.layers {
+    let logits = forward.logits.to_device(&Device::Cpu)?;
+    if !cpu_slice::<f32, _>(&logits, |logits| Ok(logits.iter().all(|z| z.is_finite())))? {
+        return Err(Error::NonFinite);
+    }
+    let mut tensors = BTreeMap::from([("logits".to_owned(), logits)]);
+    for LayerRouting { layer, router_logits, routing, stats } in &forward.layers {
+        if stats.non_finite > 0 {
+            return Err(Error::NonFinite);
+        }
         tensors.insert(format!("router_logits.{layer}"), router_logits.to_device(&Device::Cpu)?);
         let Routing::Sparse(routing) = routing else {
             return Err(Error::Internal("a serving forward routed densely".into()));
@@ -65,7 +74,7 @@ fn tensors(forward: &Forward) -> Result<BTreeMap<String, Tensor>> {
         let rows = routing.num_tokens();
         let k = routing.expert_ids.len() / rows.max(1);
         if (0..rows).any(|token| routing.routes(token).len() != k) {
-            return Err(Error::NonFinite);
+            return Err(Error::Internal(format!("tokens with more and with fewer experts in layer {layer}")));
         }
         tensors.insert(format!("expert_ids.{layer}"), Tensor::from_slice(&routing.expert_ids, (rows, k), &Device::Cpu)?);
         tensors.insert(format!("expert_weights.{layer}"), Tensor::from_slice(&routing.weights, (rows, k), &Device::Cpu)?);

@@ -91,7 +91,9 @@ fn top_k(row: &[f32], k: usize, out: &mut Vec<u32>) {
         return;
     }
     out.extend(0..row.len() as u32);
-    out[first..].sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b)));
+    // Adding 0 makes -0 and 0 one value, as they are for `>` above.
+    let key = |e: u32| row[e as usize] + 0.0;
+    out[first..].sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
     out.truncate(first + k);
 }
 

@@ -35,6 +35,8 @@ fn ties_go_to_the_lowest_index() {
     for k in 1..=6 {
         let routing = one(&[1.0, 3.0, 3.0, 0.0, 3.0, 1.0], top(k, WeightForm::Raw));
         assert_eq!(routing.expert_ids, [1, 2, 4, 0, 5, 3][..k]);
+        let zeros = one(&[-0.0, 0.0, -1.0, 0.0, -0.0, -0.0], top(k, WeightForm::Raw));
+        assert_eq!(zeros.expert_ids, [0, 1, 3, 4, 5, 2][..k], "-0 is 0");
     }
 }
 

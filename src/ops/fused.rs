@@ -277,11 +277,15 @@ impl CausalAttention {
         }
     }
 
-    fn check(&self, layout: &Layout) -> Result<(usize, usize)> {
-        let (t, heads, head_dim) = layout.shape().dims3()?;
-        let known = head_dim == self.shape.head_dim && (heads == self.shape.heads || heads == self.shape.kv_heads);
-        if !known || self.count == 0 || t % self.count != 0 {
-            bail!("attention: {:?} does not fit {:?} and {} sequences", layout.shape(), self.shape, self.count);
+    /// Tokens in all, and in a sequence. What makes the pointers below stay inside: every head of every token is there.
+    fn check(&self, [q, k, v]: [&Layout; 3]) -> Result<(usize, usize)> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let (t, _, _) = q.shape().dims3()?;
+        let fits = |layout: &Layout, heads: usize| layout.dims() == [t, heads, head_dim];
+        let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads) && self.count > 0 && t > 0 && t.is_multiple_of(self.count);
+        if !divides || !fits(q, heads) || !fits(k, kv_heads) || !fits(v, kv_heads) {
+            let shapes = [q.shape(), k.shape(), v.shape()];
+            bail!("attention: {shapes:?} do not fit {:?} and {} sequences", self.shape, self.count);
         }
         Ok((t, t / self.count))
     }
@@ -301,10 +305,7 @@ impl CustomOp3 for CausalAttention {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (t, s) = self.check(l1)?;
-        if self.check(l2)?.0 != t || self.check(l3)?.0 != t {
-            bail!("attention: keys or values of another length than the queries");
-        }
+        let (_, s) = self.check([l1, l2, l3])?;
         let (q, k, v) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let (q_row, kv_row) = self.strides();

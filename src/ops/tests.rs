@@ -83,6 +83,23 @@ fn causal_attention() {
 }
 
 #[test]
+fn causal_attention_refuses_what_does_not_fit() {
+    let rng = &mut StdRng::seed_from_u64(8);
+    let shape = |heads, kv_heads| AttentionShape { heads, kv_heads, head_dim: 4, window: None };
+    let mut refused = |q: [usize; 2], k: [usize; 2], v: [usize; 2], count, shape| {
+        let [q, k, v] = [q, k, v].map(|[t, heads]| random(&[t, heads, 4], rng));
+        super::causal_attention(&q, &k, &v, count, shape).is_err()
+    };
+    assert!(!refused([6, 4], [6, 2], [6, 2], 2, shape(4, 2)));
+    assert!(refused([6, 2], [6, 2], [6, 2], 2, shape(4, 2)), "too few query heads");
+    assert!(refused([6, 4], [6, 4], [6, 2], 2, shape(4, 2)), "too many key heads");
+    assert!(refused([6, 4], [5, 2], [6, 2], 2, shape(4, 2)), "too few keys");
+    assert!(refused([6, 3], [6, 2], [6, 2], 2, shape(3, 2)), "heads that do not share evenly");
+    assert!(refused([6, 4], [6, 2], [6, 2], 4, shape(4, 2)), "sequences of unequal length");
+    assert!(refused([0, 4], [0, 2], [0, 2], 1, shape(4, 2)), "nothing");
+}
+
+#[test]
 fn softmax_and_rms_norm_keep_gradients() {
     let rng = &mut StdRng::seed_from_u64(5);
     let (x, w) = (random(&[4, 8], rng), random(&[8], rng));

@@ -292,7 +292,7 @@ pub(crate) struct Grouped<'a, W> {
     pub(crate) x: &'a [f32],
     /// Row of `x` for each output row; `None`: the same row.
     pub(crate) source: Option<&'a [u32]>,
-    /// Disjoint; together they cover the output rows.
+    /// In order and without a gap; together they cover the output rows.
     pub(crate) groups: &'a [Group],
     /// `[matrices, rows, k]`.
     pub(crate) weights: &'a [W],
@@ -312,7 +312,11 @@ impl<W: Weight> Grouped<'_, W> {
     }
 
     fn run(&self, weight_rows: usize, n: usize, epilogue: &impl Epilogue) -> Vec<f32> {
-        let rows = self.groups.iter().map(|group| group.rows.len()).sum::<usize>();
+        // What makes the writes below sound: rows of one group after the other, from 0.
+        let rows = self.groups.iter().fold(0, |end, group| {
+            assert!(group.rows.start == end && group.rows.end >= end, "groups that overlap or leave a gap: this is a bug");
+            group.rows.end
+        });
         let mut out = vec![0f32; rows * n];
         let tasks = self.tasks(n);
         let target = Disjoint::new(&mut out);
@@ -327,7 +331,7 @@ impl<W: Weight> Grouped<'_, W> {
             let size = weight_rows * self.k;
             let weights = &self.weights[group.matrix * size..(group.matrix + 1) * size];
             run_task(self.isa, &inputs, weights, self.k, columns, epilogue, &mut |row, column, value| {
-                // SAFETY: tasks have disjoint (row, column) ranges.
+                // SAFETY: tasks have disjoint (row, column) ranges: their groups are disjoint, as checked above.
                 unsafe { target.write((rows.start + row) * n + column, value) }
             });
         });
@@ -357,4 +361,19 @@ impl<W: Weight> Grouped<'_, W> {
 pub(crate) fn linear<W: Weight>(isa: Isa, x: &[f32], weights: &[W], k: usize, n: usize) -> Vec<f32> {
     let groups = [Group { rows: 0..x.len() / k, matrix: 0 }];
     Grouped { isa, x, source: None, groups: &groups, weights, k }.linear(n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The writes are unchecked: what is not a partition of the rows must not get to them.
+    #[test]
+    fn groups_that_do_not_partition_the_rows_are_refused() {
+        for ranges in [[0..2, 1..3], [0..1, 2..4], [2..3, 0..2]] {
+            let groups: Vec<Group> = ranges.clone().map(|rows| Group { rows, matrix: 0 }).into();
+            let run = || Grouped { isa: Isa::Portable, x: &[1.0; 12], source: None, groups: &groups, weights: &[1f32; 6], k: 3 }.linear(2);
+            assert!(std::panic::catch_unwind(run).is_err(), "{ranges:?}");
+        }
+    }
 }
