@@ -22,8 +22,8 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 
 const MAX_LAYERS: usize = 4096;
 const MAX_EXPERTS: usize = 1 << 16;
-/// Experts of all layers together: a name is made for each.
-const MAX_ALL_EXPERTS: usize = 1 << 20;
+/// Experts of all layers together: names are made for each. Five times those of the largest published model.
+const MAX_ALL_EXPERTS: usize = 1 << 17;
 /// Parameters of a model that is no mistake: 280 trillion.
 const MAX_PARAMETERS: u128 = 1 << 48;
 
@@ -116,8 +116,8 @@ fn read_spec(config: &Fields<'_>, family: &Family) -> Result<ModelSpec> {
         },
         out_bias: family.bias == Bias::AttentionField && config.boolean("attention_bias")?.unwrap_or(false),
         qk_norm: family.qk_norm,
-        clip_qkv: if family.clip_qkv { config.positive("clip_qkv")?.map(|clip| clip as f32) } else { None },
-        rms_norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
+        clip_qkv: if family.clip_qkv { config.positive_f32("clip_qkv")?.map(|clip| clip as f32) } else { None },
+        rms_norm_eps: config.positive_f32("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
         rope: read_rope(config, &RopeContext { default_theta: defaults.rope_theta, max_context })?,
         max_context,
         tied_head: config.boolean("tie_word_embeddings")?.unwrap_or(false),

@@ -128,6 +128,11 @@ impl<'a> Fields<'a> {
         self.read(key, "a number above 0", |value| value.as_f64().filter(|n| n.is_finite() && *n > 0.0))
     }
 
+    /// A number above 0 in f32 too, the precision in which it is used.
+    pub(super) fn positive_f32(&self, key: &str) -> Result<Option<f64>> {
+        self.read(key, "a number above 0", |value| value.as_f64().filter(|n| (*n as f32).is_finite() && *n as f32 >= f32::MIN_POSITIVE))
+    }
+
     /// An integer from 0.
     pub(super) fn integer(&self, key: &str) -> Result<Option<usize>> {
         self.read(key, &format!("an integer from 0 to {LIMIT}"), as_size)

@@ -74,9 +74,9 @@ impl GenerationDefaults {
         let empty = Value::Object(Map::new());
         let fields = Fields::new(file, value.unwrap_or(&empty))?;
         let own = TokenIds::read(&fields, vocab_size)?;
-        let number = |key: &str, expected: &str, right: fn(f64) -> bool| {
-            let read = fields.read(key, expected, |value| value.as_f64().filter(|n| right(*n)))?;
-            Ok::<_, CheckpointError>(read.map(|n| n as f32))
+        // As f32, which they become: a huge temperature is infinite there, and a tiny penalty is 0.
+        let number = |key: &str, expected: &str, right: fn(f32) -> bool| {
+            fields.read(key, expected, |value| value.as_f64().map(|n| n as f32).filter(|n| n.is_finite() && right(*n)))
         };
         Ok(Self {
             // `null` in this file is how libraries write "not set", hence no statement.

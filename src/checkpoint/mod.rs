@@ -52,6 +52,7 @@ pub use self::{
         TrainRecord,
     },
     save::{SaveRequest, save},
+    swap::check_target,
 };
 use crate::model::{ModelSpec, weights::ModelWeights};
 

@@ -14,7 +14,7 @@ pub(super) struct RopeContext {
 
 /// Reads the rotary embedding.
 pub(super) fn read_rope(config: &Fields<'_>, context: &RopeContext) -> Result<RopeSpec> {
-    let top_theta = config.positive("rope_theta")?;
+    let top_theta = read_theta(config)?;
     refuse_partial(config)?;
     let original = config.count("original_max_position_embeddings")?;
     let (legacy, current) = (config.object("rope_scaling")?, config.object("rope_parameters")?);
@@ -27,7 +27,7 @@ pub(super) fn read_rope(config: &Fields<'_>, context: &RopeContext) -> Result<Ro
         return Ok(RopeSpec { theta: top_theta.unwrap_or(context.default_theta), scaling: RopeScaling::None });
     };
     refuse_partial(&rope)?;
-    let theta = rope.positive("rope_theta")?.or(top_theta).unwrap_or(context.default_theta);
+    let theta = read_theta(&rope)?.or(top_theta).unwrap_or(context.default_theta);
     let original = Original { top: original, max_context: context.max_context };
     let scaling = read_scaling(&rope, theta, &original)?;
     for band in ["mrope_section", "short_factor", "long_factor"] {
@@ -37,6 +37,11 @@ pub(super) fn read_rope(config: &Fields<'_>, context: &RopeContext) -> Result<Ro
     }
     rope.warn_unused();
     Ok(RopeSpec { theta, scaling })
+}
+
+/// From 1: below, frequencies would rise with the dimension, and soon not be finite.
+fn read_theta(fields: &Fields<'_>) -> Result<Option<f64>> {
+    fields.read("rope_theta", "a number from 1", |value| value.as_f64().filter(|theta| theta.is_finite() && *theta >= 1.0))
 }
 
 fn refuse_partial(fields: &Fields<'_>) -> Result<()> {
@@ -98,11 +103,14 @@ fn read_yarn(rope: &Fields<'_>, theta: f64, original_max_position: usize, max_co
         return Err(rope.wrong("beta_fast", format!("a number from beta_slow, {beta_slow}")));
     }
     let (mscale, mscale_all_dim) = (or_default("mscale", 0.0)?, or_default("mscale_all_dim", 0.0)?);
-    let attention_factor = match rope.positive("attention_factor")? {
+    let attention_factor = match rope.positive_f32("attention_factor")? {
         Some(factor) => Some(factor),
         None if mscale > 0.0 && mscale_all_dim > 0.0 => Some(magnitude(factor, mscale) / magnitude(factor, mscale_all_dim)),
         None => None,
     };
+    if attention_factor.is_some_and(|factor| !(factor as f32).is_normal()) {
+        return Err(rope.wrong("mscale", format!("a number that makes a finite factor with mscale_all_dim, {mscale_all_dim}")));
+    }
     let truncate = rope.boolean("truncate")?.unwrap_or(true);
     Ok(RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, attention_factor, truncate })
 }

@@ -274,7 +274,9 @@ impl RoutingBlock {
 fn read_layers(layers: &Fields<'_>) -> Result<BTreeMap<usize, LayerRecord>> {
     let mut read = BTreeMap::new();
     for key in layers.keys() {
-        let index = key.parse().map_err(|_| layers.wrong(key, "a key that is a layer index from 0"))?;
+        // 1 has one spelling: with 01 beside it, the order of keys would decide.
+        let index = key.parse().ok().filter(|index: &usize| index.to_string() == key);
+        let index = index.ok_or_else(|| layers.wrong(key, "a key that is a layer index from 0"))?;
         let Some(layer) = layers.object(key)? else { continue };
         let serve = layer.object("serve")?.map(|f| ServeRecord::read(&f)).transpose()?.unwrap_or_default();
         layer.warn_unused();
@@ -355,7 +357,7 @@ impl ReferenceRecord {
     fn read(reference: &Fields<'_>) -> Result<Self> {
         let modes = [("soft", ReferenceMode::Soft), ("hard", ReferenceMode::Hard)];
         let mode = reference.choice("mode", &modes)?.ok_or_else(|| reference.wrong("mode", "\"soft\" or \"hard\""))?;
-        let temperature = positive_f32(reference, "temperature")?;
+        let temperature = reference.positive_f32("temperature")?;
         let noise = owned(reference, "noise")?;
         if noise.as_deref().is_some_and(|noise| noise != "none") {
             return Err(reference.unsupported("noise", "only \"none\""));
@@ -367,11 +369,6 @@ impl ReferenceRecord {
         reference.warn_unused();
         Ok(record)
     }
-}
-
-/// Above 0 in f32 too, the precision in which it is used.
-fn positive_f32(fields: &Fields<'_>, key: &str) -> Result<Option<f64>> {
-    fields.read(key, "a number above 0", |value| value.as_f64().filter(|n| (*n as f32).is_finite() && *n as f32 >= f32::MIN_POSITIVE))
 }
 
 // === impl ServeRecord ===

@@ -72,6 +72,12 @@ impl Swap {
     }
 }
 
+/// Fails where [`super::save()`] to `dir` would, for what is there or may not be written; leaves nothing but folders above it.
+pub fn check_target(dir: &Path) -> Result<()> {
+    let partial = Swap::new(dir)?.partial;
+    fs::remove_dir(&partial).map_err(|e| CheckpointError::io(&partial, e))
+}
+
 fn refuse_foreign_folder(dir: &Path) -> Result<()> {
     if !dir.exists() {
         return Ok(());

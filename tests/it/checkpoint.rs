@@ -14,12 +14,16 @@ use hardmax::{
         Checkpoint, CheckpointError, GenerationDefaults, LoadOptions, ReferenceMode, ReferenceRecord, RoutingBlock, SaveRequest,
         ServeRecord, TrainRecord, save,
     },
-    cli::inspect::{self, InspectArgs},
+    cli::{
+        forward::{self, ForwardArgs},
+        inspect::{self, InspectArgs},
+    },
     model::{
         FeedForwardSpec, ReferenceRouting,
+        load::{DeviceKind, WeightType},
         weights::{FeedForwardWeights, ModelWeights, MoeWeights, SwiGluWeights},
     },
-    moe::policy::WeightForm,
+    moe::policy::{RoutingChoice, WeightForm},
 };
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
@@ -435,6 +439,9 @@ fn generation_defaults_come_from_their_file_then_from_the_configuration() {
     assert_eq!(defaults(json!({ "eos_token_id": [2, 99, -1] }), None).expect("ids outside are dropped").eos_token_ids, [2]);
     for (file, part) in [
         (json!({ "temperature": -1 }), "temperature is -1"),
+        (json!({ "temperature": 1e308 }), "temperature is 1e+308"),
+        (json!({ "repetition_penalty": 1e-60 }), "repetition_penalty is 1e-60"),
+        (json!({ "top_p": 1e-60 }), "top_p is 1e-60"),
         (json!({ "top_p": 0 }), "top_p is 0"),
         (json!({ "top_k": 1.5 }), "top_k is 1.5"),
         (json!({ "eos_token_id": {} }), "eos_token_id is {}"),
@@ -867,4 +874,33 @@ fn inspect_reports_and_fails_where_tensors_do_not_fit() {
     let args = InspectArgs { dir: dir.path().into(), json: false, tensors: false };
     let error = inspect::run(args).expect_err("a missing tensor").to_string();
     assert!(error.contains("model.norm.weight"), "{error}");
+}
+
+#[test]
+fn forward_fails_where_the_model_computes_no_numbers() {
+    let forward = |fixture: &Fixture| {
+        let dir = fixture.write();
+        let output = dir.path().join("forward.safetensors");
+        let (device, dtype) = (DeviceKind::Cpu, WeightType::Auto);
+        let result = forward::run(ForwardArgs {
+            model: dir.path().into(),
+            input_ids: vec![0, 1, 2],
+            routing: RoutingChoice::Native,
+            output: output.clone(),
+            device,
+            dtype,
+        });
+        (result, output.exists())
+    };
+    let mut fixture = Fixture::new("mixtral");
+    assert!(matches!(forward(&fixture), (Ok(()), true)));
+    // Of the first token only, then of all.
+    for name in ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"] {
+        let whole = fixture.clone();
+        fixture.tensor(name).bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let (result, written) = forward(&fixture);
+        let error = result.expect_err(name).to_string();
+        assert!(error.contains("non-finite") && !written, "{name}: {error}");
+        fixture = whole;
+    }
 }
