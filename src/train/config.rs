@@ -14,6 +14,9 @@ use crate::{
     moe::policy::WeightForm,
 };
 
+/// Parameters of a model that is no mistake: with gradients and moments 256 GiB.
+const MAX_PARAMETERS: u128 = 1 << 34;
+
 /// A training run. Paths are relative to the folder of the file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,9 +186,16 @@ impl TrainConfig {
         ensure(!self.data.separator.is_empty(), "data.separator", "is empty")?;
         ensure((300..=65_536).contains(&self.data.vocab_size), "data.vocab_size", "must be from 300 to 65536")?;
         ensure(model.hidden_size > 0 && model.layers > 0 && model.expert_width > 0, "model", "sizes must be above 0")?;
-        ensure(model.heads > 0 && model.hidden_size.is_multiple_of(2 * model.heads), "model.heads", "must divide half of hidden_size")?;
+        ensure(
+            model.heads > 0 && model.hidden_size.is_multiple_of(model.heads.saturating_mul(2)),
+            "model.heads",
+            "must divide half of hidden_size",
+        )?;
         ensure(model.kv_heads > 0 && model.heads.is_multiple_of(model.kv_heads), "model.kv_heads", "must divide heads")?;
         ensure(model.experts >= 2, "model.experts", "must be at least 2")?;
+        ensure(model.layers <= 512, "model.layers", "must be at most 512")?; // The graph is walked recursively.
+        ensure(model.layers.saturating_mul(model.experts) <= 1 << 16, "model.experts", "must be at most 65536 in all layers together")?;
+        ensure(self.parameters() <= MAX_PARAMETERS, "model", &format!("must have at most {MAX_PARAMETERS} parameters"))?;
         ensure(model.context >= 8, "model.context", "must be at least 8")?;
         ensure(model.rope_theta > 1.0 && model.rope_theta.is_finite(), "model.rope_theta", "must be above 1")?;
         ensure((1..=2).contains(&routing.serve_k), "routing.serve_k", "must be 1 or 2")?;
@@ -208,7 +218,18 @@ impl TrainConfig {
         ensure(generation.temperature.is_none_or(|t| t.is_finite() && t >= 0.0), "generation.temperature", "must be at least 0")?;
         ensure(generation.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "generation.top_p", "must be above 0 and at most 1")?;
         ensure(run.steps > 0 && run.batch > 0, "run.steps", "steps and batch must be above 0")?;
+        ensure(run.batch.saturating_mul(model.context) <= 1 << 24, "run.batch", "must be at most 16777216 tokens per step")?;
+        ensure(run.eval_tokens >= 2, "run.eval_tokens", "must be at least 2: the second is the first to be predicted")?;
         ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")
+    }
+
+    /// Parameters of the large matrices, at most.
+    fn parameters(&self) -> u128 {
+        let model = &self.model;
+        let [d, layers, experts, f] = [model.hidden_size, model.layers, model.experts, model.expert_width].map(|n| n as u128);
+        // No product of sizes of 64 bits may overflow: what is larger than the limit by itself stays just so.
+        let [d, f] = [d, f].map(|n| n.min(MAX_PARAMETERS));
+        2 * self.data.vocab_size as u128 * d + layers * (4 * d * d + experts * d * (3 * f + 1))
     }
 
     /// The model that this recipe makes, for a tokenizer of `vocab_size` tokens.

@@ -57,7 +57,7 @@ fn routing_block(config: &TrainConfig, trained: &Trained) -> RoutingBlock {
             temperature: Some(TemperatureRecord {
                 schedule: Some(schedule.schedule.id().into()),
                 init: Some(schedule.init),
-                end: Some(schedule.end),
+                end: Some(schedule.last()),
                 at_save: Some(trained.temperature),
                 folded: Some(true),
             }),

@@ -50,7 +50,7 @@ pub struct EvaluationRecord {
     pub step: usize,
     /// Predicted tokens.
     pub tokens: usize,
-    /// On all held-out text, at the end of the run; the others take a part of it.
+    /// At the end of the run, on all held-out text; the others take `run.eval_tokens` of it.
     #[serde(default)]
     pub complete: bool,
     /// Perplexity when all experts are mixed at the training temperature, without noise.

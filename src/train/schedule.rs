@@ -67,6 +67,11 @@ impl Schedule {
         }
     }
 
+    /// The value after the last step.
+    pub fn last(&self) -> f64 {
+        if self.schedule == Shape::Constant { self.init } else { self.end }
+    }
+
     /// What makes the schedule unusable, if anything. `positive`: no value may be 0.
     pub fn problem(&self, positive: bool) -> Option<String> {
         let finite = self.init.is_finite() && self.end.is_finite();
@@ -74,7 +79,8 @@ impl Schedule {
         let least = if self.schedule == Shape::Constant { self.init } else { self.init.min(self.end) };
         if !finite || least < 0.0 {
             Some("init and final must be finite and not negative".into())
-        } else if least == 0.0 && (positive || self.schedule == Shape::Exp) {
+        } else if least < f64::from(f32::MIN_POSITIVE) && (positive || self.schedule == Shape::Exp) {
+            // In f32, too, the precision in which values are used.
             Some("init and final must be above 0 (an exponential schedule cannot reach 0: use linear)".into())
         } else if !shares {
             Some("hold_start and hold_end must be at least 0 and below 1 together".into())
@@ -119,6 +125,7 @@ mod tests {
         assert!(Schedule { end: 0.0, ..schedule(Shape::Exp) }.problem(false).is_some());
         assert!(Schedule { end: 0.0, ..schedule(Shape::Linear) }.problem(false).is_none());
         assert!(Schedule { end: 0.0, ..schedule(Shape::Linear) }.problem(true).is_some());
+        assert!(Schedule { end: 1e-60, ..schedule(Shape::Linear) }.problem(true).is_some(), "0 in f32");
         assert!(Schedule { hold_start: 0.9, ..schedule(Shape::Linear) }.problem(true).is_some());
         assert!(Schedule { init: f64::NAN, ..schedule(Shape::Linear) }.problem(true).is_some());
     }

@@ -1,6 +1,7 @@
 //! The state of a run on disk: enough to continue as if it had never stopped.
 //!
-//! Written to a temporary folder beside its place, synced, then renamed: a reader sees the old state or the new one.
+//! Written to a temporary folder beside its place, synced, then renamed in two steps, with the old state under another
+//! name in between: [`StateDir::recover`] takes it back where the process was killed there. A run holds a [`Lock`].
 
 use std::{
     collections::BTreeMap,
@@ -32,8 +33,29 @@ pub struct Progress {
 struct Header {
     progress: Progress,
     updates: i32,
-    /// Of the recipe: a state is continued only under the recipe that made it.
+    /// Of recipe and text: a state is continued only under those that made it.
     recipe: String,
+}
+
+/// One run at a time in a work folder. Released when dropped, and by the system when the process dies.
+#[derive(Debug)]
+pub struct Lock {
+    _file: fs::File,
+}
+
+impl Lock {
+    /// Fails where another process trains in `work`.
+    pub fn take(work: &Path) -> Result<Self> {
+        let path = work.join("lock");
+        let file = fs::File::create(&path).map_err(|source| Error::io(&path, source))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(fs::TryLockError::WouldBlock) => {
+                Err(Error::FailedPrecondition(format!("another run is at work in {}: wait for its end, or end it", work.display())))
+            }
+            Err(fs::TryLockError::Error(source)) => Err(Error::io(&path, source)),
+        }
+    }
 }
 
 /// Folder of the state of a run.
@@ -44,15 +66,34 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// The state of `config`, in its work folder.
-    pub fn new(config: &TrainConfig) -> Result<Self> {
+    /// The state of `config` on the text `documents`, in its work folder.
+    pub fn new(config: &TrainConfig, documents: &[String]) -> Result<Self> {
         let mut recipe = config.clone();
         // Where things lie does not matter, nor how often they are looked at.
         recipe.output = PathBuf::new();
         recipe.data.train.iter_mut().chain(&mut recipe.data.heldout).for_each(|file| *file = file.file_name().unwrap_or_default().into());
         (recipe.run.eval_every, recipe.run.eval_tokens, recipe.run.save_every) = (0, 0, 0);
         let text = serde_json::to_string(&recipe).map_err(|error| Error::Internal(format!("hashing the recipe: {error}")))?;
-        Ok(Self { path: config.work.join("training-state"), recipe: hex(&Sha256::digest(text)) })
+        let mut hash = Sha256::new_with_prefix(text);
+        documents.iter().for_each(|document| {
+            hash.update(document);
+            hash.update([0xFF]); // In no UTF-8 text.
+        });
+        Ok(Self { path: config.work.join("training-state"), recipe: hex(&hash.finalize()) })
+    }
+
+    /// Takes back the old state of a [`StateDir::save`] that was killed between its renames.
+    pub fn recover(&self) -> Result<()> {
+        let old = self.old();
+        if self.exists() || !old.join("state.json").exists() {
+            return Ok(());
+        }
+        fs::rename(&old, &self.path).map_err(|source| Error::io(&old, source))
+    }
+
+    /// Where the old state is while the new one takes its place.
+    fn old(&self) -> PathBuf {
+        self.path.with_extension("old")
     }
 
     /// The folder.
@@ -93,7 +134,7 @@ impl StateDir {
             let file = temporary.join(name);
             fs::File::open(&file).and_then(|file| file.sync_all()).map_err(io(&file))?;
         }
-        let old = self.path.with_extension("old");
+        let old = self.old();
         if old.exists() {
             fs::remove_dir_all(&old).map_err(io(&old))?;
         }
@@ -119,8 +160,10 @@ impl StateDir {
         let text = fs::read_to_string(&file).map_err(|source| Error::io(&file, source))?;
         let header: Header = serde_json::from_str(&text).map_err(|error| Error::invalid(file.display().to_string(), error.to_string()))?;
         if header.recipe != self.recipe {
-            let message =
-                format!("{} was made by another recipe: restore the recipe, or remove the folder to begin anew", self.path.display());
+            let message = format!(
+                "{} was made by another recipe, or from another text: restore it, or remove the folder to begin anew",
+                self.path.display()
+            );
             return Err(Error::FailedPrecondition(message));
         }
         let file = self.path.join("tensors.safetensors");

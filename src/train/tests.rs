@@ -116,6 +116,72 @@ fn a_resumed_run_is_the_uninterrupted_one() {
 }
 
 #[test]
+fn a_run_killed_between_two_renames_is_resumed() {
+    let (whole, cut) = (folder(|r| r), folder(|r| r));
+    let wanted = train(whole.path(), false);
+    let mut interrupted = Trainer::new(config(cut.path()), false).unwrap();
+    interrupted.run_until(8).unwrap();
+    drop(interrupted);
+    let state = cut.path().join("work/training-state");
+    fs::rename(&state, state.with_extension("old")).unwrap();
+    let resumed = Trainer::new(config(cut.path()), true).unwrap();
+    assert!(resumed.summary().contains("step 8 of 12"), "{}", resumed.summary());
+    assert_eq!(values(&resumed.run().unwrap()), values(&wanted));
+    assert_eq!(losses(cut.path()), losses(whole.path()));
+}
+
+#[test]
+fn one_run_at_a_time_in_a_folder() {
+    let dir = folder(|r| r);
+    let first = Trainer::new(config(dir.path()), false).unwrap();
+    let refused = Trainer::new(config(dir.path()), true).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FailedPrecondition);
+    assert!(refused.to_string().contains("another run is at work"), "{refused}");
+    drop(first);
+    Trainer::new(config(dir.path()), true).unwrap();
+}
+
+#[test]
+fn an_output_that_cannot_be_saved_to_is_refused_before_the_run() {
+    for (output, what) in
+        [("train.txt", "not a folder"), ("work", "neither empty nor a checkpoint"), (".", "neither empty nor a checkpoint")]
+    {
+        let dir = folder(|r| r.replace("output = \"out\"", &format!("output = \"{output}\"")));
+        let refused = Trainer::new(config(dir.path()), false).unwrap_err().to_string();
+        assert!(refused.contains(what), "{output}: {refused}");
+    }
+    let dir = folder(|r| r);
+    drop(Trainer::new(config(dir.path()), false).unwrap());
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().contains("partial")), "{left:?}");
+}
+
+/// However short the held-out text: only the evaluation at the end is that of the end.
+#[test]
+fn evaluations_of_the_run_stay_in_its_log() {
+    let dir = folder(|r| r.replace("eval_tokens = 64", "eval_tokens = 1000000"));
+    let evaluations = || {
+        let records = log::read(&log_path(&config(dir.path()))).unwrap();
+        let of = |record| if let Record::Evaluation(e) = record { Some((e.step, e.complete)) } else { None };
+        records.into_iter().filter_map(of).collect::<Vec<_>>()
+    };
+    train(dir.path(), false);
+    assert_eq!(evaluations(), [(5, false), (10, false), (12, true)]);
+    train(dir.path(), true);
+    assert_eq!(evaluations(), [(5, false), (10, false), (12, true)], "after a second end");
+}
+
+#[test]
+fn a_constant_temperature_is_saved_whatever_its_final_value() {
+    let dir = folder(|r| r.replace("schedule = \"exp\", init = 2.0, final = 0.5", "schedule = \"constant\", init = 1.0, final = 0.0"));
+    let trained = train(dir.path(), false);
+    export(&config(dir.path()), &trained).unwrap();
+    let checkpoint = crate::checkpoint::Checkpoint::open(&config(dir.path()).output).unwrap();
+    let temperature = checkpoint.routing().unwrap().train.as_ref().unwrap().temperature.clone().unwrap();
+    assert_eq!((temperature.init, temperature.end, temperature.at_save), (Some(1.0), Some(1.0), Some(1.0)));
+}
+
+#[test]
 fn what_is_saved_is_what_was_evaluated() {
     let dir = folder(|r| r);
     let trained = train(dir.path(), false);
@@ -163,6 +229,11 @@ fn a_state_is_not_overwritten_nor_continued_under_another_recipe() {
     assert!(refused.to_string().contains("--resume"), "{refused}");
     fs::write(dir.path().join("train.toml"), RECIPE.replace("hidden_size = 16", "hidden_size = 32")).unwrap();
     assert!(Trainer::new(config(dir.path()), true).unwrap_err().to_string().contains("another recipe"));
+    let moved = folder(|r| r.replace("steps = 12", "steps = 4"));
+    train(moved.path(), false);
+    let text = fs::read_to_string(moved.path().join("train.txt")).unwrap();
+    fs::write(moved.path().join("train.txt"), text.replace("cat", "dog")).unwrap();
+    assert!(Trainer::new(config(moved.path()), true).unwrap_err().to_string().contains("another text"));
 }
 
 #[test]
@@ -174,6 +245,14 @@ fn bad_recipes_name_the_field() {
         ("estimator = \"gumbel_soft\"", "estimator = \"soft\"", "routing.noise"),
         ("serve_k = 1", "serve_k = 3", "routing.serve_k"),
         ("vocab_size = 300", "vocab_size = 30", "data.vocab_size"),
+        ("final = 0.5", "final = 1e-60", "routing.temperature"),
+        ("layers = 2", "layers = 1000000000", "model.layers"),
+        ("experts = 3", "experts = 1000000000", "model.experts"),
+        ("expert_width = 8", "expert_width = 9000000000000000000", "model: must have at most"),
+        ("hidden_size = 16", "hidden_size = 9000000000000000000", "model: must have at most"),
+        ("heads = 2", "heads = 9223372036854775807", "model.heads"),
+        ("batch = 4", "batch = 9000000000000000000", "run.batch"),
+        ("eval_tokens = 64", "eval_tokens = 1", "run.eval_tokens"),
         ("clip_norm = 1.0", "clip_norm = 1.0\nnesterov = true", "nesterov"),
         ("estimator = \"gumbel_soft\"", "estimator = \"reinforce\"", "reinforce"),
     ] {

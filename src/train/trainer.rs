@@ -13,11 +13,12 @@ use super::{
     log::{EvaluationRecord, Log, Record, StepRecord},
     optimizer::{AdamW, Outcome},
     schedule::learning_rate,
-    state::{Progress, StateDir},
+    state::{Lock, Progress, StateDir},
     tokenizer,
     trainable::Trainable,
 };
 use crate::{
+    checkpoint,
     error::{Error, Result},
     model::{Batch, Decoder, LogitRows, ModelSpec},
     moe::{
@@ -44,6 +45,7 @@ pub struct Trainer {
     progress: Progress,
     state: StateDir,
     log: Log,
+    _lock: Lock,
 }
 
 /// What stands at the end of a run.
@@ -66,12 +68,15 @@ pub struct Trained {
 impl Trainer {
     /// Reads the text, trains the tokenizer, and makes weights or, with `resume`, loads the saved state.
     ///
-    /// Fails if a state is there and `resume` is false.
+    /// Fails if a state is there and `resume` is false, and, before any work is done, if the result could not be saved.
     pub fn new(config: TrainConfig, resume: bool) -> Result<Self> {
         std::fs::create_dir_all(&config.work).map_err(|source| Error::io(&config.work, source))?;
+        let lock = Lock::take(&config.work)?;
+        checkpoint::check_target(&config.output)?;
         let documents = data::read_documents(&config.data.train, &config.data.separator)?;
         let heldout = data::read_documents(&config.data.heldout, &config.data.separator)?;
-        let state = StateDir::new(&config)?;
+        let state = StateDir::new(&config, &documents)?;
+        state.recover()?;
         let tokenizer = match state.exists() && resume {
             true => state.tokenizer()?,
             false => tokenizer::train(documents.iter().map(String::as_str), config.data.vocab_size)?,
@@ -102,7 +107,7 @@ impl Trainer {
             (false, _) => Progress::default(),
         };
         let log = Log::open(&log_path(&config), progress.step)?;
-        Ok(Self { config, tokenizer, train, heldout, spec, model, decoder, kernel, optimizer, progress, state, log })
+        Ok(Self { config, tokenizer, train, heldout, spec, model, decoder, kernel, optimizer, progress, state, log, _lock: lock })
     }
 
     /// What the run is about to do, in one line.
@@ -122,7 +127,7 @@ impl Trainer {
     pub fn run(mut self) -> Result<Trained> {
         let steps = self.config.run.steps;
         self.run_until(steps)?;
-        let evaluation = self.evaluate(usize::MAX)?;
+        let evaluation = self.evaluate(None)?;
         tracing::info!("{}", describe(&evaluation));
         self.log.write(&Record::Evaluation(evaluation.clone()))?;
         let (temperature, noise) = (self.temperature(steps), self.noise(steps));
@@ -140,7 +145,7 @@ impl Trainer {
             self.log.write(&Record::Step(record))?;
             let done = self.progress.step;
             if done.is_multiple_of(self.config.run.eval_every) {
-                let evaluation = self.evaluate(self.config.run.eval_tokens)?;
+                let evaluation = self.evaluate(Some(self.config.run.eval_tokens))?;
                 bar.suspend(|| tracing::info!("{}", describe(&evaluation)));
                 self.log.write(&Record::Evaluation(evaluation))?;
             }
@@ -211,18 +216,19 @@ impl Trainer {
         })
     }
 
-    /// Held-out perplexity of the present weights, the router divided by the present temperature as when saved.
-    fn evaluate(&self, tokens: usize) -> Result<EvaluationRecord> {
+    /// Held-out perplexity of the present weights on the first `tokens`, or on all for the end of the run; the router
+    /// divided by the present temperature as when saved.
+    fn evaluate(&self, tokens: Option<usize>) -> Result<EvaluationRecord> {
         let weights = folded(&self.model, self.temperature(self.progress.step))?;
         let decoder = Decoder::new(Arc::clone(&self.spec), weights, &self.kernel)?;
-        let text = &self.heldout[..self.heldout.len().min(tokens)];
+        let text = &self.heldout[..self.heldout.len().min(tokens.unwrap_or(usize::MAX))];
         let under = |routing| evaluate(&decoder, text, self.config.model.context, routing);
         let hard = |k| RoutingChoice::TopK { k, weight_form: None };
         let (soft, top2, top1) = (under(RoutingChoice::Soft { temperature: Some(1.0) })?, under(hard(2))?, under(hard(1))?);
         Ok(EvaluationRecord {
             step: self.progress.step,
             tokens: top1.tokens,
-            complete: tokens >= self.heldout.len(),
+            complete: tokens.is_none(),
             soft_perplexity: soft.perplexity,
             top2_perplexity: top2.perplexity,
             top1_perplexity: top1.perplexity,
