@@ -226,7 +226,7 @@ fn values_that_cannot_be_right_are_refused_by_name() {
             json!({ "rope_scaling": { "type": "yarn", "factor": 2.0, "attention_factor": 1e308 } }),
             &["attention_factor is 1e+308"],
         ),
-        ("mixtral", json!({ "rope_scaling": { "type": "yarn", "factor": 2.0, "mscale": 1e308, "mscale_all_dim": 1e308 } }), &["mscale is"]),
+        ("mixtral", json!({ "rope_scaling": { "type": "yarn", "factor": 2.0, "mscale": 1e308, "mscale_all_dim": 1.0 } }), &["mscale is"]),
         ("mixtral", json!({ "rope_scaling": { "type": "linear" } }), &["rope_scaling.factor is absent"]),
         ("mixtral", json!({ "rope_scaling": { "type": "linear", "factor": 0.5 } }), &["rope_scaling.factor is 0.5"]),
         ("mixtral", json!({ "rope_scaling": { "type": "yarn" } }), &["rope_scaling.factor is absent"]),
