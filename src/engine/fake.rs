@@ -94,6 +94,7 @@ pub(super) fn request(prompt: &[u32]) -> Request {
         task: Task::Generate(GenerateParams::default()),
         routing: RoutingChoice::Native,
         deadline: None,
+        priority: 0,
     }
 }
 

@@ -290,7 +290,7 @@ async fn cancelling_while_queued_frees_the_place() {
     let queued = engine.submit(tokens(&[2], 1)).unwrap();
     assert_eq!((engine.status().running, engine.status().waiting), (1, 1));
     let refused = engine.submit(tokens(&[3], 1)).unwrap_err();
-    assert!(matches!(refused, Error::QueueFull { limit: 1 }));
+    assert!(matches!(refused, Error::QueueFull { limit: QueueLimit::Requests(1), .. }));
     assert_eq!(refused.kind(), ErrorKind::ResourceExhausted);
     drop(queued);
     control.decide(Verdict::Go);
