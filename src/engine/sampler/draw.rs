@@ -9,7 +9,7 @@ use candle_transformers::generation::{LogitsProcessor, Sampling};
 
 use super::{
     super::request::GenerateParams,
-    row::{self, Key, RUN},
+    row::{self, Histogram, Key, RUN},
 };
 use crate::error::Result;
 
@@ -18,6 +18,9 @@ const SINGLE_STAGE: usize = 512;
 
 /// Values of a block; at the vocabularies of today there are a few hundred blocks.
 const BLOCK: usize = 256;
+
+/// One in so many runs is looked at first for what top-p keeps.
+const TOP_RUNS: usize = 4;
 
 /// A slice of this length is sorted rather than halved.
 const SORTED: usize = 64;
@@ -67,26 +70,30 @@ impl Draw {
     pub(super) fn from_some(&mut self, mut keys: Vec<Key>, max: f32) -> Result<u32> {
         let floor = self.floor();
         keys.retain(|key| key.value() - max >= floor);
-        self.narrow(&mut keys, max, None);
+        self.narrow(&mut keys, max);
         self.pick_key(&keys, max)
     }
 
     /// What the filters leave, in an order that depends on the row alone.
     fn filter(&self, row: &Row<'_>) -> Vec<Key> {
-        let (bounds, mass) = self.bounds(row);
-        let mut keys = bounds.keys(row);
-        self.narrow(&mut keys, row.max, mass);
+        if self.min_p == 0.0 && self.top_k == 0 {
+            return self.nucleus(row);
+        }
+        let (least, floor) = (row.at_least(self.top_k), self.floor());
+        let mut keys = row.keys(|value| value >= least && value - row.max >= floor);
+        self.narrow(&mut keys, row.max);
         keys
     }
 
-    /// Top-k and top-p of what min-p left. `mass` is that of all tokens, if `keys` are only those that top-p might keep.
-    fn narrow(&self, keys: &mut Vec<Key>, max: f32, mass: Option<f64>) {
+    /// Top-k and top-p of what min-p left.
+    fn narrow(&self, keys: &mut Vec<Key>, max: f32) {
         if (1..keys.len()).contains(&self.top_k) {
             row::select(keys, self.top_k);
             keys.truncate(self.top_k);
         }
         if self.top_p < 1.0 {
-            self.keep_nucleus(keys, max, mass);
+            let target = f64::from(self.top_p) * keys.iter().map(|&key| self.weight(key, max)).sum::<f64>();
+            self.keep_mass(keys, max, target);
         }
     }
 
@@ -107,36 +114,41 @@ impl Draw {
         1.0 / self.temperature.min(1e30)
     }
 
-    /// Bounds that the filters keep nothing below, and the mass of the row where top-p is the first of them.
-    fn bounds(&self, row: &Row<'_>) -> (Bounds, Option<f64>) {
-        let mut bounds = Bounds { least: f32::MIN, floor: self.floor() };
-        if (1..=row.maxima.len()).contains(&self.top_k) {
-            // The k largest maxima are k tokens, so no smaller one is among the k largest.
-            let mut maxima: Vec<Key> = row.maxima.iter().map(|&max| Key::new(0, max)).collect();
-            row::select(&mut maxima, self.top_k - 1);
-            bounds.least = maxima.get(self.top_k - 1).map_or(f32::MIN, |key| key.value()).max(f32::MIN);
-        }
-        if self.top_p >= 1.0 || self.top_k > 0 || self.min_p > 0.0 {
-            return (bounds, None);
-        }
-        // Tokens below the n-th part of what top-p drops are, all n together, less than that: it keeps none of them.
-        let mass = row::mass(row.values, row.max, self.scale());
-        let least = f64::from(1.0 - self.top_p) * mass / row.values.len() as f64;
-        bounds.floor = self.temperature * (least.ln() as f32 - 1e-3);
-        (bounds, Some(mass))
+    fn weight(&self, key: Key, max: f32) -> f64 {
+        f64::from(row::exp((key.value() - max) * self.scale()))
     }
 
-    /// Keeps the likeliest tokens that together have the share `top_p` of `mass`, else of the mass of all `keys`.
-    fn keep_nucleus(&self, keys: &mut Vec<Key>, max: f32, mass: Option<f64>) {
+    /// What top-p leaves of a whole row.
+    fn nucleus(&self, row: &Row<'_>) -> Vec<Key> {
         let scale = self.scale();
-        let weight = |key: &Key| f64::from(row::exp((key.value() - max) * scale));
-        let target = f64::from(self.top_p) * mass.unwrap_or_else(|| keys.iter().map(weight).sum());
+        let target = f64::from(self.top_p) * row::mass(row.values, row.max, scale);
+        // A model that has learnt something puts the share on few tokens, and these are at the top of their runs.
+        let least = row.at_least(row.maxima.len().div_ceil(TOP_RUNS));
+        let mut keys = row.keys(|value| value >= least);
+        if keys.iter().map(|&key| self.weight(key, row.max)).sum::<f64>() >= target {
+            self.keep_mass(&mut keys, row.max, target);
+            return keys;
+        }
+        // The likeliest has mass 1. What has less than the share that top-p drops, divided by the number of tokens, is never kept:
+        // all such tokens together have less than that share. So nothing that matters is out of range.
+        let range = (row.values.len() as f32).ln() - (1.0 - self.top_p).ln();
+        let histogram = Histogram::new(row.values, row.max, scale, range);
+        let (bin, before) = histogram.crossing(target);
+        let mut kept = row.keys(|value| histogram.bin(value) <= bin);
+        let mut open: Vec<Key> = kept.extract_if(.., |key| histogram.bin(key.value()) == bin).collect();
+        self.keep_mass(&mut open, row.max, target - before);
+        kept.append(&mut open);
+        kept
+    }
+
+    /// Keeps the likeliest keys, as many as have the mass `target` together, and at least one.
+    fn keep_mass(&self, keys: &mut Vec<Key>, max: f32, target: f64) {
         // Those before `kept` are in, with mass `sum`; those from `open` on are out.
         let (mut kept, mut open, mut sum) = (0, keys.len(), 0.0);
         while open - kept > SORTED {
             let half = (open - kept) / 2;
             row::select(&mut keys[kept..open], half);
-            let upper: f64 = keys[kept..kept + half].iter().map(weight).sum();
+            let upper: f64 = keys[kept..kept + half].iter().map(|&key| self.weight(key, max)).sum();
             if sum + upper >= target {
                 open = kept + half;
             } else {
@@ -145,7 +157,7 @@ impl Draw {
         }
         keys[kept..open].sort_unstable_by(|a, b| b.cmp(a));
         while kept < open && sum < target {
-            sum += weight(&keys[kept]);
+            sum += self.weight(keys[kept], max);
             kept += 1;
         }
         keys.truncate(kept.max(1));
@@ -169,23 +181,33 @@ impl Draw {
     }
 }
 
-/// What a token must have to be a candidate.
-struct Bounds {
-    /// Its value at least.
-    least: f32,
-    /// Its distance from the largest at least.
-    floor: f32,
-}
+impl Row<'_> {
+    /// A value that at least `n` tokens have: no smaller one is among the `n` largest. Finite.
+    fn at_least(&self, n: usize) -> f32 {
+        if !(1..=self.maxima.len()).contains(&n) {
+            return f32::MIN;
+        }
+        // The n largest maxima are n tokens.
+        let mut maxima: Vec<Key> = self.maxima.iter().map(|&max| Key::new(0, max)).collect();
+        row::select(&mut maxima, n - 1);
+        maxima.get(n - 1).map_or(f32::MIN, |key| key.value()).max(f32::MIN)
+    }
 
-impl Bounds {
-    fn keys(&self, row: &Row<'_>) -> Vec<Key> {
-        let holds = |value: f32| value >= self.least && value - row.max >= self.floor;
+    /// The tokens whose value `holds`, which is so for all larger values too; those that may not be drawn are left out.
+    fn keys(&self, holds: impl Fn(f32) -> bool) -> Vec<Key> {
         let mut keys = Vec::new();
-        for ((run, values), &max) in row.values.chunks(RUN).enumerate().zip(row.maxima) {
-            if holds(max) {
-                let indexed = values.iter().zip(run as u32 * RUN as u32..);
-                keys.extend(indexed.filter(|&(&value, _)| holds(value)).map(|(&value, index)| Key::new(index, value)));
+        // Written always and counted if it holds: chance decides too often for a branch.
+        let mut found = [Key::new(0, 0.0); RUN];
+        for ((run, values), &max) in self.values.chunks(RUN).enumerate().zip(self.maxima) {
+            if !holds(max) {
+                continue;
             }
+            let mut count = 0;
+            for (&value, index) in values.iter().zip(run as u32 * RUN as u32..) {
+                found[count % RUN] = Key::new(index, value);
+                count += usize::from(holds(value) & (value > f32::NEG_INFINITY));
+            }
+            keys.extend_from_slice(&found[..count]);
         }
         keys
     }

@@ -111,6 +111,60 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < LEAST { 0.0 } else { y * power }
 }
 
+/// The mass of a row by distance from its largest value: where a share of it is reached is known without a sort.
+pub(super) struct Histogram {
+    max: f32,
+    scale: f32,
+    bins_per_nat: f32,
+    /// The last is for all that is further away than the range.
+    masses: [f64; BINS + 1],
+}
+
+/// Bins within the range of a [`Histogram`].
+const BINS: usize = 1024;
+
+impl Histogram {
+    /// Of `e^((value - max) · scale)`, with a `range` of the exponent in bins of equal width.
+    pub(super) fn new(values: &[f32], max: f32, scale: f32, range: f32) -> Self {
+        let mut histogram = Self { max, scale, bins_per_nat: BINS as f32 / range, masses: [0.0; BINS + 1] };
+        let (mut weights, mut bins) = ([0f32; RUN], [0u32; RUN]);
+        for run in values.chunks(RUN) {
+            for ((weight, bin), &value) in weights.iter_mut().zip(&mut bins).zip(run) {
+                *weight = exp((value - max) * scale);
+                *bin = histogram.bin(value);
+            }
+            for (&weight, &bin) in weights.iter().zip(&bins).take(run.len()) {
+                if let Some(mass) = histogram.masses.get_mut(bin as usize) {
+                    *mass += f64::from(weight);
+                }
+            }
+        }
+        histogram
+    }
+
+    /// The bin of a value; a larger value has no larger bin.
+    #[inline(always)]
+    pub(super) fn bin(&self, value: f32) -> u32 {
+        // Adding it rounds to an integer, which is then in the low bits.
+        const ROUND: f32 = 8_388_608.0;
+        let place = (self.max - value) * self.scale * self.bins_per_nat;
+        let bounded = if place < BINS as f32 { place } else { BINS as f32 };
+        (bounded + ROUND).to_bits() & (ROUND as u32 - 1)
+    }
+
+    /// The bin in which the mass reaches `target`, and the mass before it.
+    pub(super) fn crossing(&self, target: f64) -> (u32, f64) {
+        let mut before = 0.0;
+        for (bin, &mass) in (0..).zip(&self.masses) {
+            if before + mass >= target {
+                return (bin, before);
+            }
+            before += mass;
+        }
+        (BINS as u32, before)
+    }
+}
+
 /// A value and its index as one number that sorts by value, and among equal values puts the lower index higher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key(u64);
@@ -178,6 +232,29 @@ mod tests {
             let max = peak(&row).value;
             let expected: f64 = row.iter().map(|&value| (f64::from(value - max) * 0.5).exp()).sum();
             assert!((mass(&row, max, 0.5) / expected - 1.0).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_histogram_holds_all_mass_in_order() {
+        let row: Vec<f32> = (0..5000).map(|i| ((i * 37) % 1013) as f32 / 25.0).collect();
+        let max = peak(&row).value;
+        let histogram = Histogram::new(&row, max, 0.7, 14.0);
+        let total = mass(&row, max, 0.7);
+        assert!((histogram.masses.iter().sum::<f64>() / total - 1.0).abs() < 1e-6);
+        let mut sorted = row.clone();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        assert!(sorted.windows(2).all(|pair| histogram.bin(pair[0]) <= histogram.bin(pair[1])));
+        assert_eq!((histogram.bin(max), histogram.bin(-1e9), histogram.bin(f32::NEG_INFINITY)), (0, 1024, 1024));
+        for share in [0.001, 0.5, 0.9, 0.999, 1.0] {
+            let target = share * total * 0.999_999;
+            let (bin, before) = histogram.crossing(target);
+            let mass_of = |keep: &dyn Fn(u32) -> bool| {
+                let kept = row.iter().filter(|&&value| keep(histogram.bin(value)));
+                kept.map(|&value| f64::from(exp((value - max) * 0.7))).sum::<f64>()
+            };
+            assert!((mass_of(&|b| b < bin) - before).abs() < 1e-6);
+            assert!(before < target && mass_of(&|b| b <= bin) >= target * (1.0 - 1e-9));
         }
     }
 
