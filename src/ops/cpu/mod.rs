@@ -7,7 +7,7 @@ mod simd;
 
 pub use self::simd::Isa;
 pub(crate) use self::{
-    attention::{AttentionShape, KeyValue, attention},
+    attention::{AttentionShape, KeyLayout, KeyValue, attention},
     exp::exp,
     matmul::{Group, Grouped, Weight, linear, silu},
 };
