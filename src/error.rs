@@ -1,6 +1,6 @@
 //! The one error type. It knows kinds, not transports: `service::status` maps kinds to gRPC codes, `main` to exit codes.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use crate::checkpoint::CheckpointError;
 
@@ -34,10 +34,12 @@ pub enum Error {
     #[error("{0}")]
     FailedPrecondition(String),
     /// The queue is full.
-    #[error("the queue is full ({limit} requests are waiting): try again later")]
+    #[error("the queue is full ({limit} may wait): try again later")]
     QueueFull {
-        /// Requests that may wait at once.
-        limit: usize,
+        /// What may wait at once.
+        limit: QueueLimit,
+        /// When there may be room again.
+        retry_after: Duration,
     },
     /// The server is stopping.
     #[error("the server is draining: send the request elsewhere")]
@@ -79,6 +81,15 @@ pub enum Error {
     Internal(String),
 }
 
+/// What a queue is full of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueLimit {
+    /// So many requests.
+    Requests(usize),
+    /// Requests with so many prompt tokens together.
+    Tokens(usize),
+}
+
 /// What a caller can do about an [`Error`]; the basis of status and exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
@@ -100,6 +111,15 @@ pub enum ErrorKind {
     Cancelled,
     /// Report it.
     Internal,
+}
+
+impl fmt::Display for QueueLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Requests(n) => write!(f, "{n} requests"),
+            Self::Tokens(n) => write!(f, "requests with {n} prompt tokens"),
+        }
+    }
 }
 
 impl Error {

@@ -48,7 +48,7 @@ pub fn run(args: ForwardArgs) -> Result<()> {
     let loaded = load(&args.model, args.device, args.dtype, true)?;
     loaded.decoder.spec().check_routing(args.routing)?;
     let mut batch = Batch::default();
-    batch.push(0, &args.input_ids, 0, args.routing, LogitRows::All);
+    batch.push(&[], &args.input_ids, 0, args.routing, LogitRows::All);
     let forward = loaded.decoder.serve(&batch, None)?;
     let tensors = tensors(&forward)?;
     safetensors::serialize_to_file(tensors.iter(), None, &args.output)

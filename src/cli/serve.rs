@@ -15,7 +15,7 @@ use crate::{
     engine::EngineConfig,
     error::{Error, Result},
     model::{
-        self, CachedDecoder, ModelSpec,
+        self, CacheShape, CachedDecoder, ModelSpec,
         load::{DeviceKind, WeightType},
     },
     moe::policy::RoutingChoice,
@@ -282,7 +282,9 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         "limits"
     );
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
-    Ok(Loaded { model: Box::new(CachedDecoder::new(decoder)), tokenizer, eos_token_ids, engine, service })
+    let blocks = spec.max_context.div_ceil(16).saturating_mul(engine.max_batch_requests);
+    let model = Box::new(CachedDecoder::new(decoder, CacheShape { block_tokens: 16, num_blocks: blocks })?);
+    Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
 }
 
 /// The tokenizer, without the truncation and padding that training may have left in its file: a prompt that is too long

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, mpsc},
     time::Duration,
 };
@@ -13,7 +14,8 @@ use super::{EngineConfig, GenerateParams, Request, Task};
 use crate::{
     error::{Error, Result},
     model::{
-        Batch, FeedForwardSpec, Forward, LanguageModel, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec,
+        Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting,
+        RopeScaling, RopeSpec,
     },
     moe::{
         LayerRouting, Routing, RoutingStats,
@@ -25,6 +27,9 @@ use crate::{
 pub(super) const EOS: u32 = 256;
 pub(super) const VOCAB: usize = 260;
 pub(super) const EXPERTS: usize = 4;
+
+/// Blocks of the cache.
+pub(super) const CACHE: CacheShape = CacheShape { block_tokens: 8, num_blocks: 64 };
 
 /// Longest a test waits for the engine before it fails.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -89,25 +94,36 @@ pub(super) fn request(prompt: &[u32]) -> Request {
         task: Task::Generate(GenerateParams::default()),
         routing: RoutingChoice::Native,
         deadline: None,
+        priority: 0,
     }
 }
 
 /// Logits after a history of tokens.
 type Row = Box<dyn Fn(&[u32]) -> Vec<f32> + Send>;
 
-/// Computes each row from the tokens in the slot alone, and checks that the slot holds what the batch says.
+/// Computes each row from the tokens in the blocks alone, and checks that they hold what the span says: the whole history up to
+/// each position, under its routing.
 pub(super) struct FakeModel {
     spec: ModelSpec,
-    slots: HashMap<usize, Vec<u32>>,
+    cache: CacheShape,
+    /// By block and row.
+    written: HashMap<(u32, usize), Written>,
     row: Row,
     gate: Option<Gate>,
+}
+
+/// What stands for the keys and values of a position.
+#[derive(Clone, Copy)]
+struct Written {
+    token: u32,
+    /// Of this token, all before it, and their routing.
+    history: u64,
 }
 
 /// The model's side of a [`Control`].
 struct Gate {
     steps: mpsc::Sender<Batch>,
     verdicts: mpsc::Receiver<Verdict>,
-    released: mpsc::Sender<usize>,
 }
 
 /// What a step does.
@@ -123,7 +139,6 @@ pub(super) enum Verdict {
 pub(super) struct Control {
     steps: mpsc::Receiver<Batch>,
     verdicts: mpsc::Sender<Verdict>,
-    pub(super) released: mpsc::Receiver<usize>,
 }
 
 impl Control {
@@ -142,15 +157,11 @@ impl Control {
         self.decide(Verdict::Go);
         batch
     }
-
-    pub(super) fn released(&self) -> usize {
-        self.released.recv_timeout(PATIENCE).expect("the engine releases a slot")
-    }
 }
 
 impl FakeModel {
     pub(super) fn new(row: impl Fn(&[u32]) -> Vec<f32> + Send + 'static) -> Self {
-        Self { spec: spec(), slots: HashMap::new(), row: Box::new(row), gate: None }
+        Self { spec: spec(), cache: CACHE, written: HashMap::new(), row: Box::new(row), gate: None }
     }
 
     /// Certain of `next(history)`.
@@ -173,9 +184,8 @@ impl FakeModel {
     pub(super) fn gated(mut self) -> (Self, Control) {
         let (steps, steps_seen) = mpsc::channel();
         let (verdicts, verdicts_taken) = mpsc::channel();
-        let (released, released_seen) = mpsc::channel();
-        self.gate = Some(Gate { steps, verdicts: verdicts_taken, released });
-        (self, Control { steps: steps_seen, verdicts, released: released_seen })
+        self.gate = Some(Gate { steps, verdicts: verdicts_taken });
+        (self, Control { steps: steps_seen, verdicts })
     }
 }
 
@@ -186,6 +196,10 @@ pub(super) fn one_hot(token: u32) -> Vec<f32> {
 impl LanguageModel for FakeModel {
     fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    fn cache(&self) -> CacheShape {
+        self.cache
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
@@ -201,17 +215,24 @@ impl LanguageModel for FakeModel {
         let wanted = batch.logit_rows();
         let (mut logits, mut at) = (Vec::new(), 0);
         for span in &batch.spans {
-            let slot = self.slots.entry(span.slot).or_default();
-            if span.past == 0 {
-                slot.clear();
-            }
-            assert_eq!(slot.len(), span.past);
-            for _ in 0..span.new {
-                slot.push(batch.tokens[at]);
-                if wanted.contains(&(at as u32)) {
-                    logits.extend((self.row)(slot));
+            let (table, block_tokens) = (batch.table(span), self.cache.block_tokens);
+            let place = |position: usize| (table[position / block_tokens], position % block_tokens);
+            let (mut tokens, mut hash) = (Vec::new(), extend(0, &format!("{:?}", span.routing)));
+            for position in 0..span.past + span.new {
+                if position >= span.past {
+                    tokens.push(batch.tokens[at]);
+                    hash = extend(hash, &batch.tokens[at]);
+                    self.written.insert(place(position), Written { token: batch.tokens[at], history: hash });
+                    if wanted.contains(&(at as u32)) {
+                        logits.extend((self.row)(&tokens));
+                    }
+                    at += 1;
+                } else {
+                    let written = self.written.get(&place(position)).expect("a past that was written");
+                    tokens.push(written.token);
+                    hash = extend(hash, &written.token);
+                    assert_eq!(written.history, hash, "the block of another history");
                 }
-                at += 1;
             }
         }
         let rows = wanted.len() + usize::from(matches!(verdict, Verdict::Misshape));
@@ -225,13 +246,12 @@ impl LanguageModel for FakeModel {
             routing: Routing::Sparse(Default::default()),
             stats,
         };
-        Ok(Forward { logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?, layers: vec![routing] })
+        Ok(Forward { logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?, layers: vec![routing], time: ForwardTime::default() })
     }
+}
 
-    fn release(&mut self, slot: usize) {
-        self.slots.remove(&slot);
-        if let Some(gate) = &self.gate {
-            let _ = gate.released.send(slot);
-        }
-    }
+fn extend(hash: u64, value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (hash, value).hash(&mut hasher);
+    hasher.finish()
 }

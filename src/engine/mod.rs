@@ -38,10 +38,13 @@ use self::{
     worker::{Clock, Command, Worker},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, QueueLimit, Result},
     model::{LanguageModel, ModelSpec},
     telemetry::metrics::{Metrics, Rejection},
 };
+
+/// After this long a full queue may have room.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Limits of an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,7 +196,7 @@ impl Engine {
     pub fn submit(&self, request: Request) -> Result<EventStream> {
         let inner = &*self.inner;
         let metrics = &inner.shared.metrics;
-        validate::check(&request, &inner.spec, &inner.config).inspect_err(|error| {
+        validate::check(&request, &inner.spec, &inner.eos_token_ids, &inner.config).inspect_err(|error| {
             if matches!(error, Error::OutOfRange { field, .. } if !field.starts_with("sampling.")) {
                 metrics.rejected(Rejection::TooLong);
             }
@@ -227,7 +230,10 @@ impl Engine {
             } else if !status.alive {
                 refusal = Some((None, Error::Internal("the engine thread died".into())));
             } else if status.running + status.waiting >= places {
-                refusal = Some((Some(Rejection::QueueFull), Error::QueueFull { limit: config.max_queue_requests }));
+                refusal = Some((
+                    Some(Rejection::QueueFull),
+                    Error::QueueFull { limit: QueueLimit::Requests(config.max_queue_requests), retry_after: RETRY_AFTER },
+                ));
             } else {
                 status.waiting += 1;
             }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::{error::Error, moe::policy::RoutingChoice};
 
-/// One sequence to work on.
+/// One prompt to work on.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// For logs and traces.
@@ -17,6 +17,8 @@ pub struct Request {
     pub routing: RoutingChoice,
     /// After this instant the request fails with `DeadlineExceeded`, in any state.
     pub deadline: Option<Instant>,
+    /// Larger goes first; 0 is ordinary.
+    pub priority: i32,
 }
 
 /// What to do with a prompt.
@@ -37,8 +39,13 @@ pub const MAX_LOGPROBS: usize = 20;
 /// How to continue a prompt. Ranges are those of `hardmax.v1.SamplingParams`; [`super::Engine::submit`] checks them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateParams {
-    /// `None`: what is left of the context, at most the engine's limit.
+    /// Independent continuations. The prompt is computed once for all of them.
+    pub n: usize,
+    /// Of each choice. `None`: what is left of the context, at most the engine's limit.
     pub max_new_tokens: Option<usize>,
+    /// So many tokens come before whatever ends a choice: until then no token that would end it can be drawn, and no stop string is
+    /// looked for.
+    pub min_new_tokens: usize,
     /// 0 takes the likeliest token.
     pub temperature: f32,
     /// 0: off.
@@ -47,14 +54,22 @@ pub struct GenerateParams {
     pub top_p: f32,
     /// 0: off.
     pub min_p: f32,
-    /// Drawn by the caller if the client gave none.
+    /// Drawn by the caller if the client gave none. Each choice has its own: [`GenerateParams::seed_of`].
     pub seed: u64,
     /// Not empty strings.
     pub stop: Vec<String>,
     /// In addition to the model's end-of-sequence tokens.
     pub stop_token_ids: Vec<u32>,
-    /// 1: off.
+    /// Divides positive and multiplies negative logits of tokens that the prompt or the continuation has. 1: off.
     pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that the continuation has. 0: off.
+    pub presence_penalty: f32,
+    /// The same, once for each time that the continuation has the token. 0: off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens; each at most once.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Nothing else can be drawn; each at most once. Empty: everything can.
+    pub allowed_token_ids: Vec<u32>,
     /// Alternatives per generated token; `None` for no log-probabilities.
     pub logprobs: Option<usize>,
     /// Go on after the end-of-sequence token.
@@ -64,7 +79,9 @@ pub struct GenerateParams {
 impl Default for GenerateParams {
     fn default() -> Self {
         Self {
+            n: 1,
             max_new_tokens: None,
+            min_new_tokens: 0,
             temperature: 0.0,
             top_k: 0,
             top_p: 1.0,
@@ -73,9 +90,27 @@ impl Default for GenerateParams {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            allowed_token_ids: Vec::new(),
             logprobs: None,
             ignore_eos: false,
         }
+    }
+}
+
+impl GenerateParams {
+    /// The seed of a choice: that of the request for choice 0, so that the first of several is what a single one would be.
+    pub fn seed_of(&self, choice: usize) -> u64 {
+        if choice == 0 {
+            return self.seed;
+        }
+        // The finalizer of SplitMix64: seeds of neighbouring requests and choices do not meet.
+        let mut z = self.seed.wrapping_add((choice as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
     }
 }
 
@@ -90,20 +125,23 @@ pub struct TokenLogprob {
     pub alternatives: Vec<(u32, f32)>,
 }
 
-/// What the engine sends for a request: any number of `Tokens`, then one `Finished` or `Failed`.
+/// What the engine sends for a request. The `Tokens` of all choices are interleaved; each choice has one `Finished` after its own.
+/// The stream ends after the last choice has finished, or with one `Failed` for all that have not.
 #[derive(Debug)]
 pub enum Event {
     /// Progress of a generation.
     Tokens(Tokens),
-    /// The end. Boxed: it is sent once, and large.
+    /// The end of one choice. Boxed: it is sent once, and large.
     Finished(Box<Finished>),
-    /// The end, without a result.
+    /// The end of everything, without a result.
     Failed(Error),
 }
 
-/// Newly generated tokens.
+/// Newly generated tokens of one choice.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tokens {
+    /// Which of [`GenerateParams::n`], from 0.
+    pub choice: usize,
     /// What they added to the text; never half a character, never part of a stop string. May be empty.
     pub text: String,
     /// Usually one.
@@ -112,15 +150,19 @@ pub struct Tokens {
     pub logprobs: Vec<TokenLogprob>,
 }
 
-/// The last word on a request.
+/// The last word on a choice.
 #[derive(Clone, Debug)]
 pub struct Finished {
+    /// Which of [`GenerateParams::n`], from 0; 0 for a score.
+    pub choice: usize,
     /// The last tokens of a generation, with the text that was held back.
     pub tail: Tokens,
     /// Why it ended.
     pub reason: FinishReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Those of them that another request had computed before.
+    pub cached_prompt_tokens: usize,
     /// Tokens generated, the one that stopped it included.
     pub generated_tokens: usize,
     /// For [`Task::Score`]: one for each token of the prompt.

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 
 use super::request::{GenerateParams, TokenLogprob};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Below this temperature the likeliest token is all that is left, and the division would only overflow.
 const GREEDY_BELOW: f32 = 1e-6;
@@ -33,8 +33,8 @@ enum Rule {
 }
 
 impl Sampler {
-    /// A sampler for the continuation of `prompt`.
-    pub(super) fn new(params: &GenerateParams, prompt: &[u32]) -> Self {
+    /// A sampler for one choice of continuations of `prompt`.
+    pub(super) fn new(params: &GenerateParams, prompt: &[u32], choice: usize, _eos_token_ids: &HashSet<u32>) -> Self {
         let rule = if params.temperature < GREEDY_BELOW || params.top_k == 1 {
             Rule::Greedy
         } else {
@@ -42,7 +42,7 @@ impl Sampler {
             let sampling =
                 if params.top_p < 1.0 { Sampling::TopP { p: f64::from(params.top_p), temperature } } else { Sampling::All { temperature } };
             Rule::Random {
-                processor: Box::new(LogitsProcessor::from_sampling(params.seed, sampling)),
+                processor: Box::new(LogitsProcessor::from_sampling(params.seed_of(choice), sampling)),
                 top_k: params.top_k,
                 floor: (params.min_p > 0.0).then(|| params.temperature * params.min_p.ln()),
             }
@@ -51,8 +51,11 @@ impl Sampler {
         Self { rule, repetition_penalty: params.repetition_penalty, seen }
     }
 
-    /// The next token after a finite, not empty row `[V]`.
+    /// The next token after a row `[V]`. Fails with [`Error::NonFinite`] if not all of it is finite.
     pub(super) fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            return Err(Error::NonFinite);
+        }
         let penalised = self.repetition_penalty != 1.0;
         let mut logits = Cow::Borrowed(logits);
         if penalised {
@@ -149,7 +152,7 @@ mod tests {
     const ROW: [f32; 6] = [0.5, 3.0, -1.0, 3.0, 2.0, 0.0];
 
     fn draws(params: &GenerateParams, row: &[f32], n: usize) -> Vec<u32> {
-        let mut sampler = Sampler::new(params, &[]);
+        let mut sampler = Sampler::new(params, &[], 0, &HashSet::new());
         (0..n).map(|_| sampler.sample(row).unwrap()).collect()
     }
 
@@ -210,7 +213,7 @@ mod tests {
                     (f32::MAX, f32::MIN_POSITIVE, 0.999, usize::MAX),
                 ] {
                     let params = GenerateParams { temperature, repetition_penalty, min_p, top_p, top_k, ..hot() };
-                    let mut sampler = Sampler::new(&params, &[0, 1, 99]);
+                    let mut sampler = Sampler::new(&params, &[0, 1, 99], 0, &HashSet::new());
                     for _ in 0..4 {
                         assert!((sampler.sample(row).unwrap() as usize) < row.len(), "{params:?} {row:?}");
                     }
@@ -222,7 +225,7 @@ mod tests {
     #[test]
     fn a_penalty_counts_each_token_once() {
         let params = GenerateParams { repetition_penalty: 2.0, ..GenerateParams::default() };
-        let mut sampler = Sampler::new(&params, &[1, 1, 1, 2]);
+        let mut sampler = Sampler::new(&params, &[1, 1, 1, 2], 0, &HashSet::new());
         assert_eq!(sampler.sample(&[1.0, 2.1, -1.0, 1.04]).unwrap(), 1, "2.1 / 2 is still the largest");
         assert_eq!(sampler.sample(&[-3.0, -1.0, -4.0, -2.1]).unwrap(), 1, "-1 · 2 is still the largest");
         assert_eq!(sampler.sample(&[-1.9, -1.0, -4.0, -2.1]).unwrap(), 0);

@@ -75,6 +75,7 @@ struct Generation {
     stops: StopStrings,
     stop_tokens: HashSet<u32>,
     ignore_eos: bool,
+    min_new_tokens: usize,
     logprobs: Option<usize>,
     limit: usize,
 }
@@ -171,13 +172,13 @@ impl Sequence {
 
     /// Takes the result of a step that read `count` tokens. After an error the sequence is over.
     pub(super) fn advance(&mut self, count: usize, rows: Rows<'_>, surroundings: &Surroundings) -> Result<Progress> {
-        if rows.logits.iter().any(|logit| !logit.is_finite()) {
-            return Err(Error::NonFinite);
-        }
         let range = self.next_range(count);
         self.computed = range.end;
         match &mut self.task {
             Job::Score { alternatives, logprobs } => {
+                if rows.logits.iter().any(|logit| !logit.is_finite()) {
+                    return Err(Error::NonFinite);
+                }
                 for (row, next) in rows.logits.chunks_exact(surroundings.vocab_size).zip(range.start + 1..) {
                     if let Some(&token) = self.tokens.get(next) {
                         logprobs.push(sampler::logprob(row, token, *alternatives));
@@ -213,9 +214,11 @@ impl Sequence {
         around: &Surroundings,
     ) -> Progress {
         Progress::Finished(Box::new(Finished {
+            choice: 0,
             tail,
             reason,
             prompt_tokens: self.prompt_tokens,
+            cached_prompt_tokens: 0,
             generated_tokens: self.tokens.len() - self.prompt_tokens,
             prompt_logprobs,
             timing: self.timing(now),
@@ -254,11 +257,12 @@ impl Generation {
         let room = surroundings.max_context.saturating_sub(prompt.len());
         let wanted = params.max_new_tokens.unwrap_or(usize::MAX);
         Ok(Self {
-            sampler: Sampler::new(&params, prompt),
+            sampler: Sampler::new(&params, prompt, 0, &surroundings.eos_token_ids),
             text: Detokenizer::new(surroundings.tokenizer.clone(), prompt)?,
             stops: StopStrings::new(params.stop),
             stop_tokens: params.stop_token_ids.into_iter().collect(),
             ignore_eos: params.ignore_eos,
+            min_new_tokens: params.min_new_tokens,
             logprobs: params.logprobs,
             limit: wanted.min(surroundings.max_new_tokens).min(room),
         })
@@ -270,8 +274,9 @@ impl Generation {
     /// continuation; its id is.
     fn next(&mut self, row: &[f32], generated: usize, surroundings: &Surroundings) -> Result<(Tokens, Option<FinishReason>)> {
         let token = self.sampler.sample(row)?;
+        let early = generated <= self.min_new_tokens;
         let logprobs = self.logprobs.map(|alternatives| sampler::logprob(row, token, alternatives)).into_iter().collect();
-        let mut tokens = Tokens { text: String::new(), ids: vec![token], logprobs };
+        let mut tokens = Tokens { choice: 0, text: String::new(), ids: vec![token], logprobs };
         let mut end = if !self.ignore_eos && surroundings.eos_token_ids.contains(&token) {
             Some(FinishReason::EndOfSequence(token))
         } else if self.stop_tokens.contains(&token) {
@@ -281,11 +286,11 @@ impl Generation {
         };
         if end.is_none() {
             let piece = self.text.push(token)?;
-            end = self.show(&piece, &mut tokens).or((generated >= self.limit).then_some(FinishReason::Length));
+            end = self.show(&piece, early, &mut tokens).or((generated >= self.limit).then_some(FinishReason::Length));
         }
         if !matches!(end, None | Some(FinishReason::StopString(_))) {
             let piece = self.text.flush()?;
-            match self.show(&piece, &mut tokens) {
+            match self.show(&piece, early, &mut tokens) {
                 None => tokens.text += &self.stops.finish(),
                 Some(stop) if end == Some(FinishReason::Length) => end = Some(stop),
                 Some(_) => {}
@@ -294,9 +299,9 @@ impl Generation {
         Ok((tokens, end))
     }
 
-    /// Adds what stop strings let through; the reason to end if one was found.
-    fn show(&mut self, piece: &str, tokens: &mut Tokens) -> Option<FinishReason> {
-        let passed = self.stops.push(piece);
+    /// Adds what stop strings let through; the reason to end if one was found. An `early` piece has none.
+    fn show(&mut self, piece: &str, early: bool, tokens: &mut Tokens) -> Option<FinishReason> {
+        let passed = if early { self.stops.pass(piece) } else { self.stops.push(piece) };
         tokens.text += &passed.text;
         passed.stopped_by.map(FinishReason::StopString)
     }

@@ -124,17 +124,35 @@ impl StopStrings {
 
     /// Takes the next piece of the text.
     pub(super) fn push(&mut self, piece: &str) -> Passed {
+        let old = self.held.len();
         self.held.push_str(piece);
         let first = self
             .strings
             .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()).map(|start| (start + stop.len(), start, stop)))
+            .filter_map(|stop| self.find(stop, old).map(|start| (start + stop.len(), start, stop)))
             .min_by_key(|&(end, start, _)| (end, start));
         if let Some((_, start, stop)) = first {
             let stopped_by = Some(stop.clone());
             self.held.truncate(start);
             return Passed { text: std::mem::take(&mut self.held), stopped_by };
         }
+        self.release()
+    }
+
+    /// Takes the next piece of a text that may not end in it: stop strings that are complete in it are ordinary text; one that
+    /// begins in it may be completed by [`StopStrings::push`].
+    pub(super) fn pass(&mut self, piece: &str) -> Passed {
+        self.held.push_str(piece);
+        self.release()
+    }
+
+    /// The first place of `stop` in the held text where it ends after byte `old`: an earlier one was passed.
+    fn find(&self, stop: &str, old: usize) -> Option<usize> {
+        let from = self.held.ceil_char_boundary((old + 1).saturating_sub(stop.len()));
+        self.held.get(from..)?.find(stop).map(|start| from + start)
+    }
+
+    fn release(&mut self) -> Passed {
         let rest = self.held.split_off(self.certain());
         Passed { text: std::mem::replace(&mut self.held, rest), stopped_by: None }
     }

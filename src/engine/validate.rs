@@ -16,10 +16,10 @@ pub const MAX_STOP_STRINGS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 1024;
 
 /// Checks everything but the deadline and the state of the queue.
-pub(super) fn check(request: &Request, spec: &ModelSpec, config: &EngineConfig) -> Result<()> {
+pub(super) fn check(request: &Request, spec: &ModelSpec, eos_token_ids: &[u32], config: &EngineConfig) -> Result<()> {
     check_prompt(request, spec)?;
     match &request.task {
-        Task::Generate(params) => check_sampling(params, spec, config)?,
+        Task::Generate(params) => check_sampling(params, spec, eos_token_ids, config)?,
         Task::Score { alternatives } => check_logprobs("alternatives", *alternatives)?,
     }
     spec.check_routing(request.routing)
@@ -54,7 +54,8 @@ fn check_ids(field: &str, ids: &[u32], spec: &ModelSpec) -> Result<()> {
     }
 }
 
-fn check_sampling(params: &GenerateParams, spec: &ModelSpec, config: &EngineConfig) -> Result<()> {
+fn check_sampling(params: &GenerateParams, spec: &ModelSpec, _eos_token_ids: &[u32], config: &EngineConfig) -> Result<()> {
+    check_choices(params.n)?;
     if let Some(tokens) = params.max_new_tokens {
         let limit = config.max_new_tokens;
         if tokens == 0 {
@@ -86,6 +87,14 @@ fn check_sampling(params: &GenerateParams, spec: &ModelSpec, config: &EngineConf
     check_ids("sampling.stop_token_ids", &params.stop_token_ids, spec)
 }
 
+fn check_choices(n: usize) -> Result<()> {
+    match n {
+        1 => Ok(()),
+        0 => Err(Error::invalid("sampling.n", "0 asks for nothing: at least 1")),
+        _ => Err(Error::invalid("sampling.n", "this server gives one choice only")),
+    }
+}
+
 fn check_number(field: &str, value: f32, range: &str, valid: impl Fn(f32) -> bool) -> Result<()> {
     if value.is_finite() && valid(value) { Ok(()) } else { Err(Error::invalid(field, format!("{value} is not {range}"))) }
 }
@@ -102,7 +111,7 @@ mod tests {
     fn outcome(change: impl FnOnce(&mut Request)) -> Option<(ErrorKind, String)> {
         let mut request = fake::request(&[1, 2, 3]);
         change(&mut request);
-        match check(&request, &fake::spec(), &EngineConfig { max_new_tokens: 8, ..EngineConfig::default() }) {
+        match check(&request, &fake::spec(), &[fake::EOS], &EngineConfig { max_new_tokens: 8, ..EngineConfig::default() }) {
             Ok(()) => None,
             Err(error) => match &error {
                 Error::InvalidArgument { field, .. } | Error::OutOfRange { field, .. } => Some((error.kind(), field.clone())),

@@ -234,11 +234,15 @@ impl Worker {
 
     fn build(&mut self, shares: &[Share], now: Instant) -> Batch {
         let mut batch = Batch::default();
+        let cache = self.model.cache();
+        let blocks = cache.blocks_for(self.surroundings.max_context) as u32;
         for share in shares {
             if let Some(sequence) = self.sequences.get_mut(&share.id) {
                 sequence.first_step.get_or_insert(now);
                 let (tokens, past) = sequence.next_tokens(share.tokens);
-                batch.push(share.slot, tokens, past, sequence.routing, sequence.logit_rows(share.tokens));
+                let first = share.slot as u32 * blocks;
+                let table: Vec<u32> = (first..first + cache.blocks_for(past + tokens.len()) as u32).collect();
+                batch.push(&table, tokens, past, sequence.routing, sequence.logit_rows(share.tokens));
             }
         }
         batch
@@ -315,12 +319,6 @@ impl Worker {
     fn end(&mut self, id: SequenceId, ending: Ending) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         let place = self.scheduler.remove(id);
-        if let Some(Place::Running(slot)) = place {
-            let model = &mut self.model;
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| model.release(slot))) {
-                self.report_panic(&*panic, "release");
-            }
-        }
         self.shared.metrics.finished(outcome(&ending));
         if let Ending::Finished(finished) = &ending {
             self.shared.metrics.completed(&completed(&sequence, finished));

@@ -2,12 +2,16 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{ModelSpec, QkNorm, Span, kv_cache::KvCache, weights::AttentionWeights};
+use super::{
+    Batch, ModelSpec, QkNorm, Span,
+    kv_cache::{KvCache, LayerCache},
+    weights::AttentionWeights,
+};
 use crate::{
     error::Result,
     ops::{
         self,
-        cpu::{AttentionShape, KeyValue},
+        cpu::{AttentionShape, KeyLayout, KeyValue},
         cpu_slice,
     },
 };
@@ -20,14 +24,13 @@ pub(super) struct Attention {
     qk_norm: QkNorm,
     clip_qkv: Option<f32>,
     eps: f64,
-    max_context: usize,
     weights: AttentionWeights,
 }
 
 /// What all layers share in one forward.
 #[derive(Debug)]
 pub(super) struct AttentionInput<'a> {
-    pub(super) spans: &'a [Span],
+    pub(super) batch: &'a Batch,
     /// `[T, hd / 2]` f32.
     pub(super) cos: Tensor,
     /// `[T, hd / 2]` f32.
@@ -42,16 +45,17 @@ impl Attention {
             head_dim: spec.head_dim,
             window: spec.layers[layer].sliding_window,
         };
-        let (eps, max_context) = (spec.rms_norm_eps, spec.max_context);
-        Self { layer, shape, qk_norm: spec.qk_norm, clip_qkv: spec.clip_qkv, eps, max_context, weights }
+        Self { layer, shape, qk_norm: spec.qk_norm, clip_qkv: spec.clip_qkv, eps: spec.rms_norm_eps, weights }
     }
 
     /// `x [T, D]` to `[T, D]`.
     pub(super) fn forward(&self, x_td: &Tensor, input: &AttentionInput<'_>, cache: Option<&mut KvCache>) -> Result<Tensor> {
         let (q, k, v) = self.project(x_td, input)?;
-        let pairs = self.keys_and_values(&k, &v, input.spans, cache)?;
-        let on_host = q.device().is_cpu() && q.dtype() == DType::F32 && !q.track_op();
-        let y_thd = if on_host { self.ragged(&q, input.spans, &pairs)? } else { self.composed(&q, input.spans, &pairs)? };
+        let y_thd = match cache {
+            Some(cache) => self.cached(&q, &k, &v, input.batch, cache)?,
+            None if q.device().is_cpu() && q.dtype() == DType::F32 && !q.track_op() => self.ragged(&q, &k, &v, &input.batch.spans)?,
+            None => self.composed(&q, &input.batch.spans, &split(&k, &v, &input.batch.spans)?)?,
+        };
         let y = ops::linear(&y_thd.reshape((x_td.dim(0)?, self.shape.heads * self.shape.head_dim))?, &self.weights.output)?;
         add_bias(y, self.weights.output_bias.as_ref())
     }
@@ -88,42 +92,49 @@ impl Attention {
         Ok(clipped.reshape(shape)?)
     }
 
-    /// All keys and values that each span attends to, `[past + new, KV, hd]`.
-    fn keys_and_values(&self, k: &Tensor, v: &Tensor, spans: &[Span], mut cache: Option<&mut KvCache>) -> Result<Vec<(Tensor, Tensor)>> {
-        let mut start = 0;
-        let mut pairs = Vec::with_capacity(spans.len());
-        for span in spans {
-            let (k, v) = (k.narrow(0, start, span.new)?, v.narrow(0, start, span.new)?);
-            pairs.push(match cache.as_deref_mut() {
-                Some(cache) => cache.append(span.slot, self.layer, span.past, &k, &v, self.max_context)?,
-                None => (k.contiguous()?, v.contiguous()?),
-            });
-            start += span.new;
+    /// Writes the new keys and values to the cache, and attends over it.
+    fn cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+        cache.write(self.layer, batch, k, v)?;
+        match cache.layer(self.layer)? {
+            LayerCache::Host { keys, values } => {
+                let block_tokens = cache.shape().block_tokens;
+                let sequence = |span: &Span| {
+                    let layout = KeyLayout::Paged { table: &batch.blocks[span.blocks.clone()], block_tokens };
+                    KeyValue { past: span.past, new: span.new, keys, values, layout }
+                };
+                self.loops(q, &batch.spans.iter().map(sequence).collect::<Vec<_>>())
+            }
+            LayerCache::Device { keys, values } => {
+                let pair = |span: &Span| {
+                    let (table, tokens) = (batch.table(span), span.past + span.new);
+                    Ok((cache.gather(keys, table, tokens)?, cache.gather(values, table, tokens)?))
+                };
+                let pairs = batch.spans.iter().map(pair).collect::<Result<Vec<_>>>()?;
+                self.composed(q, &batch.spans, &pairs)
+            }
         }
-        Ok(pairs)
+    }
+
+    /// Without a cache: every sequence attends to its own new tokens.
+    fn ragged(&self, q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Result<Tensor> {
+        let row = self.shape.kv_heads * self.shape.head_dim;
+        cpu_slice::<f32, _>(&k.contiguous()?, |k| {
+            cpu_slice::<f32, _>(&v.contiguous()?, |v| {
+                let mut end = 0;
+                let sequence = |span: &Span| {
+                    let part = end * row..(end + span.new) * row;
+                    end += span.new;
+                    KeyValue { past: 0, new: span.new, keys: &k[part.clone()], values: &v[part], layout: KeyLayout::Flat }
+                };
+                self.loops(q, &spans.iter().map(sequence).collect::<Vec<_>>())
+            })
+        })
     }
 
     /// The CPU loops: no copy of the cache, no dependence on the batch.
-    fn ragged(&self, q: &Tensor, spans: &[Span], pairs: &[(Tensor, Tensor)]) -> Result<Tensor> {
-        // One sequence at a time: each lends its cache for the length of the loop over it.
+    fn loops(&self, q: &Tensor, sequences: &[KeyValue<'_>]) -> Result<Tensor> {
         let q = q.contiguous()?;
-        let row = self.shape.heads * self.shape.head_dim;
-        let out = cpu_slice::<f32, _>(&q, |q| {
-            let mut out = Vec::with_capacity(q.len());
-            let mut start = 0;
-            for (span, (keys, values)) in spans.iter().zip(pairs) {
-                let q = &q[start * row..(start + span.new) * row];
-                let part = cpu_slice::<f32, _>(keys, |keys| {
-                    cpu_slice::<f32, _>(values, |values| {
-                        let sequence = KeyValue { past: span.past, new: span.new, keys, values };
-                        Ok(ops::cpu::attention(q, &[sequence], self.shape))
-                    })
-                })?;
-                out.extend(part);
-                start += span.new;
-            }
-            Ok(out)
-        })?;
+        let out = cpu_slice::<f32, _>(&q, |q| Ok(ops::cpu::attention(q, sequences, self.shape)))?;
         Ok(Tensor::from_vec(out, q.shape(), q.device())?)
     }
 
@@ -167,6 +178,17 @@ impl Attention {
         let y = weights.matmul(&v)?;
         Ok(y.transpose(1, 2)?.reshape((count * new, heads, head_dim))?)
     }
+}
+
+/// The keys and values of each span, `[new, KV, hd]`.
+fn split(k: &Tensor, v: &Tensor, spans: &[Span]) -> Result<Vec<(Tensor, Tensor)>> {
+    let mut start = 0;
+    let pair = |span: &Span| {
+        let pair = (k.narrow(0, start, span.new)?.contiguous()?, v.narrow(0, start, span.new)?.contiguous()?);
+        start += span.new;
+        Ok(pair)
+    };
+    spans.iter().map(pair).collect()
 }
 
 fn add_bias(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

@@ -1,5 +1,7 @@
 //! A ragged batch: prefill, decode and chunked prefill are one shape.
 
+use std::ops::Range;
+
 use crate::moe::policy::RoutingChoice;
 
 /// New tokens of several sequences, one sequence after the other.
@@ -9,21 +11,25 @@ pub struct Batch {
     pub tokens: Vec<u32>,
     /// In the order of `tokens`.
     pub spans: Vec<Span>,
+    /// Block tables of all spans, concatenated: see [`Span::blocks`].
+    pub blocks: Vec<u32>,
 }
 
 /// The part of a batch that belongs to one sequence.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Span {
-    /// Cache slot of the sequence; distinct within a batch.
-    pub slot: usize,
     /// New tokens, at least 1. Their positions are `past .. past + new`.
     pub new: usize,
-    /// Tokens of the sequence already in its slot. 0 starts the slot afresh.
+    /// Tokens of the sequence already in its blocks.
     pub past: usize,
     /// Routing of these tokens.
     pub routing: RoutingChoice,
     /// Which of the new tokens need logits.
     pub logits: LogitRows,
+    /// Where the block table of the sequence is in [`Batch::blocks`]: enough blocks for `past + new` tokens. Position p is row
+    /// `p % block_tokens` of block `table[p / block_tokens]`. The blocks of new tokens belong to no other span of the batch; those of the
+    /// past may be shared. Empty where the forward has no cache.
+    pub blocks: Range<usize>,
 }
 
 /// Rows of the output that a span asks for.
@@ -38,10 +44,17 @@ pub enum LogitRows {
 }
 
 impl Batch {
-    /// Appends a span of `tokens`; `past` and `routing` as in [`Span`].
-    pub fn push(&mut self, slot: usize, tokens: &[u32], past: usize, routing: RoutingChoice, logits: LogitRows) {
+    /// Appends a span of `tokens` with its block table; `past` and `routing` as in [`Span`].
+    pub fn push(&mut self, blocks: &[u32], tokens: &[u32], past: usize, routing: RoutingChoice, logits: LogitRows) {
         self.tokens.extend_from_slice(tokens);
-        self.spans.push(Span { slot, new: tokens.len(), past, routing, logits });
+        let start = self.blocks.len();
+        self.blocks.extend_from_slice(blocks);
+        self.spans.push(Span { new: tokens.len(), past, routing, logits, blocks: start..self.blocks.len() });
+    }
+
+    /// The block table of a span of this batch; empty where the span lies about it.
+    pub fn table(&self, span: &Span) -> &[u32] {
+        self.blocks.get(span.blocks.clone()).unwrap_or_default()
     }
 
     /// Rows of `tokens` that need logits, in order.

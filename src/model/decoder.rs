@@ -1,11 +1,11 @@
 //! The decoder: embedding, layers, head. One for all families, for serving and for training.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    Batch, FeedForwardSpec, Forward, LanguageModel, ModelSpec,
+    Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, ModelSpec,
     attention::{Attention, AttentionInput},
     feed_forward::FeedForward,
     kv_cache::KvCache,
@@ -89,21 +89,21 @@ impl Decoder {
     ///
     /// Serving mode is [`Decoder::serve`]; training passes its own [`RoutingMode`].
     pub fn forward(&self, batch: &Batch, mode: &mut RoutingMode<'_>, mut cache: Option<&mut KvCache>) -> Result<Forward> {
-        self.check(batch, cache.is_some())?;
+        self.check(batch, cache.as_deref().map(KvCache::shape))?;
         let device = self.device();
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), device)?;
         let mut x_td = self.embedding.index_select(&tokens, 0)?.to_dtype(self.activations)?;
         let positions: Vec<u32> = batch.spans.iter().flat_map(|span| span.past as u32..(span.past + span.new) as u32).collect();
         let (cos, sin) = self.rope.at(&positions, device)?;
-        let input = AttentionInput { spans: &batch.spans, cos, sin };
+        let input = AttentionInput { batch, cos, sin };
 
-        let mut routings = Vec::new();
+        let (mut routings, mut time) = (Vec::new(), ForwardTime::default());
         for layer in &self.layers {
-            let (next, routing) = self.layer(layer, &x_td, &input, mode, cache.as_deref_mut())?;
+            let (next, routing) = self.layer(layer, &x_td, &input, mode, cache.as_deref_mut(), &mut time)?;
             x_td = next;
             routings.extend(routing);
         }
-        Ok(Forward { logits: self.logits(&x_td, &batch.logit_rows())?, layers: routings })
+        Ok(Forward { logits: self.logits(&x_td, &batch.logit_rows())?, layers: routings, time })
     }
 
     /// [`Decoder::forward`] with each span routed by its own choice.
@@ -119,12 +119,18 @@ impl Decoder {
         input: &AttentionInput<'_>,
         mode: &mut RoutingMode<'_>,
         cache: Option<&mut KvCache>,
+        time: &mut ForwardTime,
     ) -> Result<(Tensor, Option<crate::moe::LayerRouting>)> {
         let eps = self.spec.rms_norm_eps;
         let normed = ops::rms_norm(x_td, &layer.attention_norm, eps)?;
-        let x_td = (x_td + layer.attention.forward(&normed, input, cache)?)?;
+        let start = Instant::now();
+        let attended = layer.attention.forward(&normed, input, cache)?;
+        time.attention += start.elapsed();
+        let x_td = (x_td + attended)?;
         let normed = ops::rms_norm(&x_td, &layer.feed_forward_norm, eps)?;
+        let start = Instant::now();
         let (y_td, routing) = layer.feed_forward.forward(&normed, mode)?;
+        time.experts += start.elapsed();
         Ok(((x_td + y_td)?, routing))
     }
 
@@ -142,7 +148,7 @@ impl Decoder {
         Ok(ops::linear(&normed, &self.head)?.to_dtype(DType::F32)?)
     }
 
-    fn check(&self, batch: &Batch, cached: bool) -> Result<()> {
+    fn check(&self, batch: &Batch, cache: Option<CacheShape>) -> Result<()> {
         let spec = &self.spec;
         if batch.tokens.is_empty() || batch.spans.iter().map(|span| span.new).sum::<usize>() != batch.tokens.len() {
             return Err(Error::Internal("the spans of a batch do not cover its tokens".into()));
@@ -155,8 +161,15 @@ impl Decoder {
                 let length = span.past + span.new;
                 return Err(Error::out_of_range("token_ids", format!("{length} tokens, the context has {}", spec.max_context)));
             }
-            if span.past > 0 && !cached {
-                return Err(Error::Internal("a span with a past needs a cache".into()));
+            let Some(cache) = cache else {
+                if span.past > 0 {
+                    return Err(Error::Internal("a span with a past needs a cache".into()));
+                }
+                continue;
+            };
+            let table = batch.table(span);
+            if table.len() < cache.blocks_for(span.past + span.new) || table.iter().any(|&block| block as usize >= cache.num_blocks) {
+                return Err(Error::Internal(format!("the block table of a span of {} + {} tokens does not fit", span.past, span.new)));
             }
         }
         Ok(())
@@ -171,9 +184,10 @@ pub struct CachedDecoder {
 }
 
 impl CachedDecoder {
-    /// With an empty cache.
-    pub fn new(decoder: Decoder) -> Self {
-        Self { decoder, cache: KvCache::default() }
+    /// With an empty cache of this size. Fails as [`KvCache::new`] does.
+    pub fn new(decoder: Decoder, cache: CacheShape) -> Result<Self> {
+        let cache = KvCache::new(&decoder.spec, cache, decoder.activations, decoder.device())?;
+        Ok(Self { decoder, cache })
     }
 }
 
@@ -182,11 +196,11 @@ impl LanguageModel for CachedDecoder {
         self.decoder.spec()
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<Forward> {
-        self.decoder.serve(batch, Some(&mut self.cache))
+    fn cache(&self) -> CacheShape {
+        self.cache.shape()
     }
 
-    fn release(&mut self, slot: usize) {
-        self.cache.release(slot);
+    fn forward(&mut self, batch: &Batch) -> Result<Forward> {
+        self.decoder.serve(batch, Some(&mut self.cache))
     }
 }

@@ -10,6 +10,8 @@ pub mod rope;
 mod spec;
 pub mod weights;
 
+use std::time::Duration;
+
 use candle_core::Tensor;
 
 pub use self::{
@@ -24,11 +26,20 @@ pub trait LanguageModel: Send {
     /// What the model is.
     fn spec(&self) -> &ModelSpec;
 
-    /// Runs the new tokens of `batch`, reading and extending the cache slots that its spans name.
-    fn forward(&mut self, batch: &Batch) -> Result<Forward>;
+    /// The blocks of its cache, which the caller gives out.
+    fn cache(&self) -> CacheShape;
 
-    /// The sequence in `slot` is over: what the slot holds may be freed.
-    fn release(&mut self, slot: usize);
+    /// Runs the new tokens of `batch`, reading and writing the cache blocks that its spans name.
+    fn forward(&mut self, batch: &Batch) -> Result<Forward>;
+}
+
+/// The size of a cache of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Tokens of one block.
+    pub block_tokens: usize,
+    /// Blocks, named from 0.
+    pub num_blocks: usize,
 }
 
 /// What a forward returns.
@@ -38,6 +49,17 @@ pub struct Forward {
     pub logits: Tensor,
     /// One for each MoE layer, in order of depth.
     pub layers: Vec<LayerRouting>,
+    /// Where the time went.
+    pub time: ForwardTime,
+}
+
+/// Time spent in the parts of a forward, over all layers. On a device that works asynchronously it is that of the launches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ForwardTime {
+    /// Attention with its projections and the cache.
+    pub attention: Duration,
+    /// Feed-forward parts: routers, dispatch, experts.
+    pub experts: Duration,
 }
 
 #[cfg(test)]

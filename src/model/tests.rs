@@ -6,8 +6,8 @@ use candle_core::{Device, IndexOp};
 use rand::{SeedableRng, rngs::StdRng};
 
 use super::{
-    Batch, CachedDecoder, Decoder, FeedForwardSpec, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm, ReferenceRouting,
-    RopeScaling, RopeSpec,
+    Batch, CacheShape, CachedDecoder, Decoder, FeedForwardSpec, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
+    ReferenceRouting, RopeScaling, RopeSpec,
 };
 use crate::{
     moe::{
@@ -18,7 +18,7 @@ use crate::{
     train::trainable::Trainable,
 };
 
-fn spec() -> ModelSpec {
+pub(super) fn spec() -> ModelSpec {
     let moe = MoeSpec { num_experts: 4, expert_width: 24, top_k: 1, weight_form: WeightForm::Renorm, shared_expert_width: None };
     ModelSpec {
         family: "mixtral".into(),
@@ -59,6 +59,17 @@ fn decoder() -> Decoder {
     Decoder::new(spec, model.detached(), &kernel::for_device(&Device::Cpu)).unwrap()
 }
 
+const CACHE: CacheShape = CacheShape { block_tokens: 8, num_blocks: 96 };
+
+fn cached() -> CachedDecoder {
+    CachedDecoder::new(decoder(), CACHE).unwrap()
+}
+
+/// A table for a whole context, other blocks for each of eight sequences, out of order and far apart.
+fn table(sequence: usize) -> Vec<u32> {
+    (0..12).map(|block| ((block * 8 + sequence) * 37 % 96) as u32).collect()
+}
+
 /// (prompt, routing) of eight different requests.
 fn requests() -> Vec<(Vec<u32>, RoutingChoice)> {
     let routings = [
@@ -72,12 +83,12 @@ fn requests() -> Vec<(Vec<u32>, RoutingChoice)> {
 
 /// Greedy continuation of one request alone, the whole prompt at once.
 fn alone(prompt: &[u32], routing: RoutingChoice, new: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
-    let mut model = CachedDecoder::new(decoder());
+    let mut model = cached();
     let (mut tokens, mut rows) = (Vec::new(), Vec::new());
     let (mut input, mut past) = (prompt.to_vec(), 0);
     for _ in 0..new {
         let mut batch = Batch::default();
-        batch.push(3, &input, past, routing, LogitRows::Last);
+        batch.push(&table(3), &input, past, routing, LogitRows::Last);
         let logits = model.forward(&batch).unwrap().logits.i(0).unwrap().to_vec1::<f32>().unwrap();
         past += input.len();
         input = vec![argmax(&logits)];
@@ -93,7 +104,7 @@ fn argmax(row: &[f32]) -> u32 {
 
 #[test]
 fn a_batch_gives_each_request_the_bits_it_gets_alone() {
-    let mut model = CachedDecoder::new(decoder());
+    let mut model = cached();
     let requests = requests();
     let mut state: BTreeMap<usize, (Vec<u32>, usize)> = requests.iter().enumerate().map(|(i, (p, _))| (i, (p.clone(), 0))).collect();
     let mut found: Vec<(Vec<u32>, Vec<Vec<f32>>)> = vec![Default::default(); requests.len()];
@@ -103,7 +114,7 @@ fn a_batch_gives_each_request_the_bits_it_gets_alone() {
         let order: Vec<usize> = (0..requests.len()).map(|i| (i * 3 + step) % requests.len()).collect();
         for &i in &order {
             let (input, past) = &state[&i];
-            batch.push(i, input, *past, requests[i].1, LogitRows::Last);
+            batch.push(&table(i), input, *past, requests[i].1, LogitRows::Last);
         }
         let logits = model.forward(&batch).unwrap().logits.to_vec2::<f32>().unwrap();
         for (row, &i) in logits.into_iter().zip(&order) {
@@ -118,16 +129,34 @@ fn a_batch_gives_each_request_the_bits_it_gets_alone() {
     }
 }
 
+/// Blocks of 1, 5 and 96 tokens, and the copying path of devices other than the CPU.
+#[test]
+fn the_block_table_changes_no_bit() {
+    let (prompt, routing) = (requests()[7].0.clone(), RoutingChoice::TopK { k: 2, weight_form: None });
+    let whole = alone(&prompt, routing, 1).1;
+    for (block_tokens, num_blocks) in [(1, 40), (5, 9), (96, 2)] {
+        let mut model = CachedDecoder::new(decoder(), CacheShape { block_tokens, num_blocks }).unwrap();
+        let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
+        let mut last = None;
+        for (i, part) in prompt.chunks(7).enumerate() {
+            let mut batch = Batch::default();
+            batch.push(&table, part, i * 7, routing, LogitRows::Last);
+            last = Some(model.forward(&batch).unwrap().logits.i(0).unwrap().to_vec1::<f32>().unwrap());
+        }
+        assert_eq!(last.as_ref(), whole.first(), "blocks of {block_tokens}");
+    }
+}
+
 #[test]
 fn chunks_of_a_prompt_give_the_same_bits() {
     let (prompt, routing) = (requests()[7].0.clone(), RoutingChoice::Native);
     let whole = alone(&prompt, routing, 1).1;
     for chunk in [1, 2, 5, 21] {
-        let mut model = CachedDecoder::new(decoder());
+        let mut model = cached();
         let mut last = None;
         for (i, part) in prompt.chunks(chunk).enumerate() {
             let mut batch = Batch::default();
-            batch.push(0, part, i * chunk, routing, LogitRows::Last);
+            batch.push(&table(0), part, i * chunk, routing, LogitRows::Last);
             last = Some(model.forward(&batch).unwrap().logits.i(0).unwrap().to_vec1::<f32>().unwrap());
         }
         assert_eq!(last.as_ref(), whole.first(), "chunks of {chunk}");
@@ -135,17 +164,15 @@ fn chunks_of_a_prompt_give_the_same_bits() {
 }
 
 #[test]
-fn a_slot_starts_afresh() {
-    let mut model = CachedDecoder::new(decoder());
+fn blocks_are_reused() {
+    let mut model = cached();
     let run = |model: &mut CachedDecoder, tokens: &[u32]| {
         let mut batch = Batch::default();
-        batch.push(0, tokens, 0, RoutingChoice::Native, LogitRows::Last);
+        batch.push(&table(0), tokens, 0, RoutingChoice::Native, LogitRows::Last);
         model.forward(&batch).unwrap().logits.to_vec2::<f32>().unwrap()
     };
     let first = run(&mut model, &[1, 2, 3]);
     run(&mut model, &[9; 40]);
-    assert_eq!(run(&mut model, &[1, 2, 3]), first);
-    model.release(0);
     assert_eq!(run(&mut model, &[1, 2, 3]), first);
 }
 
@@ -153,16 +180,16 @@ fn a_slot_starts_afresh() {
 fn logits_come_for_the_rows_asked_for() {
     let decoder = decoder();
     let mut batch = Batch::default();
-    batch.push(0, &[1, 2, 3], 0, RoutingChoice::Native, LogitRows::None);
-    batch.push(1, &[4, 5], 0, RoutingChoice::Native, LogitRows::All);
-    batch.push(2, &[6, 7, 8], 0, RoutingChoice::Native, LogitRows::Last);
+    batch.push(&[], &[1, 2, 3], 0, RoutingChoice::Native, LogitRows::None);
+    batch.push(&[], &[4, 5], 0, RoutingChoice::Native, LogitRows::All);
+    batch.push(&[], &[6, 7, 8], 0, RoutingChoice::Native, LogitRows::Last);
     assert_eq!(batch.logit_rows(), [3, 4, 7]);
     let forward = decoder.serve(&batch, None).unwrap();
     assert_eq!(forward.logits.dims(), [3, 50]);
     assert_eq!(forward.layers.len(), 2);
     assert!(forward.layers.iter().all(|layer| layer.stats.tokens == 8 && layer.stats.routes == 8));
     let mut none = Batch::default();
-    none.push(0, &[1], 0, RoutingChoice::Native, LogitRows::None);
+    none.push(&[], &[1], 0, RoutingChoice::Native, LogitRows::None);
     assert_eq!(decoder.serve(&none, None).unwrap().logits.dims(), [0, 50]);
 }
 
@@ -171,13 +198,23 @@ fn impossible_batches_are_errors() {
     let decoder = decoder();
     let forward = |tokens: &[u32], past| {
         let mut batch = Batch::default();
-        batch.push(0, tokens, past, RoutingChoice::Native, LogitRows::Last);
+        batch.push(&[], tokens, past, RoutingChoice::Native, LogitRows::Last);
         decoder.serve(&batch, None)
     };
     assert!(forward(&[50], 0).is_err(), "token outside the vocabulary");
     assert!(forward(&[], 0).is_err(), "nothing to do");
     assert!(forward(&[1; 97], 0).is_err(), "longer than the context");
     assert!(forward(&[1], 1).is_err(), "a past without a cache");
+    let mut model = cached();
+    let mut paged = |table: &[u32], tokens: &[u32], past| {
+        let mut batch = Batch::default();
+        batch.push(table, tokens, past, RoutingChoice::Native, LogitRows::Last);
+        model.forward(&batch)
+    };
+    assert!(paged(&[7], &[1; 8], 0).is_ok());
+    assert!(paged(&[7], &[1; 9], 0).is_err(), "a table that is too short");
+    assert!(paged(&[96], &[1], 0).is_err(), "a block that is not there");
+    assert!(paged(&[], &[1], 0).is_err(), "no table");
 }
 
 #[test]
@@ -188,7 +225,7 @@ fn every_variable_gets_a_gradient() {
     let policies = [RoutingPolicy::Soft { temperature: 1.0 }, RoutingPolicy::GumbelSoftmax { temperature: 0.5, noise: 1.0 }];
     for policy in policies {
         let mut batch = Batch::default();
-        tokens.chunks(12).enumerate().for_each(|(slot, part)| batch.push(slot, part, 0, RoutingChoice::Native, LogitRows::All));
+        tokens.chunks(12).for_each(|part| batch.push(&[], part, 0, RoutingChoice::Native, LogitRows::All));
         let mut rng = StdRng::seed_from_u64(1);
         let forward = decoder.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut rng }, None).unwrap();
         let targets: Vec<u32> = tokens.iter().map(|t| (t + 1) % 50).collect();
@@ -213,8 +250,8 @@ fn the_tracked_forward_is_the_served_one() {
     ];
     for (choice, policy) in cases {
         let mut batch = Batch::default();
-        batch.push(0, &[3, 1, 4, 1, 5, 9, 2, 6], 0, choice, LogitRows::All);
-        batch.push(1, &[2, 7, 1, 8, 2, 8, 1, 8], 0, choice, LogitRows::All);
+        batch.push(&[], &[3, 1, 4, 1, 5, 9, 2, 6], 0, choice, LogitRows::All);
+        batch.push(&[], &[2, 7, 1, 8, 2, 8, 1, 8], 0, choice, LogitRows::All);
         let a = served.serve(&batch, None).unwrap().logits;
         let b = tracked.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut StdRng::seed_from_u64(0) }, None).unwrap().logits;
         let worst: f32 = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap();

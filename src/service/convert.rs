@@ -66,7 +66,9 @@ pub fn choice(choice: RoutingChoice) -> proto::RoutingPolicy {
 pub(super) fn generate_params(sampling: Option<proto::SamplingParams>, defaults: &SamplingDefaults) -> GenerateParams {
     let sampling = sampling.unwrap_or_default();
     GenerateParams {
+        n: 1,
         max_new_tokens: sampling.max_new_tokens.map(|n| n as usize),
+        min_new_tokens: 0,
         temperature: sampling.temperature.unwrap_or(defaults.temperature),
         top_k: sampling.top_k.map_or(defaults.top_k, |k| k as usize),
         top_p: sampling.top_p.unwrap_or(defaults.top_p),
@@ -75,6 +77,10 @@ pub(super) fn generate_params(sampling: Option<proto::SamplingParams>, defaults:
         stop: sampling.stop,
         stop_token_ids: sampling.stop_token_ids,
         repetition_penalty: sampling.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        logit_bias: Vec::new(),
+        allowed_token_ids: Vec::new(),
         logprobs: sampling.logprobs.map(|n| n as usize),
         ignore_eos: sampling.ignore_eos.unwrap_or(false),
     }

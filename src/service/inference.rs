@@ -249,7 +249,7 @@ impl InferenceService {
         });
         let prompt = self.prompt(input, "prompt").await?;
         let task = Task::Generate(convert::generate_params(request.sampling, &self.config.sampling));
-        self.engine.submit(engine::Request { id: call.id.clone(), prompt, task, routing, deadline: call.deadline })
+        self.engine.submit(engine::Request { id: call.id.clone(), prompt, task, routing, deadline: call.deadline, priority: 0 })
     }
 
     async fn score_request(&self, call: &Call, request: proto::ScoreRequest) -> Result<Finished> {
@@ -262,7 +262,7 @@ impl InferenceService {
         });
         let prompt = self.prompt(input, "input").await?;
         let task = Task::Score { alternatives: request.alternatives.unwrap_or(0) as usize };
-        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline: call.deadline };
+        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline: call.deadline, priority: 0 };
         let mut events = self.engine.submit(request)?;
         while let Some(event) = events.recv().await {
             match event {

@@ -7,7 +7,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::error::{Error, ErrorKind};
 
-/// After this long a full queue may have room, and a load balancer may have found another server.
+/// After this long a load balancer may have found another server.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Longest message of a status, in bytes: it travels in an HTTP/2 header, and clients refuse large ones.
@@ -72,7 +72,10 @@ fn details(error: &Error) -> ErrorDetails {
 }
 
 fn retry_after(error: &Error) -> Option<Duration> {
-    matches!(error.kind(), ErrorKind::ResourceExhausted | ErrorKind::Unavailable).then_some(RETRY_AFTER)
+    match error {
+        Error::QueueFull { retry_after, .. } => Some(*retry_after),
+        _ => (error.kind() == ErrorKind::Unavailable).then_some(RETRY_AFTER),
+    }
 }
 
 /// The first line of `text`, cut at a character.
@@ -87,6 +90,7 @@ fn short(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::QueueLimit;
 
     #[test]
     fn bad_arguments_name_the_field() {
@@ -101,11 +105,15 @@ mod tests {
 
     #[test]
     fn what_may_be_retried_says_when() {
-        for (error, code) in [(Error::QueueFull { limit: 3 }, Code::ResourceExhausted), (Error::Draining, Code::Unavailable)] {
+        let retry_after = Duration::from_millis(2500);
+        let full = |limit| (Error::QueueFull { limit, retry_after }, Code::ResourceExhausted, retry_after, "2500");
+        let cases =
+            [full(QueueLimit::Requests(3)), full(QueueLimit::Tokens(100)), (Error::Draining, Code::Unavailable, RETRY_AFTER, "1000")];
+        for (error, code, delay, pushback) in cases {
             let status = to_status(&error);
             assert_eq!(status.code(), code);
-            assert_eq!(status.get_details_retry_info().and_then(|info| info.retry_delay), Some(RETRY_AFTER));
-            assert_eq!(status.metadata().get("grpc-retry-pushback-ms").map(|ms| ms.as_bytes()), Some(&b"1000"[..]));
+            assert_eq!(status.get_details_retry_info().and_then(|info| info.retry_delay), Some(delay));
+            assert_eq!(status.metadata().get("grpc-retry-pushback-ms").map(|ms| ms.as_bytes()), Some(pushback.as_bytes()));
         }
     }
 

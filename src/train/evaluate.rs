@@ -25,8 +25,8 @@ pub fn evaluate(decoder: &Decoder, tokens: &[u32], length: usize, routing: Routi
     let windows: Vec<&[u32]> = tokens.chunks(length).filter(|window| window.len() > 1).collect();
     for group in windows.chunks(WINDOWS_PER_BATCH) {
         let mut batch = Batch::default();
-        for (slot, window) in group.iter().enumerate() {
-            batch.push(slot, window, 0, routing, LogitRows::All);
+        for window in group {
+            batch.push(&[], window, 0, routing, LogitRows::All);
         }
         let forward = decoder.serve(&batch, None)?;
         layers.iter_mut().zip(&forward.layers).for_each(|(sum, layer)| sum.add(&layer.stats));

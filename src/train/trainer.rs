@@ -176,8 +176,8 @@ impl Trainer {
             Estimator::GumbelSoft => RoutingPolicy::GumbelSoftmax { temperature: temperature as f32, noise: noise as f32 },
         };
         let mut batch = Batch::default();
-        for (slot, window) in inputs.chunks(context).enumerate() {
-            batch.push(slot, window, 0, RoutingChoice::Native, LogitRows::All);
+        for window in inputs.chunks(context) {
+            batch.push(&[], window, 0, RoutingChoice::Native, LogitRows::All);
         }
         let mut rng = step_rng(run.seed, step, Stream::Noise);
         let forward = self.decoder.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut rng }, None)?;

@@ -10,7 +10,7 @@ use std::{
 use candle_core::{Device, Tensor};
 use hardmax::{
     model::{
-        Batch, CachedDecoder, Decoder, LanguageModel, LogitRows,
+        Batch, CacheShape, CachedDecoder, Decoder, LanguageModel, LogitRows,
         load::{DeviceKind, WeightType, load},
     },
     moe::{LayerRouting, Routing, policy::RoutingChoice},
@@ -95,7 +95,7 @@ fn forwards_agree() {
         for (mode, routing) in modes() {
             let what = format!("{}, {mode}", case.file_name().unwrap().to_string_lossy());
             let mut batch = Batch::default();
-            batch.push(0, &golden.ids("input_ids"), 0, routing, LogitRows::All);
+            batch.push(&[], &golden.ids("input_ids"), 0, routing, LogitRows::All);
             let forward = decoder.serve(&batch, None).unwrap();
             let wanted = golden.floats(&format!("{mode}.logits"));
             let difference = largest(&forward.logits.to_vec2().unwrap(), &wanted);
@@ -113,14 +113,15 @@ fn greedy_continuations_agree() {
         let wanted = golden.ids("native.greedy");
         // Once with the prompt at once, once token by token through the cache.
         for chunk in [usize::MAX, 1] {
-            let mut model = CachedDecoder::new(decoder(&case, WeightType::F32));
+            let (shape, table) = (CacheShape { block_tokens: 8, num_blocks: 64 }, (0..64).rev().collect::<Vec<u32>>());
+            let mut model = CachedDecoder::new(decoder(&case, WeightType::F32), shape).unwrap();
             let prompt = golden.ids("input_ids");
             let (mut input, mut past, mut found) = (prompt, 0, Vec::new());
             while found.len() < wanted.len() {
                 let mut row = Vec::new();
                 for part in input.chunks(chunk.min(input.len())) {
                     let mut batch = Batch::default();
-                    batch.push(0, part, past, RoutingChoice::Native, LogitRows::Last);
+                    batch.push(&table, part, past, RoutingChoice::Native, LogitRows::Last);
                     row = model.forward(&batch).unwrap().logits.to_vec2::<f32>().unwrap().remove(0);
                     past += part.len();
                 }
@@ -140,7 +141,7 @@ fn bf16_weights_of_bf16_files_lose_nothing() {
         let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name);
         let (golden, decoder) = (Golden::read(&case), decoder(&case, WeightType::Bf16));
         let mut batch = Batch::default();
-        batch.push(0, &golden.ids("input_ids"), 0, RoutingChoice::Native, LogitRows::All);
+        batch.push(&[], &golden.ids("input_ids"), 0, RoutingChoice::Native, LogitRows::All);
         let wanted = golden.floats("native.logits");
         let found = decoder.serve(&batch, None).unwrap().logits.to_vec2().unwrap();
         assert!(largest(&found, &wanted) < TOLERANCE * range(&wanted), "{name}");

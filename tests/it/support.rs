@@ -16,8 +16,8 @@ use hardmax::{
     engine::EngineConfig,
     error::Result,
     model::{
-        Batch, FeedForwardSpec, Forward, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling,
-        RopeSpec,
+        Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
+        ReferenceRouting, RopeScaling, RopeSpec,
     },
     moe::{
         LayerRouting, Routing, RoutingStats, SparseRouting,
@@ -110,6 +110,10 @@ impl LanguageModel for FakeModel {
         &self.spec
     }
 
+    fn cache(&self) -> CacheShape {
+        CacheShape { block_tokens: 16, num_blocks: 1 << 23 }
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
         self.gate.pass();
         assert!(!batch.tokens.contains(&PANIC), "the prompt asks for a panic");
@@ -130,10 +134,12 @@ impl LanguageModel for FakeModel {
             start += span.new;
         }
         let rows = logits.len() / VOCAB;
-        Ok(Forward { logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?, layers: vec![routing(batch.tokens.len())?] })
+        Ok(Forward {
+            logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?,
+            layers: vec![routing(batch.tokens.len())?],
+            time: ForwardTime::default(),
+        })
     }
-
-    fn release(&mut self, _slot: usize) {}
 }
 
 /// Every token takes expert 0 of layer 0.

@@ -3,6 +3,8 @@
 //! Each (token, head) is computed alone and walks its keys in order of position: a result does not depend on the
 //! batch, nor on how a prompt was cut into chunks.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 /// Sizes that all sequences share.
@@ -25,10 +27,42 @@ pub(crate) struct KeyValue<'a> {
     pub(crate) past: usize,
     /// New tokens.
     pub(crate) new: usize,
-    /// `[past + new, kv_heads, head_dim]`.
+    /// Rows as `layout` says.
     pub(crate) keys: &'a [f32],
-    /// `[past + new, kv_heads, head_dim]`.
+    /// Rows as `layout` says.
     pub(crate) values: &'a [f32],
+    /// Where its rows are.
+    pub(crate) layout: KeyLayout<'a>,
+}
+
+/// Where the row of a position and a head is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum KeyLayout<'a> {
+    /// `[past + new, kv_heads, head_dim]`.
+    Flat,
+    /// `[num_blocks, kv_heads, block_tokens, head_dim]`: position p is row `p % block_tokens` of block `table[p / block_tokens]`.
+    Paged { table: &'a [u32], block_tokens: usize },
+}
+
+impl KeyLayout<'_> {
+    /// The rows of `positions` of one head, as runs of (first element, elements from row to row, rows), in order.
+    fn runs(self, positions: Range<usize>, kv_head: usize, shape: AttentionShape) -> impl Iterator<Item = (usize, usize, usize)> {
+        let AttentionShape { kv_heads, head_dim, .. } = shape;
+        // A flat sequence is one block that never ends.
+        let (block_tokens, stride) = match self {
+            Self::Flat => (usize::MAX, kv_heads * head_dim),
+            Self::Paged { block_tokens, .. } => (block_tokens, head_dim),
+        };
+        (positions.start / block_tokens..positions.end.div_ceil(block_tokens)).map(move |block| {
+            let first = block * block_tokens;
+            let (from, to) = (positions.start.max(first), positions.end.min(first.saturating_add(block_tokens)));
+            let base = match self {
+                Self::Flat => kv_head * head_dim,
+                Self::Paged { table, .. } => (table[block] as usize * kv_heads + kv_head) * block_tokens * head_dim,
+            };
+            (base + (from - first) * stride, stride, to - from)
+        })
+    }
 }
 
 /// `q [T, H, hd]`, T the new tokens of all sequences in order: `[T, H, hd]`.
@@ -57,21 +91,23 @@ fn one_head(
 ) {
     let first = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
     let kv_head = head / (shape.heads / shape.kv_heads);
-    let stride = shape.kv_heads * shape.head_dim;
-    let at = |position: usize| position * stride + kv_head * shape.head_dim..position * stride + (kv_head + 1) * shape.head_dim;
+    let rows = || {
+        let runs = sequence.layout.runs(first..position + 1, kv_head, shape);
+        runs.flat_map(|(start, stride, rows)| (0..rows).map(move |row| start + row * stride..start + row * stride + shape.head_dim))
+    };
     let scale = 1.0 / (shape.head_dim as f32).sqrt();
 
     scores.clear();
-    scores.extend((first..=position).map(|p| dot(q, &sequence.keys[at(p)]) * scale));
+    scores.extend(rows().map(|row| dot(q, &sequence.keys[row]) * scale));
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0f32;
     scores.iter_mut().for_each(|s| {
         *s = (*s - max).exp();
         sum += *s;
     });
-    for (p, weight) in (first..=position).zip(scores.iter()) {
+    for (row, weight) in rows().zip(scores.iter()) {
         let weight = weight / sum;
-        out.iter_mut().zip(&sequence.values[at(p)]).for_each(|(out, v)| *out += weight * v);
+        out.iter_mut().zip(&sequence.values[row]).for_each(|(out, v)| *out += weight * v);
     }
 }
 

@@ -13,7 +13,7 @@ mod simd;
 mod sink;
 
 pub(crate) use self::{
-    attention::{AttentionShape, KeyValue, attention},
+    attention::{AttentionShape, KeyLayout, KeyValue, attention},
     exp::exp,
     matmul::{Expert, Input, Output, Product, Scratch, parallel},
     matrix::{Data, Matrix, Q8_BLOCK, quantize_q8},
