@@ -218,6 +218,7 @@ impl ServeArgs {
             max_new_tokens: self.max_new_tokens.get(),
             event_buffer: self.event_buffer as usize,
             reader_timeout: self.reader_timeout,
+            ..EngineConfig::default()
         }
     }
 }

@@ -83,6 +83,7 @@ pub(super) fn config() -> EngineConfig {
         max_new_tokens: 32,
         event_buffer: 64,
         reader_timeout: PATIENCE,
+        ..EngineConfig::default()
     }
 }
 

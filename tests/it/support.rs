@@ -227,6 +227,7 @@ impl Default for Options {
                 max_new_tokens: 1 << 20,
                 event_buffer: 64,
                 reader_timeout: PATIENCE,
+                ..EngineConfig::default()
             },
             max_context: 256,
             max_receive_bytes: 4 << 20,
