@@ -246,6 +246,7 @@ impl ServeArgs {
             max_choices: self.max_choices.get(),
             event_buffer: self.event_buffer as usize,
             reader_timeout: self.reader_timeout,
+            ..EngineConfig::default()
         }
     }
 }

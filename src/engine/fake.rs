@@ -84,6 +84,7 @@ pub(super) fn config() -> EngineConfig {
         max_choices: 4,
         event_buffer: 64,
         reader_timeout: PATIENCE,
+        ..EngineConfig::default()
     }
 }
 

@@ -127,6 +127,7 @@ impl ServiceConfig {
             layers: spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect(),
             top_k: top_k.into_iter().max().unwrap_or(0),
             max_context: spec.max_context,
+            ..MetricsConfig::default()
         })
     }
 }

@@ -230,6 +230,7 @@ impl Default for Options {
                 max_choices: 4,
                 event_buffer: 64,
                 reader_timeout: PATIENCE,
+                ..EngineConfig::default()
             },
             max_context: 256,
             max_receive_bytes: 4 << 20,
