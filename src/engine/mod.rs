@@ -238,7 +238,7 @@ impl Engine {
             Task::Score { .. } => ("input", prompt),
             // The last token is never read. What is not asked for by number is cut to what there is.
             Task::Generate(params) => {
-                let new = params.max_new_tokens.unwrap_or(1).min(context.saturating_sub(prompt));
+                let new = params.max_new_tokens.unwrap_or(params.min_new_tokens.max(1)).min(context.saturating_sub(prompt));
                 ("prompt", prompt + new.saturating_sub(1))
             }
         };

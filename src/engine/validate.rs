@@ -99,12 +99,7 @@ impl Sampling<'_> {
         if n > limit {
             return Err(Error::out_of_range("sampling.n", format!("{n} is above {limit}, the limit of this server")));
         }
-        self.check_single(n)?;
         Ok(())
-    }
-
-    fn check_single(&self, n: usize) -> Result<()> {
-        if n == 1 { Ok(()) } else { Err(Error::invalid("sampling.n", "this server gives one choice only")) }
     }
 
     fn check_lengths(&self) -> Result<()> {
@@ -292,6 +287,7 @@ mod tests {
     fn choices() {
         let limit = EngineConfig::default().max_choices;
         assert_eq!(sampling(|p| p.n = 0), invalid("sampling.n"));
+        assert_eq!(sampling(|p| p.n = limit), None);
         assert_eq!(sampling(|p| p.n = limit + 1), too_large("sampling.n"));
     }
 

@@ -333,7 +333,7 @@ impl InferenceService {
 
     fn model_info(&self, request: &proto::GetModelInfoRequest) -> Result<proto::GetModelInfoResponse> {
         self.check_model(&request.model)?;
-        let (spec, config, engine) = (self.engine.spec(), &self.config, self.engine.config());
+        let (spec, config, engine, cache) = (self.engine.spec(), &self.config, self.engine.config(), self.engine.cache());
         let (moe_layers, (parameters, active_parameters)) = convert::moe_layers(spec, config.routing)?;
         Ok(proto::GetModelInfoResponse {
             model: config.model_name.clone(),
@@ -361,6 +361,9 @@ impl InferenceService {
                 max_receive_message_bytes: config.max_receive_bytes as u64,
                 max_choices: convert::saturate(engine.max_choices),
                 max_tokenize_bytes: config.max_tokenize_bytes as u64,
+                max_queue_tokens: engine.max_queue_tokens as u64,
+                cache_tokens: cache.tokens() as u64,
+                cache_block_tokens: convert::saturate(cache.block_tokens),
             }),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         })

@@ -42,6 +42,13 @@ async fn generate_streams_the_text() {
         hardmax(&["generate", "a", "--url", &url, "--max-new-tokens", "3", "--allow-token", "98,99", "--presence-penalty=-1"]).await;
     assert_eq!(text(&output.stdout), "bbb\n", "{}", text(&output.stderr));
 
+    let output = hardmax(&["generate", "a", "--url", &url, "-n", "2", "--max-new-tokens", "2"]).await;
+    assert_eq!(text(&output.stdout), "[choice 0]\nGr\n[choice 1]\nGr\n", "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("choice 1: 1 prompt"), "{}", text(&output.stderr));
+    let output = hardmax(&["generate", "a", "--url", &url, "-n", "3", "--max-new-tokens", "2", "--json"]).await;
+    let lines: Vec<serde_json::Value> = text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().filter(|line| !line["finish"].is_null()).count(), 3);
+
     let output = hardmax(&["generate", "a", "--url", &url, "--top-p", "2"]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("INVALID_ARGUMENT: sampling.top_p"), "{}", text(&output.stderr));

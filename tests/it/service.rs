@@ -5,8 +5,8 @@ use std::time::Duration;
 use hardmax::{
     engine::EngineConfig,
     service::proto::{
-        self, DetokenizeRequest, FinishReason, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, ScoreRequest, TokenIds,
-        TokenizeRequest,
+        self, DetokenizeRequest, Finish, FinishReason, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, ScoreRequest,
+        TokenIds, TokenizeRequest,
         finish::Matched,
         generate_request::Prompt,
         routing_policy::{Native, Policy, Soft, TopK},
@@ -151,6 +151,110 @@ async fn the_seed_decides_whatever_else_is_in_the_batch() {
     assert!(first != alone && third != alone);
 }
 
+/// Texts and ends of the choices of a request, by index. Checks the stream on the way.
+async fn choices(server: &TestServer, request: GenerateRequest) -> Vec<(String, Finish)> {
+    let stream = soon(server.client().await.generate(request.clone())).await.unwrap().into_inner();
+    let (messages, end) = collect(stream).await;
+    assert!(end.is_none(), "{end:?}");
+    let n = request.sampling.and_then(|s| s.n).unwrap_or(1);
+    let of = |index| messages.iter().filter(move |m| m.index == index);
+    let whole = |index| {
+        let text: String = of(index).map(|m| m.text.as_str()).collect();
+        let (last, others) = of(index).collect::<Vec<_>>().split_last().map(|(last, others)| (*last, others.len())).unwrap();
+        assert_eq!(of(index).position(|m| m.finish.is_some()), Some(others), "the last message of choice {index} and no other");
+        let finish = last.finish.clone().unwrap();
+        assert_eq!(finish.usage.unwrap().generated_tokens as usize, of(index).map(|m| m.token_ids.len()).sum::<usize>());
+        (text, finish)
+    };
+    assert!(messages.iter().all(|m| m.index < n));
+    (0..n).map(whole).collect()
+}
+
+#[tokio::test]
+async fn several_choices_share_a_stream() {
+    // More choices than places in the batch, too.
+    for max_batch_requests in [4, 2, 1] {
+        let engine = EngineConfig { max_batch_requests, ..Options::default().engine };
+        let server = TestServer::start(Options { engine, ..Options::default() }).await;
+        let same = choices(&server, sampling(|s| (s.n, s.max_new_tokens) = (Some(3), Some(30)))).await;
+        let said = String::from_utf8_lossy(&said(1, 30)).into_owned();
+        for (text, finish) in &same {
+            assert_eq!((text, finish.reason()), (&said, FinishReason::Length));
+            assert_eq!(finish.usage.map(|u| (u.prompt_tokens, u.generated_tokens)), Some((1, 30)));
+        }
+
+        let seeded = |n, seed| sampling(|s| (s.n, s.temperature, s.seed, s.max_new_tokens) = (Some(n), Some(3.0), Some(seed), Some(24)));
+        let texts = |choices: Vec<(String, Finish)>| choices.into_iter().map(|(text, _)| text).collect::<Vec<_>>();
+        let four = texts(choices(&server, seeded(4, 9)).await);
+        assert!((0..4).all(|i| (0..i).all(|j| four[i] != four[j])), "{four:?}");
+        let (two, again, _) = tokio::join!(choices(&server, seeded(2, 9)), choices(&server, seeded(4, 9)), choices(&server, seeded(3, 1)));
+        assert_eq!(texts(two), four[..2]);
+        assert_eq!(texts(again), four);
+        assert_eq!(texts(choices(&server, seeded(1, 9)).await), four[..1]);
+    }
+}
+
+#[tokio::test]
+async fn each_choice_has_its_own_end() {
+    let server = TestServer::start(Options::default()).await;
+    let tuned = |s: &mut SamplingParams| {
+        (s.n, s.temperature, s.seed) = (Some(4), Some(1.0), Some(3));
+        (s.allowed_token_ids, s.stop, s.max_new_tokens) = (vec![97, 98, 99], vec!["ab".into()], Some(12));
+        (s.stop_token_ids, s.logprobs, s.min_new_tokens) = (vec![99], Some(1), Some(1));
+    };
+    let ends = choices(&server, sampling(tuned)).await;
+    for (text, finish) in &ends {
+        assert!(!text.contains("ab") && !text.contains('c'), "{text}");
+        match &finish.matched {
+            Some(Matched::StopTokenId(id)) => assert_eq!(*id, 99),
+            Some(Matched::StopString(stop)) => assert_eq!(stop, "ab"),
+            None => assert_eq!((finish.reason(), text.len()), (FinishReason::Length, 12)),
+        }
+    }
+    let lengths: std::collections::HashSet<usize> = ends.iter().map(|(text, _)| text.len()).collect();
+    assert!(lengths.len() > 1, "{ends:?}");
+}
+
+#[tokio::test]
+async fn a_deadline_ends_all_choices_that_go_on() {
+    let server = TestServer::start(Options::endless()).await;
+    let request = sampling(|s| (s.n, s.max_new_tokens) = (Some(3), Some(1 << 20)));
+    let request = GenerateRequest { timeout_seconds: Some(0.2), ..request };
+    let (messages, end) = collect(server.client().await.generate(request).await.unwrap().into_inner()).await;
+    assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
+    assert!((0..3).all(|index| messages.iter().any(|m| m.index == index)));
+    server.metric_reaches("hardmax_requests_total", &[("method", "Generate"), ("code", "DEADLINE_EXCEEDED")], 1.0).await;
+    assert_eq!(text(&server, generate("a", 2)).await, "Gr");
+}
+
+#[tokio::test]
+async fn what_was_computed_before_is_told() {
+    let server = TestServer::start(Options::default()).await;
+    let long = generate(&"z".repeat(100), 3);
+    let usages = [choices(&server, long.clone()).await, choices(&server, long).await].map(|choices| choices[0].1.usage.unwrap());
+    assert_eq!(usages.map(|u| (u.prompt_tokens, u.generated_tokens)), [(100, 3); 2]);
+    assert_eq!(usages[0].cached_prompt_tokens, 0);
+    assert!((64..100).contains(&usages[1].cached_prompt_tokens), "{usages:?}");
+}
+
+#[tokio::test]
+async fn a_queue_is_full_by_tokens_as_well() {
+    let engine = EngineConfig { max_batch_requests: 1, max_queue_tokens: 10, ..Options::default().engine };
+    let server = TestServer::start(Options { engine, gate_open: false, ..Options::default() }).await;
+    let mut client = server.client().await;
+    let running = client.generate(generate("a", 2)).await.unwrap();
+    server.gate.step(1).await;
+    let waiting = client.generate(generate("aaaaaa", 2)).await.unwrap();
+    let status = client.generate(generate("aaaaaa", 2)).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(retry_after(&status).is_some_and(|delay| !delay.is_zero()) && status.message().contains("10 prompt tokens"), "{status:?}");
+    assert!(client.generate(generate("aaaa", 2)).await.is_ok());
+    server.gate.open();
+    for accepted in [running, waiting] {
+        assert!(collect(accepted.into_inner()).await.1.is_none());
+    }
+}
+
 #[tokio::test]
 async fn any_priority_is_served() {
     let server = TestServer::start(Options::default()).await;
@@ -244,6 +348,8 @@ async fn the_model_describes_itself() {
     assert_eq!(info.parameters - info.active_parameters, 3 * 3 * 4 * 8);
     let limits = info.limits.unwrap();
     assert_eq!((limits.max_context_tokens, limits.max_batch_requests, limits.max_queue_requests), (256, 4, 8));
+    assert_eq!((limits.max_queue_tokens, limits.cache_block_tokens), (1 << 20, 16));
+    assert!(limits.cache_tokens >= 256);
     assert_eq!((limits.max_receive_message_bytes, limits.max_tokenize_bytes, limits.max_choices), (4 << 20, MAX_TOKENIZE as u64, 4));
     assert_eq!(info.server_version, env!("CARGO_PKG_VERSION"));
 }
