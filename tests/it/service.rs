@@ -144,7 +144,7 @@ async fn the_seed_decides_whatever_else_is_in_the_batch() {
     let (first, second, third, fourth) = tokio::join!(
         text(&server, seeded(7)),
         text(&server, seeded(5)),
-        text(&server, sampling(|s| (s.temperature, s.max_new_tokens) = (Some(2.0), Some(50)))),
+        text(&server, sampling(|s| (s.temperature, s.max_new_tokens, s.top_k) = (Some(2.0), Some(50), Some(100)))),
         text(&server, seeded(5)),
     );
     assert_eq!((&second, &fourth), (&alone, &alone));
@@ -183,7 +183,13 @@ async fn several_choices_share_a_stream() {
             assert_eq!(finish.usage.map(|u| (u.prompt_tokens, u.generated_tokens)), Some((1, 30)));
         }
 
-        let seeded = |n, seed| sampling(|s| (s.n, s.temperature, s.seed, s.max_new_tokens) = (Some(n), Some(3.0), Some(seed), Some(24)));
+        let seeded = |n, seed| {
+            let tuned = |s: &mut SamplingParams| {
+                (s.n, s.temperature, s.seed, s.max_new_tokens) = (Some(n), Some(3.0), Some(seed), Some(24));
+                s.allowed_token_ids = (97..123).collect();
+            };
+            sampling(tuned)
+        };
         let texts = |choices: Vec<(String, Finish)>| choices.into_iter().map(|(text, _)| text).collect::<Vec<_>>();
         let four = texts(choices(&server, seeded(4, 9)).await);
         assert!((0..4).all(|i| (0..i).all(|j| four[i] != four[j])), "{four:?}");
