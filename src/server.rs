@@ -29,7 +29,7 @@ use crate::{
     },
     telemetry::{
         http::{self, Page, Readiness},
-        metrics::Metrics,
+        metrics::{Metrics, MetricsConfig},
     },
 };
 
@@ -104,7 +104,10 @@ pub async fn run(
             return Ok(());
         }
     };
-    let metrics = Arc::new(Metrics::new(&loaded.service.metrics(loaded.model.spec())?)?);
+    let cache = loaded.model.cache();
+    let config = loaded.service.metrics(loaded.model.spec())?;
+    let config = MetricsConfig { cache_block_tokens: cache.block_tokens, cache_blocks: cache.num_blocks, ..config };
+    let metrics = Arc::new(Metrics::new(&config)?);
     let engine = Engine::start(EngineParts {
         model: loaded.model,
         tokenizer: loaded.tokenizer,

@@ -5,10 +5,12 @@
 //! tokens of its logits ([`sampler`]) and text of its tokens ([`text`]), send events. The two sides share channels and one
 //! status; the async side never touches a tensor.
 
+mod blocks;
 mod request;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod status;
 mod stream;
 mod text;
 mod validate;
@@ -20,47 +22,69 @@ mod fake;
 mod tests;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use tokenizers::Tokenizer;
-use tokio::sync::watch;
 
 pub use self::{
     request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
+    status::EngineStatus,
     stream::EventStream,
-    validate::{MAX_STOP_BYTES, MAX_STOP_STRINGS},
+    validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
 };
 use self::{
     sequence::Submission,
+    status::Shared,
     worker::{Clock, Command, Worker},
 };
 use crate::{
-    error::{Error, QueueLimit, Result},
-    model::{LanguageModel, ModelSpec},
+    error::{Error, Result},
+    model::{CacheShape, LanguageModel, ModelSpec},
     telemetry::metrics::{Metrics, Rejection},
 };
-
-/// After this long a full queue may have room.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Limits of an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Requests in one batch; each holds a cache slot. At least 1.
+    /// Requests in one batch, each choice being one. At least 1.
     pub max_batch_requests: usize,
-    /// Requests that may wait for a slot; one more is refused with [`Error::QueueFull`].
+    /// Requests that may wait for a place in it; one more is refused with [`Error::QueueFull`].
     pub max_queue_requests: usize,
+    /// Tokens that the prompts of waiting requests may have together; with more a request is refused with [`Error::QueueFull`], unless
+    /// nothing waits.
+    pub max_queue_tokens: usize,
     /// Tokens in one step, prompts and continuations together. Bounds the memory of a step. At least 1.
     pub max_step_tokens: usize,
     /// Tokens that one request may generate. At least 1.
     pub max_new_tokens: usize,
+    /// Choices that one request may ask for. At least 1.
+    pub max_choices: usize,
     /// Events that a slow reader may leave unread before its request pauses. At least 2: one is kept for the last event.
     pub event_buffer: usize,
-    /// How long a request may wait for its reader before it ends: it holds a slot that others could use.
+    /// How long a request may wait for its reader before it ends: it holds a place that others could use.
     pub reader_timeout: Duration,
+    /// Whether prompts are compared with what was computed before.
+    pub prefix_cache: PrefixCache,
+    /// The head start that a step of priority gives over requests that came earlier.
+    pub priority_step: Duration,
+}
+
+/// What happens to computed blocks that nobody holds any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum PrefixCache {
+    /// They stay until their memory is needed: a prompt that begins with the same tokens, under the same weights and routing, does not
+    /// compute them again.
+    #[default]
+    On,
+    /// They are free.
+    Off,
 }
 
 impl Default for EngineConfig {
@@ -68,10 +92,14 @@ impl Default for EngineConfig {
         Self {
             max_batch_requests: 16,
             max_queue_requests: 256,
+            max_queue_tokens: 1 << 20,
             max_step_tokens: 512,
             max_new_tokens: 1024,
+            max_choices: 8,
             event_buffer: 64,
             reader_timeout: Duration::from_secs(60),
+            prefix_cache: PrefixCache::On,
+            priority_step: Duration::from_secs(10),
         }
     }
 }
@@ -96,32 +124,10 @@ impl std::fmt::Debug for EngineParts {
     }
 }
 
-/// A moment in the life of an engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EngineStatus {
-    /// Requests that hold a slot.
-    pub running: usize,
-    /// Requests that wait for one.
-    pub waiting: usize,
-    /// New requests are refused.
-    pub draining: bool,
-    /// The thread is there. `false` after [`Engine::shutdown`], or because of a bug.
-    pub alive: bool,
-    /// Of the weights in force.
-    pub generation: u64,
-}
-
 /// Handle to an engine; clones are the same engine. When the last one goes, the engine shuts down.
 #[derive(Clone, Debug)]
 pub struct Engine {
     inner: Arc<Inner>,
-}
-
-/// What both sides see.
-#[derive(Debug)]
-struct Shared {
-    status: watch::Sender<EngineStatus>,
-    metrics: Arc<Metrics>,
 }
 
 #[derive(Debug)]
@@ -133,6 +139,9 @@ struct Inner {
     tokenizer: Arc<Tokenizer>,
     eos_token_ids: Vec<u32>,
     config: EngineConfig,
+    cache: CacheShape,
+    /// Of the next sequence.
+    next_id: AtomicU64,
 }
 
 impl EngineConfig {
@@ -141,24 +150,13 @@ impl EngineConfig {
             ("max_batch_requests", self.max_batch_requests, 1),
             ("max_step_tokens", self.max_step_tokens, 1),
             ("max_new_tokens", self.max_new_tokens, 1),
+            ("max_choices", self.max_choices, 1),
             ("event_buffer", self.event_buffer, 2),
         ];
         match minima.into_iter().find(|&(_, value, least)| value < least) {
             Some((field, value, least)) => Err(Error::invalid(field, format!("{value} is below {least}"))),
             None => Ok(()),
         }
-    }
-}
-
-impl Shared {
-    /// Changes the status, and the gauges that show it, as one.
-    fn update(&self, change: impl FnOnce(&mut EngineStatus)) {
-        self.status.send_if_modified(|status| {
-            let before = *status;
-            change(status);
-            self.metrics.set_requests(status.running, status.waiting);
-            *status != before
-        });
     }
 }
 
@@ -172,22 +170,27 @@ impl Engine {
         let EngineParts { model, tokenizer, eos_token_ids, config, metrics } = parts;
         config.check()?;
         let spec = model.spec().clone();
-        let status = EngineStatus { running: 0, waiting: 0, draining: false, alive: true, generation: worker::FIRST_GENERATION };
-        let shared = Arc::new(Shared { status: watch::Sender::new(status), metrics });
-        #[expect(clippy::disallowed_methods, reason = "bounded by `count_in`, which also knows what is running")]
+        let cache = model.cache();
+        if cache.block_tokens == 0 || cache.num_blocks == 0 {
+            return Err(Error::invalid("kv_cache", format!("{} blocks of {} tokens", cache.num_blocks, cache.block_tokens)));
+        }
+        let shared = Arc::new(Shared::new(worker::FIRST_GENERATION, metrics));
+        #[expect(clippy::disallowed_methods, reason = "bounded by `count_in`: a request sends two commands at most")]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
             tokenizer: tokenizer.clone(),
             eos_token_ids: eos_token_ids.iter().copied().collect(),
             vocab_size: spec.vocab_size,
-            max_context: spec.max_context,
+            // The last token is never read.
+            max_context: spec.max_context.min(cache.tokens().saturating_add(1)),
             max_new_tokens: config.max_new_tokens,
             generation: worker::FIRST_GENERATION,
         };
         let worker = Worker::new(model, clock, surroundings, &config, shared.clone(), inbox);
         let thread = worker.spawn()?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { inner: Arc::new(Inner { shared, commands, thread, spec, tokenizer, eos_token_ids, config }) })
+        let next_id = AtomicU64::new(1);
+        Ok(Self { inner: Arc::new(Inner { shared, commands, thread, spec, tokenizer, eos_token_ids, config, cache, next_id }) })
     }
 
     /// Checks a request and puts it in the queue.
@@ -196,7 +199,8 @@ impl Engine {
     pub fn submit(&self, request: Request) -> Result<EventStream> {
         let inner = &*self.inner;
         let metrics = &inner.shared.metrics;
-        validate::check(&request, &inner.spec, &inner.eos_token_ids, &inner.config).inspect_err(|error| {
+        let checked = validate::check(&request, &inner.spec, &inner.eos_token_ids, &inner.config).and_then(|()| self.check_cache(&request));
+        checked.inspect_err(|error| {
             if matches!(error, Error::OutOfRange { field, .. } if !field.starts_with("sampling.")) {
                 metrics.rejected(Rejection::TooLong);
             }
@@ -206,11 +210,18 @@ impl Engine {
             metrics.rejected(Rejection::Deadline);
             return Err(Error::DeadlineExceeded { phase: "queued" });
         }
-        self.count_in()?;
-        let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer);
-        let submission = Box::new(Submission { request, events, submitted });
+        let choices = match &request.task {
+            Task::Generate(params) => params.n,
+            Task::Score { .. } => 1,
+        };
+        let tickets = inner.shared.count_in(choices, request.prompt.len(), &inner.config)?;
+        // One place more for each choice: every one may have an event in a step.
+        let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer + choices - 1);
+        let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
+        let ids = first..first + choices as u64;
+        let submission = Box::new(Submission { request, events, submitted, ids: ids.clone(), tickets });
         inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
-        Ok(EventStream::new(reader, inner.shared.clone()))
+        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids))
     }
 
     /// Refuses a prompt that was found too long before all its tokens were known, as [`Engine::submit`] would.
@@ -219,30 +230,24 @@ impl Engine {
         Error::out_of_range(field, format!("more than the {} tokens of the model's context", self.inner.spec.max_context))
     }
 
-    /// Takes a place in the queue. The queue is full when batch and queue together are: what a free slot will take at once does not wait.
-    fn count_in(&self) -> Result<()> {
-        let Inner { shared, config, .. } = &*self.inner;
-        let places = config.max_batch_requests.saturating_add(config.max_queue_requests);
-        let mut refusal = None;
-        shared.update(|status| {
-            if status.draining {
-                refusal = Some((Some(Rejection::Draining), Error::Draining));
-            } else if !status.alive {
-                refusal = Some((None, Error::Internal("the engine thread died".into())));
-            } else if status.running + status.waiting >= places {
-                refusal = Some((
-                    Some(Rejection::QueueFull),
-                    Error::QueueFull { limit: QueueLimit::Requests(config.max_queue_requests), retry_after: RETRY_AFTER },
-                ));
-            } else {
-                status.waiting += 1;
+    /// Refuses what the cache could never hold, even alone.
+    fn check_cache(&self, request: &Request) -> Result<()> {
+        let (cache, context) = (self.inner.cache, self.inner.spec.max_context);
+        let prompt = request.prompt.len();
+        let (field, total) = match &request.task {
+            Task::Score { .. } => ("input", prompt),
+            // The last token is never read. What is not asked for by number is cut to what there is.
+            Task::Generate(params) => {
+                let new = params.max_new_tokens.unwrap_or(params.min_new_tokens.max(1)).min(context.saturating_sub(prompt));
+                ("prompt", prompt + new.saturating_sub(1))
             }
-        });
-        let Some((reason, error)) = refusal else { return Ok(()) };
-        if let Some(reason) = reason {
-            shared.metrics.rejected(reason);
+        };
+        if cache.blocks_for(total) <= cache.num_blocks {
+            return Ok(());
         }
-        Err(error)
+        let (needed, has) = (cache.blocks_for(total) * cache.block_tokens, cache.tokens());
+        let message = format!("{prompt} tokens and their continuation take {needed} tokens of the cache, which has {has}");
+        Err(Error::out_of_range(field, message))
     }
 
     /// The state of this moment.
@@ -263,6 +268,11 @@ impl Engine {
     /// Tokens that end a generation.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.inner.eos_token_ids
+    }
+
+    /// The blocks of the model's cache.
+    pub fn cache(&self) -> CacheShape {
+        self.inner.cache
     }
 
     /// Limits.

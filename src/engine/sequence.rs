@@ -1,7 +1,8 @@
-//! One request at work: its tokens, how far the model has read them, and what is made of its logits.
+//! One choice of a request at work: its tokens, and what is made of its logits. How far the model has read them is the scheduler's business,
+//! so that they can be read again: what was made of them stays.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,7 +14,8 @@ use tokio::sync::mpsc;
 use super::{
     request::{Event, FinishReason, Finished, GenerateParams, Request, Task, Timing, TokenLogprob, Tokens},
     sampler::{self, Sampler},
-    scheduler::Work,
+    scheduler::{Readiness, SequenceId, Sequences, Share},
+    status::Ticket,
     text::{Detokenizer, StopStrings},
 };
 use crate::{
@@ -22,12 +24,19 @@ use crate::{
     moe::policy::RoutingChoice,
 };
 
+/// After this long behind its reader a request gives its place to one that waits.
+const STALLED_AFTER: Duration = Duration::from_secs(1);
+
 /// A request on its way from the handle to the worker.
 #[derive(Debug)]
 pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) submitted: Instant,
+    /// One for each choice.
+    pub(super) ids: Range<SequenceId>,
+    /// One for each choice.
+    pub(super) tickets: Vec<Ticket>,
 }
 
 /// What sequences need to know of the model and the server.
@@ -43,10 +52,14 @@ pub(super) struct Surroundings {
     pub(super) generation: u64,
 }
 
-/// A request that waits or runs.
+/// One choice of a request that waits or runs.
 pub(super) struct Sequence {
-    pub(super) id: String,
+    /// Of the request.
+    pub(super) name: Arc<str>,
+    /// All choices of the request.
+    pub(super) group: Range<SequenceId>,
     pub(super) events: mpsc::Sender<Event>,
+    pub(super) ticket: Ticket,
     pub(super) routing: RoutingChoice,
     pub(super) deadline: Option<Instant>,
     pub(super) submitted: Instant,
@@ -54,13 +67,15 @@ pub(super) struct Sequence {
     pub(super) first_step: Option<Instant>,
     pub(super) first_token: Option<Instant>,
     pub(super) last_token: Option<Instant>,
+    /// Tokens of the prompt that were found in the cache when it was first admitted.
+    pub(super) cached_prompt_tokens: Option<usize>,
+    choice: usize,
     /// Since when its reader leaves no room in the channel.
     stalled_since: Option<Instant>,
+    stalled: bool,
     /// Prompt and continuation.
     tokens: Vec<u32>,
     prompt_tokens: usize,
-    /// Tokens that the model has read.
-    computed: usize,
     task: Job,
 }
 
@@ -99,101 +114,106 @@ pub(super) struct Rows<'a> {
 }
 
 impl Sequence {
-    /// A sequence that nothing has been done for. Fails if the tokenizer cannot decode the prompt.
-    pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Self> {
-        let Submission { request, events, submitted } = submission;
-        let task = match request.task {
-            Task::Score { alternatives } => {
-                let first = request.prompt.first().map(|&token| TokenLogprob { token, logprob: None, alternatives: Vec::new() });
-                Job::Score { alternatives, logprobs: first.into_iter().collect() }
-            }
-            Task::Generate(params) => Job::Generate(Box::new(Generation::new(params, &request.prompt, surroundings)?)),
+    /// Sequences that nothing has been done for, one for each choice. Fails if the tokenizer cannot decode the prompt.
+    pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Vec<Self>> {
+        let Submission { request, events, submitted, ids, tickets } = submission;
+        let name: Arc<str> = request.id.into();
+        let sequence = |(choice, ticket)| {
+            let task = match &request.task {
+                &Task::Score { alternatives } => {
+                    let first = request.prompt.first().map(|&token| TokenLogprob { token, logprob: None, alternatives: Vec::new() });
+                    Job::Score { alternatives, logprobs: first.into_iter().collect() }
+                }
+                Task::Generate(params) => Job::Generate(Box::new(Generation::new(params.clone(), choice, &request.prompt, surroundings)?)),
+            };
+            Ok(Self {
+                name: name.clone(),
+                group: ids.clone(),
+                events: events.clone(),
+                ticket,
+                routing: request.routing,
+                deadline: request.deadline,
+                submitted,
+                first_step: None,
+                first_token: None,
+                last_token: None,
+                cached_prompt_tokens: None,
+                choice,
+                stalled_since: None,
+                stalled: false,
+                prompt_tokens: request.prompt.len(),
+                tokens: request.prompt.clone(),
+                task,
+            })
         };
-        Ok(Self {
-            id: request.id,
-            events,
-            routing: request.routing,
-            deadline: request.deadline,
-            submitted,
-            first_step: None,
-            first_token: None,
-            last_token: None,
-            stalled_since: None,
-            prompt_tokens: request.prompt.len(),
-            tokens: request.prompt,
-            computed: 0,
-            task,
-        })
+        tickets.into_iter().enumerate().map(sequence).collect()
     }
 
-    /// What it could do in the next step.
-    pub(super) fn work(&self) -> Work {
-        let left = self.tokens.len() - self.computed;
-        match self.first_token {
-            _ if self.blocked() => Work::Blocked,
-            None => Work::Prefill(left),
-            Some(_) => Work::Decode,
-        }
-    }
-
-    /// Its reader has to catch up: the last place in the channel is kept for the last event.
+    /// Its reader has to catch up: there is a place in the channel for one event of each choice, and one for the last word.
     fn blocked(&self) -> bool {
-        self.events.capacity() < 2
+        self.events.capacity() <= self.group.clone().count()
     }
 
     /// How long it has been waiting for its reader; `None` if it is not.
     pub(super) fn stalled(&mut self, now: Instant) -> Option<Duration> {
         self.stalled_since = self.blocked().then(|| self.stalled_since.unwrap_or(now));
-        self.stalled_since.map(|since| now.saturating_duration_since(since))
+        let waited = self.stalled_since.map(|since| now.saturating_duration_since(since));
+        self.stalled = waited.is_some_and(|waited| waited >= STALLED_AFTER);
+        waited
     }
 
-    /// The next `count` tokens for the model, and how many it has read before.
-    pub(super) fn next_tokens(&self, count: usize) -> (&[u32], usize) {
-        (&self.tokens[self.next_range(count)], self.computed)
+    /// Prompt and continuation.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
-    /// The logits that the next `count` tokens are computed for.
-    pub(super) fn logit_rows(&self, count: usize) -> LogitRows {
+    /// Tokens of the prompt.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    /// The logits that a share is computed for. Those that were seen before a preemption are not asked for again.
+    pub(super) fn logit_rows(&self, share: Share) -> LogitRows {
+        let end = share.past + share.tokens;
         match &self.task {
+            Job::Score { logprobs, .. } if end < logprobs.len() => LogitRows::None,
             Job::Score { .. } => LogitRows::All,
-            Job::Generate(_) if self.next_range(count).end == self.tokens.len() => LogitRows::Last,
+            Job::Generate(_) if end == self.tokens.len() => LogitRows::Last,
             Job::Generate(_) => LogitRows::None,
         }
     }
 
-    /// Tokens of the prompt among the next `count`.
-    pub(super) fn prompt_part(&self, count: usize) -> usize {
-        self.next_range(count).end.min(self.prompt_tokens).saturating_sub(self.computed)
+    /// Tokens of the prompt in a share.
+    pub(super) fn prompt_part(&self, share: Share) -> usize {
+        (share.past + share.tokens).min(self.prompt_tokens).saturating_sub(share.past)
     }
 
-    fn next_range(&self, count: usize) -> Range<usize> {
-        self.computed..(self.computed + count).min(self.tokens.len())
-    }
-
-    /// Takes the result of a step that read `count` tokens. After an error the sequence is over.
-    pub(super) fn advance(&mut self, count: usize, rows: Rows<'_>, surroundings: &Surroundings) -> Result<Progress> {
-        let range = self.next_range(count);
-        self.computed = range.end;
+    /// Takes the result of a step that computed `share`. After an error the sequence is over.
+    pub(super) fn advance(&mut self, share: Share, rows: Rows<'_>, surroundings: &Surroundings) -> Result<Progress> {
+        let end = share.past + share.tokens;
         match &mut self.task {
             Job::Score { alternatives, logprobs } => {
                 if rows.logits.iter().any(|logit| !logit.is_finite()) {
                     return Err(Error::NonFinite);
                 }
-                for (row, next) in rows.logits.chunks_exact(surroundings.vocab_size).zip(range.start + 1..) {
-                    if let Some(&token) = self.tokens.get(next) {
+                for (row, next) in rows.logits.chunks_exact(surroundings.vocab_size).zip(share.past + 1..) {
+                    if next == logprobs.len()
+                        && let Some(&token) = self.tokens.get(next)
+                    {
                         logprobs.push(sampler::logprob(row, token, *alternatives));
                     }
                 }
-                if self.computed < self.tokens.len() {
+                if end < self.tokens.len() {
                     return Ok(Progress::Quiet);
                 }
                 let logprobs = std::mem::take(logprobs);
                 Ok(self.finished(FinishReason::Length, Tokens::default(), logprobs, rows.now, surroundings))
             }
-            Job::Generate(_) if self.computed < self.tokens.len() => Ok(Progress::Quiet),
+            Job::Generate(_) if end < self.tokens.len() => Ok(Progress::Quiet),
             Job::Generate(generation) => {
                 let generated = self.tokens.len() - self.prompt_tokens + 1;
                 let (tokens, end) = generation.next(rows.logits, generated, surroundings)?;
+                let tokens = Tokens { choice: self.choice, ..tokens };
                 self.tokens.extend(&tokens.ids);
                 self.first_token.get_or_insert(rows.now);
                 self.last_token = Some(rows.now);
@@ -214,11 +234,11 @@ impl Sequence {
         around: &Surroundings,
     ) -> Progress {
         Progress::Finished(Box::new(Finished {
-            choice: 0,
+            choice: self.choice,
             tail,
             reason,
             prompt_tokens: self.prompt_tokens,
-            cached_prompt_tokens: 0,
+            cached_prompt_tokens: self.cached_prompt_tokens.unwrap_or(0),
             generated_tokens: self.tokens.len() - self.prompt_tokens,
             prompt_logprobs,
             timing: self.timing(now),
@@ -252,12 +272,33 @@ impl Sequence {
     }
 }
 
+impl Sequences for BTreeMap<SequenceId, Sequence> {
+    fn readiness(&self, id: SequenceId) -> Readiness {
+        match self.get(&id) {
+            Some(sequence) if !sequence.blocked() => Readiness::Ready,
+            Some(sequence) if sequence.stalled => Readiness::Stalled,
+            _ => Readiness::Paused,
+        }
+    }
+
+    fn tokens(&self, id: SequenceId) -> &[u32] {
+        self.get(&id).map_or(&[], Sequence::tokens)
+    }
+
+    fn reusable(&self, id: SequenceId) -> usize {
+        self.get(&id).map_or(0, |sequence| match &sequence.task {
+            Job::Generate(_) => sequence.tokens.len() - 1,
+            Job::Score { logprobs, .. } => logprobs.len() - 1,
+        })
+    }
+}
+
 impl Generation {
-    fn new(params: GenerateParams, prompt: &[u32], surroundings: &Surroundings) -> Result<Self> {
+    fn new(params: GenerateParams, choice: usize, prompt: &[u32], surroundings: &Surroundings) -> Result<Self> {
         let room = surroundings.max_context.saturating_sub(prompt.len());
         let wanted = params.max_new_tokens.unwrap_or(usize::MAX);
         Ok(Self {
-            sampler: Sampler::new(&params, prompt, 0, &surroundings.eos_token_ids),
+            sampler: Sampler::new(&params, prompt, choice, &surroundings.eos_token_ids),
             text: Detokenizer::new(surroundings.tokenizer.clone(), prompt)?,
             stops: StopStrings::new(params.stop),
             stop_tokens: params.stop_token_ids.into_iter().collect(),

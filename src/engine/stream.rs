@@ -1,31 +1,41 @@
 //! The reading end of a request.
 
 use std::{
+    ops::Range,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, mpsc},
     task::{Context, Poll, ready},
 };
 
-use tokio::sync::mpsc;
 use tokio_stream::Stream;
 
-use super::{Shared, request::Event};
-use crate::error::Error;
+use super::{request::Event, scheduler::SequenceId, status::Shared, worker::Command};
 
-/// Events of one request: any number of `Tokens`, then exactly one `Finished` or `Failed`, then `None`.
+/// Events of one request: any number of `Tokens` and one `Finished` for each of its choices, or one `Failed` for all that have not
+/// finished; then `None`.
 ///
-/// **Dropping it cancels the request.** A reader that is too slow pauses its own request and no other; after
-/// [`EngineConfig::reader_timeout`](super::EngineConfig::reader_timeout) the request ends, because it holds a slot.
+/// **Dropping it cancels the request.** A reader that is too slow pauses its own request and no other; while it is behind, others may
+/// take its cache blocks and, after a moment, its place in the batch; after
+/// [`EngineConfig::reader_timeout`](super::EngineConfig::reader_timeout) the request ends.
 #[derive(Debug)]
 pub struct EventStream {
-    events: mpsc::Receiver<Event>,
+    events: tokio::sync::mpsc::Receiver<Event>,
     shared: Arc<Shared>,
-    ended: bool,
+    commands: mpsc::Sender<Command>,
+    ids: Range<SequenceId>,
+    /// Choices that have not finished; 0 at the end.
+    left: usize,
 }
 
 impl EventStream {
-    pub(super) fn new(events: mpsc::Receiver<Event>, shared: Arc<Shared>) -> Self {
-        Self { events, shared, ended: false }
+    pub(super) fn new(
+        events: tokio::sync::mpsc::Receiver<Event>,
+        shared: Arc<Shared>,
+        commands: mpsc::Sender<Command>,
+        ids: Range<SequenceId>,
+    ) -> Self {
+        let left = ids.clone().count();
+        Self { events, shared, commands, ids, left }
     }
 
     /// The next event; `None` after the last one. Cancel safe.
@@ -34,11 +44,15 @@ impl EventStream {
     }
 
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        if self.ended {
+        if self.left == 0 {
             return Poll::Ready(None);
         }
         let event = ready!(self.events.poll_recv(cx)).unwrap_or_else(|| Event::Failed(self.shared.why_stopped()));
-        self.ended = matches!(event, Event::Finished(_) | Event::Failed(_));
+        match event {
+            Event::Tokens(_) => {}
+            Event::Finished(_) => self.left -= 1,
+            Event::Failed(_) => self.left = 0,
+        }
         Poll::Ready(Some(event))
     }
 }
@@ -51,9 +65,11 @@ impl Stream for EventStream {
     }
 }
 
-impl Shared {
-    /// Why a request got no last event: the engine went away before or after it was read.
-    pub(super) fn why_stopped(&self) -> Error {
-        if self.status.borrow().draining { Error::Draining } else { Error::Internal("the engine thread died".into()) }
+impl Drop for EventStream {
+    fn drop(&mut self) {
+        if self.left > 0 {
+            // A thread that is gone has nothing to cancel.
+            let _ = self.commands.send(Command::Cancel(self.ids.clone()));
+        }
     }
 }

@@ -15,7 +15,7 @@ use super::{
     sampler, *,
 };
 use crate::{
-    error::ErrorKind,
+    error::{ErrorKind, QueueLimit},
     model::{Batch, LogitRows},
     telemetry::metrics::{Metrics, MetricsConfig},
 };

@@ -52,6 +52,13 @@ impl Batch {
         self.spans.push(Span { new: tokens.len(), past, routing, logits, blocks: start..self.blocks.len() });
     }
 
+    /// Empties it; its memory stays for the next step.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.spans.clear();
+        self.blocks.clear();
+    }
+
     /// The block table of a span of this batch; empty where the span lies about it.
     pub fn table(&self, span: &Span) -> &[u32] {
         self.blocks.get(span.blocks.clone()).unwrap_or_default()

@@ -13,14 +13,14 @@ pub mod weights;
 
 use std::time::Duration;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 pub use self::{
     batch::{Batch, LogitRows, Span},
     decoder::{CachedDecoder, Decoder},
     spec::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
 };
-use crate::{error::Result, moe::LayerRouting};
+use crate::{error::Result, moe::LayerRouting, ops::cpu_slice};
 
 /// What the engine needs of a model. A fake of a few lines drives engine and service tests.
 pub trait LanguageModel: Send {
@@ -52,6 +52,15 @@ pub struct Forward {
     pub layers: Vec<LayerRouting>,
     /// Where the time went.
     pub time: ForwardTime,
+}
+
+impl Forward {
+    /// Lends the logits, row by row; copies them only from a device other than the CPU.
+    pub fn read_logits<R>(&self, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        let host =
+            if self.logits.device().is_cpu() { self.logits.contiguous()? } else { self.logits.to_device(&Device::Cpu)?.contiguous()? };
+        cpu_slice::<f32, _>(&host, |logits| Ok(read(logits)))
+    }
 }
 
 /// Time spent in the parts of a forward, over all layers. On a device that works asynchronously it is that of the launches.

@@ -28,6 +28,15 @@ const TOKEN_BUCKETS: &[f64] =
 const REQUEST_BUCKETS: &[f64] =
     &[0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0];
 
+/// Buckets of the parts of a step, in seconds: the smallest are for the engine's own part.
+const PART_BUCKETS: &[f64] = &[
+    0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0,
+];
+
+/// Buckets of the requests of a step.
+const BATCH_BUCKETS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
+
 /// Buckets of the tokens of a step.
 const STEP_BUCKETS: &[f64] = &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
@@ -63,6 +72,10 @@ pub struct MetricsConfig {
     pub top_k: usize,
     /// Longest sequence, in tokens: the last bucket of the size histograms.
     pub max_context: usize,
+    /// Tokens of a block of the cache.
+    pub cache_block_tokens: usize,
+    /// Blocks of the cache.
+    pub cache_blocks: usize,
 }
 
 /// Labels of one kind, with the texts that they are exported as.
@@ -125,6 +138,8 @@ label! {
         FailedPrecondition = "FAILED_PRECONDITION",
         /// Too large.
         OutOfRange = "OUT_OF_RANGE",
+        /// The server has no such method, or does not read the encoding of the message.
+        Unimplemented = "UNIMPLEMENTED",
         /// A bug.
         Internal = "INTERNAL",
         /// Draining.
@@ -160,6 +175,39 @@ label! {
         /// The prompt does not fit into the context.
         TooLong = "too_long",
     }
+}
+
+label! {
+    /// Where the time of a step goes.
+    Part {
+        /// Attention of all layers.
+        Attention = "attention",
+        /// Feed-forward parts of all layers.
+        Experts = "experts",
+        /// The rest of the forward: embedding, norms, head.
+        Rest = "rest",
+        /// Scheduling, sampling, sending.
+        Engine = "engine",
+    }
+}
+
+/// A step of the engine.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Requests in its batch.
+    pub requests: usize,
+    /// Tokens in its batch.
+    pub tokens: usize,
+    /// Duration of the forward.
+    pub forward: Duration,
+    /// Part of it.
+    pub attention: Duration,
+    /// Part of it.
+    pub experts: Duration,
+    /// What the engine did before and after.
+    pub engine: Duration,
+    /// What the routers did.
+    pub layers: &'a [LayerRouting],
 }
 
 /// A request that ended well.
@@ -212,6 +260,14 @@ pub struct Metrics {
     request_generated_tokens: Histogram,
     step_tokens: Histogram,
     step_seconds: Histogram,
+    step_requests: Histogram,
+    /// Of each [`Part`].
+    step_parts: Vec<Histogram>,
+    time_per_output_token: Histogram,
+    cache_usage: Gauge,
+    preemptions: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
 }
 
 impl Metrics {
@@ -251,7 +307,11 @@ impl Metrics {
                 rejections,
             ),
             engine_panics: counter("hardmax_engine_panics_total", "Panics in the engine's thread; their requests failed.", Vec::new()),
-            prompt_tokens: counter("hardmax_prompt_tokens_total", "Tokens of prompts that the model has read.", model()),
+            prompt_tokens: counter(
+                "hardmax_prompt_tokens_total",
+                "Tokens of prompts that the model has read; not those found in the cache, and those of a preempted request again.",
+                model(),
+            ),
             generated_tokens: counter("hardmax_generated_tokens_total", "Tokens that the model has generated.", model()),
             running: gauge("hardmax_requests_running", "Requests in the batch now.", model()),
             waiting: gauge("hardmax_requests_waiting", "Requests in the queue now.", model()),
@@ -276,6 +336,27 @@ impl Metrics {
             ),
             step_tokens: histogram("hardmax_step_tokens", "Tokens of one step of the model, over all requests.", model()),
             step_seconds: seconds("hardmax_step_seconds", "Duration of one step of the model."),
+            step_requests: histogram("hardmax_step_requests", "Requests in one step of the model.", model()),
+            step_parts: Part::ALL
+                .iter()
+                .map(|part| {
+                    let help = "Duration of the parts of a step: the model's attention, experts and rest, and the engine around it.";
+                    let labels = vec![Label::new("model", config.model.clone()), Label::new("part", part.label())];
+                    histogram("hardmax_step_part_seconds", help, labels)
+                })
+                .collect(),
+            time_per_output_token: seconds(
+                "hardmax_time_per_output_token_seconds",
+                "Mean time between two tokens of a request, of generations of at least two tokens that ended well.",
+            ),
+            cache_usage: gauge("hardmax_kv_cache_usage_ratio", "Share of the cache blocks that requests hold, 0 to 1.", model()),
+            preemptions: counter("hardmax_preemptions_total", "Requests that lost their place in the batch to others.", model()),
+            prefix_queries: counter(
+                "hardmax_prefix_cache_queries_total",
+                "Tokens of admitted requests that were looked for in the cache.",
+                model(),
+            ),
+            prefix_hits: counter("hardmax_prefix_cache_hits_total", "Tokens that were found there and not computed again.", model()),
         }
     }
 
@@ -309,6 +390,9 @@ impl Metrics {
         if let Some(generated) = request.generated {
             self.decode_seconds.record(generated.decode);
             self.request_generated_tokens.record(generated.tokens as f64);
+            if let Some(gaps) = u32::try_from(generated.tokens).ok().and_then(|tokens| tokens.checked_sub(1)).filter(|&gaps| gaps > 0) {
+                self.time_per_output_token.record(generated.decode / gaps);
+            }
         }
     }
 
@@ -316,6 +400,22 @@ impl Metrics {
     pub fn set_requests(&self, running: usize, waiting: usize) {
         self.running.set(running as f64);
         self.waiting.set(waiting as f64);
+    }
+
+    /// Requests hold so many of all cache blocks.
+    pub fn set_cache_usage(&self, held: usize, blocks: usize) {
+        self.cache_usage.set(held as f64 / blocks.max(1) as f64);
+    }
+
+    /// A request lost its place.
+    pub fn preempted(&self) {
+        self.preemptions.increment(1);
+    }
+
+    /// Of so many tokens, so many were in the cache.
+    pub fn prefix(&self, queried: usize, hit: usize) {
+        self.prefix_queries.increment(queried as u64);
+        self.prefix_hits.increment(hit as u64);
     }
 
     /// The model has read this much of a prompt.
@@ -341,11 +441,16 @@ impl Metrics {
     }
 
     /// A step is done. Also keeps the buffers of the histograms short when nobody scrapes.
-    pub fn observe_step(&self, tokens: usize, duration: Duration, routings: &[LayerRouting]) {
-        self.step_tokens.record(tokens as f64);
-        self.step_seconds.record(duration);
+    pub fn observe_step(&self, step: &Step<'_>) {
+        self.step_requests.record(step.requests as f64);
+        self.step_tokens.record(step.tokens as f64);
+        self.step_seconds.record(step.forward);
+        let rest = step.forward.saturating_sub(step.attention).saturating_sub(step.experts);
+        for (histogram, part) in self.step_parts.iter().zip([step.attention, step.experts, rest, step.engine]) {
+            histogram.record(part);
+        }
         let now = Instant::now();
-        lock(&self.expert_load).add(routings, now);
+        lock(&self.expert_load).add(step.layers, now);
         let mut last = lock(&self.last_upkeep);
         if now.saturating_duration_since(*last) >= UPKEEP {
             *last = now;
@@ -373,6 +478,7 @@ impl Code {
             8 => Self::ResourceExhausted,
             9 => Self::FailedPrecondition,
             11 => Self::OutOfRange,
+            12 => Self::Unimplemented,
             13 => Self::Internal,
             14 => Self::Unavailable,
             _ => Self::Unknown,
@@ -403,7 +509,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn builder(config: &MetricsConfig) -> std::result::Result<PrometheusBuilder, metrics_exporter_prometheus::BuildError> {
     let sizes = sizes_up_to(config.max_context);
-    let buckets: [(&str, &[f64]); 10] = [
+    let buckets: [(&str, &[f64]); 13] = [
         ("hardmax_time_to_first_token_seconds", FIRST_TOKEN_BUCKETS),
         ("hardmax_inter_token_latency_seconds", TOKEN_BUCKETS),
         ("hardmax_step_seconds", TOKEN_BUCKETS),
@@ -414,6 +520,9 @@ fn builder(config: &MetricsConfig) -> std::result::Result<PrometheusBuilder, met
         ("hardmax_request_prompt_tokens", &sizes),
         ("hardmax_request_generated_tokens", &sizes),
         ("hardmax_step_tokens", STEP_BUCKETS),
+        ("hardmax_step_requests", BATCH_BUCKETS),
+        ("hardmax_step_part_seconds", PART_BUCKETS),
+        ("hardmax_time_per_output_token_seconds", TOKEN_BUCKETS),
     ];
     buckets.into_iter().try_fold(PrometheusBuilder::new(), |builder, (name, buckets)| {
         builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
@@ -450,6 +559,12 @@ fn info(config: &MetricsConfig) {
     ]);
     let help = "Routing in force, routing of the training, and how the router was trained; always 1.";
     gauge("hardmax_routing_info", help, routing).set(1.0);
+    let cache = labels(&[
+        ("model", &config.model),
+        ("block_size", &config.cache_block_tokens.to_string()),
+        ("num_blocks", &config.cache_blocks.to_string()),
+    ]);
+    gauge("hardmax_kv_cache_info", "Tokens of a cache block, and cache blocks; always 1.", cache).set(1.0);
 }
 
 fn counter(name: &'static str, help: &'static str, labels: Vec<Label>) -> Counter {
@@ -533,6 +648,14 @@ mod tests {
             ("request_generated_tokens", "histogram"),
             ("step_tokens", "histogram"),
             ("step_seconds", "histogram"),
+            ("step_requests", "histogram"),
+            ("step_part_seconds", "histogram"),
+            ("time_per_output_token_seconds", "histogram"),
+            ("kv_cache_usage_ratio", "gauge"),
+            ("kv_cache_info", "gauge"),
+            ("preemptions_total", "counter"),
+            ("prefix_cache_queries_total", "counter"),
+            ("prefix_cache_hits_total", "counter"),
             ("build_info", "gauge"),
             ("model_info", "gauge"),
             ("routing_info", "gauge"),
@@ -590,7 +713,11 @@ mod tests {
         let metrics = metrics();
         metrics.first_token(Duration::from_millis(30));
         metrics.next_token(Duration::from_millis(2));
-        metrics.observe_step(9, Duration::from_millis(4), &[]);
+        let [attention, experts, engine] = [1000, 2000, 30].map(Duration::from_micros);
+        metrics.observe_step(&Step { requests: 3, tokens: 9, forward: Duration::from_millis(4), attention, experts, engine, layers: &[] });
+        metrics.set_cache_usage(3, 12);
+        metrics.preempted();
+        metrics.prefix(20, 16);
         metrics.completed(&Completed {
             prompt_tokens: 7,
             total: Duration::from_secs(2),
@@ -607,6 +734,14 @@ mod tests {
         assert_eq!(values[&format!("hardmax_request_prompt_tokens_bucket{{{model},le=\"10\"}}")], 1.0);
         assert_eq!(values[&format!("hardmax_step_tokens_bucket{{{model},le=\"8\"}}")], 0.0);
         assert_eq!(values[&format!("hardmax_generated_tokens_total{{{model}}}")], 2.0);
+        assert_eq!(values[&format!("hardmax_time_per_output_token_seconds_sum{{{model}}}")], 0.5);
+        assert_eq!(values[&format!("hardmax_step_requests_bucket{{{model},le=\"2\"}}")], 0.0);
+        for (part, seconds) in [("attention", 0.001), ("experts", 0.002), ("rest", 0.001), ("engine", 0.000_03)] {
+            assert_eq!(values[&format!("hardmax_step_part_seconds_sum{{{model},part=\"{part}\"}}")], seconds);
+        }
+        assert_eq!(values[&format!("hardmax_kv_cache_usage_ratio{{{model}}}")], 0.25);
+        assert_eq!(values[&format!("hardmax_prefix_cache_hits_total{{{model}}}")], 16.0);
+        assert_eq!(values[&format!("hardmax_kv_cache_info{{{model},block_size=\"0\",num_blocks=\"0\"}}")], 1.0);
     }
 
     #[test]
@@ -614,7 +749,8 @@ mod tests {
         assert_eq!(Code::from_number(0), Code::Ok);
         assert_eq!(Code::from_number(8), Code::ResourceExhausted);
         assert_eq!(Code::from_number(14), Code::Unavailable);
-        assert_eq!([2, 12, 99, -1].map(Code::from_number), [Code::Unknown; 4]);
+        assert_eq!(Code::from_number(12), Code::Unimplemented);
+        assert_eq!([2, 99, -1].map(Code::from_number), [Code::Unknown; 3]);
         assert_eq!(Code::from(ErrorKind::OutOfRange), Code::OutOfRange);
     }
 
