@@ -260,7 +260,8 @@ mod tests {
     use super::*;
     use crate::model::load::{DeviceKind, WeightType};
 
-    const PLACEMENT: Placement = Placement { device: DeviceKind::Cpu, weights: WeightType::F32, seed: 3 };
+    const PLACEMENT: Placement =
+        Placement { device: DeviceKind::Cpu, weights: WeightType::F32, reduction: crate::ops::cpu::Reduction::Fastest, seed: 3 };
 
     fn config() -> ExperimentConfig {
         ExperimentConfig {

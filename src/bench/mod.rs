@@ -128,7 +128,7 @@ impl Place {
     /// Element type of the large weights, as reports have it.
     pub fn dtype(&self) -> &str {
         match self {
-            Self::Here { subject, .. } => subject.dtype.as_str(),
+            Self::Here { subject, .. } => subject.dtype,
             Self::Elsewhere { facts, .. } => &facts.dtype,
         }
     }

@@ -116,7 +116,7 @@ impl Report {
         self.model = Some(ModelFacts {
             name: subject.name.clone(),
             family: Some(subject.spec.family.clone()),
-            dtype: subject.dtype.as_str().to_owned(),
+            dtype: subject.dtype.to_owned(),
             parameters: Some(parameters),
             active_parameters: Some(active),
             element_bytes: Some(subject.sizes),

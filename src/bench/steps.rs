@@ -513,7 +513,11 @@ mod tests {
 
     fn subject() -> Subject {
         let source = Source::Synthetic("tiny,context=64".parse().unwrap());
-        Subject::load(&source, Placement { device: DeviceKind::Cpu, weights: WeightType::F32, seed: 3 }).unwrap()
+        Subject::load(
+            &source,
+            Placement { device: DeviceKind::Cpu, weights: WeightType::F32, reduction: crate::ops::cpu::Reduction::Fastest, seed: 3 },
+        )
+        .unwrap()
     }
 
     #[test]

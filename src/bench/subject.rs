@@ -12,10 +12,10 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec,
-        load::{self, DeviceKind, WeightType},
+        CacheShape, LanguageModel, ModelSpec,
+        load::{self, DeviceKind, ServingModel, ServingOptions, WeightType},
     },
-    moe::kernel,
+    ops::cpu::Reduction,
 };
 
 /// Positions in one block of the cache.
@@ -37,6 +37,8 @@ pub struct Placement {
     pub device: DeviceKind,
     /// Element type of the large weights.
     pub weights: WeightType,
+    /// Order of sums on the CPU.
+    pub reduction: Reduction,
     /// Of synthetic weights and of everything else that is drawn.
     pub seed: u64,
 }
@@ -48,15 +50,15 @@ pub struct Subject {
     pub name: String,
     /// What the model is.
     pub spec: Arc<ModelSpec>,
-    /// As in reports: `f32`, `bf16`.
-    pub dtype: DType,
+    /// As in reports: `f32`, `bf16`, `q8`.
+    pub dtype: &'static str,
     /// As given.
     pub device: DeviceKind,
     /// Of what the model reads.
     pub sizes: ElementSizes,
     /// Its tokenizer; of a synthetic model, words for ids.
     pub tokenizer: Arc<Tokenizer>,
-    decoder: Decoder,
+    weights: ServingModel,
 }
 
 impl fmt::Display for Source {
@@ -73,33 +75,39 @@ impl Subject {
     ///
     /// Fails where the checkpoint cannot be used, and before anything is allocated where synthetic weights would not fit into memory.
     pub fn load(source: &Source, placement: Placement) -> Result<Self> {
+        let options = ServingOptions { device: placement.device, weights: placement.weights, reduction: placement.reduction };
         match source {
             Source::Folder(path) => {
-                let load::Loaded { checkpoint, decoder, dtype } = load::load(path, placement.device, placement.weights, true)?;
+                let (checkpoint, weights) = load::load_to_serve(path, options, true)?;
                 let tokenizer = checkpoint.tokenizer()?;
-                Ok(Self::new(source, placement, decoder, dtype, tokenizer))
+                Ok(Self::new(source, placement, weights, tokenizer))
             }
             Source::Synthetic(shape) => {
                 let device = placement.device.open()?;
                 let (spec, dtype) = (Arc::new(shape.model()), placement.weights.dtype(&device));
                 check_memory(&spec, dtype, &device)?;
                 let weights = synthetic::weights(&spec, dtype, &device, placement.seed)?;
-                let decoder = Decoder::new(Arc::clone(&spec), weights, &kernel::for_device(&device))?;
-                Ok(Self::new(source, placement, decoder, dtype, synthetic::tokenizer(spec.vocab_size)?))
+                let weights = ServingModel::new(Arc::clone(&spec), weights, options)?;
+                Ok(Self::new(source, placement, weights, synthetic::tokenizer(spec.vocab_size)?))
             }
         }
     }
 
-    fn new(source: &Source, placement: Placement, decoder: Decoder, dtype: DType, tokenizer: Tokenizer) -> Self {
-        let cache = if decoder.device().is_cpu() { DType::F32 } else { dtype };
+    fn new(source: &Source, placement: Placement, weights: ServingModel, tokenizer: Tokenizer) -> Self {
+        let bytes_per_weight = match weights.dtype() {
+            "f32" => 4.0,
+            "q8" => 17.0 / 16.0,
+            _ => 2.0,
+        };
+        let cache = if placement.device == DeviceKind::Cpu { 4.0 } else { bytes_per_weight };
         Self {
             name: source.to_string(),
-            spec: Arc::clone(decoder.spec()),
-            dtype,
+            spec: Arc::clone(weights.spec()),
+            dtype: weights.dtype(),
             device: placement.device,
-            sizes: ElementSizes { weights: bytes_per_weight(dtype), cache: cache.size_in_bytes() as f64 },
+            sizes: ElementSizes { weights: bytes_per_weight, cache },
             tokenizer: Arc::new(tokenizer),
-            decoder,
+            weights,
         }
     }
 
@@ -107,13 +115,8 @@ impl Subject {
     ///
     /// Models of one subject share its weights.
     pub fn model(&self, cache: CacheShape) -> Result<Box<dyn LanguageModel>> {
-        Ok(Box::new(CachedDecoder::new(self.decoder.clone(), cache)?))
+        self.weights.start(cache)
     }
-}
-
-/// Average bytes of one of the large weights.
-fn bytes_per_weight(dtype: DType) -> f64 {
-    dtype.size_in_bytes() as f64
 }
 
 /// The cache for `sequences` sequences of at most `tokens` tokens each.
@@ -122,7 +125,7 @@ pub fn cache_for(sequences: usize, tokens: usize) -> CacheShape {
 }
 
 fn check_memory(spec: &ModelSpec, dtype: DType, device: &Device) -> Result<()> {
-    let needed = spec.parameters().0 as f64 * bytes_per_weight(dtype);
+    let needed = spec.parameters().0 as f64 * dtype.size_in_bytes() as f64;
     match available_memory() {
         Some(available) if device.is_cpu() && needed > available as f64 => {
             let message = format!(
@@ -156,7 +159,7 @@ fn kibibytes(text: &str, key: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    const PLACEMENT: Placement = Placement { device: DeviceKind::Cpu, weights: WeightType::Bf16, seed: 0 };
+    const PLACEMENT: Placement = Placement { device: DeviceKind::Cpu, weights: WeightType::Bf16, reduction: Reduction::Fastest, seed: 0 };
 
     #[test]
     fn too_large_is_said_before_memory_is_asked_for() {

@@ -150,9 +150,10 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
     let service = ServiceConfig {
         model_name: subject.name.clone(),
         device: subject.device.to_string(),
-        dtype: subject.dtype.as_str().to_owned(),
+        dtype: subject.dtype.to_owned(),
         routing: RoutingChoice::Native,
         sampling: SamplingDefaults::default(),
+        max_tokenize_bytes: 1 << 20,
         max_receive_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
     };

@@ -2,6 +2,7 @@
 
 use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
+use candle_core::DType;
 use clap::Args;
 
 use crate::{
@@ -22,6 +23,7 @@ use crate::{
         load::{DeviceKind, WeightType},
     },
     moe::policy::RoutingChoice,
+    ops::cpu::Reduction,
 };
 
 /// Tokens of a prompt where nothing is said, less where the context is shorter.
@@ -80,6 +82,9 @@ pub struct BenchArgs {
     /// Element type of the large weights.
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: WeightType,
+    /// Sum every product in an order that does not depend on the batch, as `serve --deterministic` does.
+    #[arg(long, conflicts_with = "endpoint")]
+    pub deterministic: bool,
     /// Threads that compute. Default: one for each core.
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -229,11 +234,16 @@ impl BenchArgs {
 
     fn limits(&self, subject: &Subject) -> Option<LimitConfig> {
         let (buffer_bytes, gemm_size) = (self.limits_mib.saturating_mul(1 << 20), self.gemm_size.get());
-        (buffer_bytes > 0).then_some(LimitConfig { buffer_bytes, gemm_size, dtype: subject.dtype })
+        (buffer_bytes > 0).then_some(LimitConfig {
+            buffer_bytes,
+            gemm_size,
+            dtype: if subject.dtype == "f32" { DType::F32 } else { DType::BF16 },
+        })
     }
 
     fn placement(&self) -> Placement {
-        Placement { device: self.device, weights: self.dtype, seed: self.seed }
+        let reduction = if self.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
+        Placement { device: self.device, weights: self.dtype, reduction, seed: self.seed }
     }
 
     fn load(&self, source: &Source) -> Result<Subject> {
@@ -316,7 +326,7 @@ impl BenchArgs {
             None => Source::Synthetic(EXPERIMENT_MODEL.parse()?),
         };
         let subject = self.load(&source)?;
-        let config = self.experiment_config(self.lengths(subject.spec.max_context), subject.dtype.as_str())?;
+        let config = self.experiment_config(self.lengths(subject.spec.max_context), subject.dtype)?;
         Ok((subject, config))
     }
 

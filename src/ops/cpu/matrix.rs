@@ -53,6 +53,22 @@ impl<'a> Matrix<'a> {
         Matrix { data, rows, k: self.k }
     }
 
+    /// One row as f32. Panics if there is no such row, or `out` is not as long.
+    pub(crate) fn widen(&self, row: usize, out: &mut [f32]) {
+        let range = row * self.k..(row + 1) * self.k;
+        match self.data {
+            Data::F32(values) => out.copy_from_slice(&values[range]),
+            Data::Bf16(values) => out.iter_mut().zip(&values[range]).for_each(|(out, value)| *out = value.to_f32()),
+            Data::Q8 { values, scales } => {
+                let scales = &scales[row * self.k.div_ceil(Q8_BLOCK)..];
+                let blocks = out.chunks_mut(Q8_BLOCK).zip(values[range].chunks(Q8_BLOCK)).zip(scales);
+                for ((out, values), scale) in blocks {
+                    out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from(*value) * scale.to_f32());
+                }
+            }
+        }
+    }
+
     pub(crate) fn data(&self) -> Data<'a> {
         self.data
     }

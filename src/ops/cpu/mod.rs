@@ -17,7 +17,7 @@ pub(crate) use self::{
     exp::exp,
     matmul::{Expert, Input, Output, Product, Scratch, parallel},
     matrix::{Data, Matrix, Q8_BLOCK, quantize_q8},
-    sink::Store,
+    sink::{Disjoint, Store},
 };
 pub use self::{
     matmul::{Arithmetic, Reduction},

@@ -198,7 +198,7 @@ fn experts_are_two_products() {
     }
 }
 
-/// The promise of [`Reduction::BatchInvariant`], and that the fast order keeps it for f32 weights up to the number of few rows.
+/// The promise of [`Reduction::BatchInvariant`], and that the fast order keeps it among few rows.
 #[test]
 fn a_row_gets_the_same_bits_in_any_company() {
     let mut rng = StdRng::seed_from_u64(4);
@@ -213,9 +213,9 @@ fn a_row_gets_the_same_bits_in_any_company() {
                 arithmetic.linear(&mut Scratch::default(), input, &[product], Output { values: &mut out, stride: n, store: Store::Set });
                 out
             };
-            let most = if arithmetic.reduction == Reduction::Fastest { FEW_ROWS } else { 50 };
+            let most = if arithmetic.reduction == Reduction::Fastest { FEW_BEFORE_TILES } else { 50 };
             let whole = run(0..most);
-            for rows in [0..1, 2..5, 7..8, 1..most.min(17), most - 1..most] {
+            for rows in [0..1, 1..3, 1..most.min(17), most - 1..most] {
                 assert_eq!(run(rows.clone()), whole[rows.start * n..rows.end * n], "{arithmetic:?} {kind:?} {rows:?}");
             }
         }
