@@ -122,7 +122,8 @@ fn whole_layer(options: &Options, layers: usize) -> Result<()> {
     for &weights in &options.dtype {
         let model = |seed| -> Result<Box<dyn LanguageModel>> {
             let source = Source::Synthetic(options.shape.clone());
-            Ok(Subject::load(&source, Placement { device: DeviceKind::Cpu, weights, seed })?.model(cache_for(1, most))?)
+            let placement = Placement { device: DeviceKind::Cpu, weights, reduction: Reduction::Fastest, seed };
+            Ok(Subject::load(&source, placement)?.model(cache_for(1, most))?)
         };
         models.push((weights, (0..layers as u64).map(model).collect::<Result<_>>()?));
     }
