@@ -1,5 +1,6 @@
 //! The command line. Each command is a file: its arguments, and `run`.
 
+pub mod bench;
 mod client;
 pub mod forward;
 pub mod generate;
@@ -41,6 +42,7 @@ pub enum Command {
     Train(train::TrainArgs),
     Inspect(inspect::InspectArgs),
     Forward(forward::ForwardArgs),
+    Bench(Box<bench::BenchArgs>),
 }
 
 /// The form of log lines.
@@ -63,6 +65,7 @@ impl Cli {
             Command::Inspect(args) => inspect::run(args),
             Command::Forward(args) => forward::run(args),
             Command::Train(args) => train::run(args),
+            Command::Bench(args) => bench::run(*args),
         }
     }
 }
