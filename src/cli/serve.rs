@@ -87,7 +87,8 @@ pub struct ServeArgs {
     /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
     pub max_receive_message_bytes: NonZeroUsize,
-    /// Longest text of a Tokenize, which keeps a core busy for a time in proportion. Prompts are bounded by the model's context.
+    /// Longest text of a Tokenize, and as many tokens of a Detokenize. Either keeps a core busy for a time in proportion.
+    /// Prompts are bounded by the model's context.
     #[arg(long, env = "HARDMAX_MAX_TOKENIZE_BYTES", value_name = "BYTES", default_value = "262144")]
     pub max_tokenize_bytes: NonZeroUsize,
     /// Largest response message. A Score with many alternatives is the only large one.
