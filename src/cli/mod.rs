@@ -1,5 +1,6 @@
 //! The command line. Each command is a file: its arguments, and `run`.
 
+pub mod cache;
 mod client;
 pub mod forward;
 pub mod generate;

@@ -89,9 +89,8 @@ fn check_sampling(params: &GenerateParams, spec: &ModelSpec, _eos_token_ids: &[u
 
 fn check_choices(n: usize) -> Result<()> {
     match n {
-        1 => Ok(()),
         0 => Err(Error::invalid("sampling.n", "0 asks for nothing: at least 1")),
-        _ => Err(Error::invalid("sampling.n", "this server gives one choice only")),
+        _ => Ok(()),
     }
 }
 
