@@ -31,7 +31,7 @@ pub struct CacheArgs {
     #[arg(long, env = "HARDMAX_BLOCK_TOKENS", value_name = "N", default_value = "16", value_parser = block_tokens())]
     pub block_tokens: usize,
     /// Whether a prompt that begins as an earlier one did, under the same routing, takes over what was computed for it.
-    #[arg(long, env = "HARDMAX_PREFIX_CACHE", value_enum, default_value = "on")]
+    #[arg(long, env = "HARDMAX_PREFIX_CACHE", value_name = "on|off", value_enum, default_value = "on")]
     pub prefix_cache: PrefixCache,
 }
 
