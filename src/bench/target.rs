@@ -155,7 +155,6 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
         sampling: SamplingDefaults::default(),
         max_tokenize_bytes: 1 << 20,
         max_receive_bytes: MESSAGE_BYTES,
-        max_tokenize_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
     };
     let engine = EngineConfig {

@@ -18,12 +18,14 @@ use tokio::{
     sync::oneshot,
 };
 
+use super::cache::CacheArgs;
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
     error::{Error, Result},
     model::{
-        self, CacheShape, CachedDecoder, ModelSpec,
+        self, CachedDecoder, ModelSpec,
+        kv_cache::KvCache,
         load::{DeviceKind, WeightType},
     },
     moe::policy::RoutingChoice,
@@ -72,6 +74,17 @@ pub struct ServeArgs {
     /// do not wait for them.
     #[arg(long, env = "HARDMAX_MAX_STEP_TOKENS", value_name = "N", default_value = "512")]
     pub max_step_tokens: NonZeroUsize,
+    /// Tokens that the prompts of waiting requests may have together. A request with more is refused with RESOURCE_EXHAUSTED,
+    /// unless nothing waits.
+    #[arg(long, env = "HARDMAX_MAX_QUEUE_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_queue_tokens)]
+    pub max_queue_tokens: usize,
+    /// The head start in the queue that each step of a request's priority gives it, so that low ones wait for so long only.
+    /// Priorities beyond 100 and -100 count as those.
+    #[arg(long, env = "HARDMAX_PRIORITY_STEP", value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub priority_step: Duration,
+    /// The cache of keys and values.
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Most tokens that a request may generate, and the number for requests that do not say.
     #[arg(long, env = "HARDMAX_MAX_NEW_TOKENS", value_name = "N", default_value = "1024")]
     pub max_new_tokens: NonZeroUsize,
@@ -247,7 +260,9 @@ impl ServeArgs {
             max_choices: self.max_choices.get(),
             event_buffer: self.event_buffer as usize,
             reader_timeout: self.reader_timeout,
-            ..EngineConfig::default()
+            max_queue_tokens: self.max_queue_tokens,
+            prefix_cache: self.cache.prefix_cache,
+            priority_step: self.priority_step,
         }
     }
 }
@@ -306,6 +321,7 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         max_context_tokens = spec.max_context,
         max_batch_requests = engine.max_batch_requests,
         max_queue_requests = engine.max_queue_requests,
+        max_queue_tokens = engine.max_queue_tokens,
         max_step_tokens = engine.max_step_tokens,
         max_new_tokens = engine.max_new_tokens,
         max_choices = engine.max_choices,
@@ -315,8 +331,16 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         "limits"
     );
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
-    let blocks = spec.max_context.div_ceil(16).saturating_mul(engine.max_batch_requests);
-    let model = Box::new(CachedDecoder::new(decoder, CacheShape { block_tokens: 16, num_blocks: blocks })?);
+    let cache = args.cache.shape(&decoder, &engine)?;
+    tracing::info!(
+        tokens = cache.tokens(),
+        blocks = cache.num_blocks,
+        block_tokens = cache.block_tokens,
+        mebibytes = (cache.tokens() * KvCache::token_bytes(spec, decoder.activations())) >> 20,
+        prefix_cache = ?engine.prefix_cache,
+        "key-value cache"
+    );
+    let model = Box::new(CachedDecoder::new(decoder, cache)?);
     Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
 }
 
@@ -369,7 +393,13 @@ mod tests {
 
     #[test]
     fn values_are_checked_when_they_are_read() {
-        for flags in [["--max-batch-requests", "0"], ["--listen", "50051"], ["--metrics-listen", "no"], ["--drain-grace", "-1"]] {
+        for flags in [
+            ["--max-batch-requests", "0"],
+            ["--priority-step", "x"],
+            ["--listen", "50051"],
+            ["--metrics-listen", "no"],
+            ["--drain-grace", "-1"],
+        ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }
         for (text, expected) in [("127.0.0.1:7", "127.0.0.1:7"), ("[::1]:7", "[::1]:7")] {

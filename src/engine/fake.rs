@@ -166,6 +166,11 @@ impl FakeModel {
         Self { spec: spec(), cache: CACHE, written: HashMap::new(), row: Box::new(row), gate: None }
     }
 
+    /// With a cache of this size.
+    pub(super) fn with_cache(self, block_tokens: usize, num_blocks: usize) -> Self {
+        Self { cache: CacheShape { block_tokens, num_blocks }, ..self }
+    }
+
     /// Certain of `next(history)`.
     pub(super) fn certain(next: impl Fn(&[u32]) -> u32 + Send + 'static) -> Self {
         Self::new(move |history| one_hot(next(history)))
