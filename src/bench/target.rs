@@ -154,6 +154,7 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
         routing: RoutingChoice::Native,
         sampling: SamplingDefaults::default(),
         max_receive_bytes: MESSAGE_BYTES,
+        max_tokenize_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
     };
     let engine = EngineConfig {
