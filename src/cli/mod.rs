@@ -1,6 +1,7 @@
 //! The command line. Each command is a file: its arguments, and `run`.
 
 pub mod bench;
+pub mod cache;
 mod client;
 pub mod forward;
 pub mod generate;

@@ -18,15 +18,18 @@ use tokio::{
     sync::oneshot,
 };
 
+use super::cache::CacheArgs;
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
     error::{Error, Result},
     model::{
-        self, CacheShape, CachedDecoder, ModelSpec,
-        load::{DeviceKind, WeightType},
+        ModelSpec,
+        kv_cache::KvCache,
+        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::policy::RoutingChoice,
+    ops::cpu::Reduction,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
 };
@@ -72,6 +75,17 @@ pub struct ServeArgs {
     /// do not wait for them.
     #[arg(long, env = "HARDMAX_MAX_STEP_TOKENS", value_name = "N", default_value = "512")]
     pub max_step_tokens: NonZeroUsize,
+    /// Tokens that the prompts of waiting requests may have together. A request with more is refused with RESOURCE_EXHAUSTED,
+    /// unless nothing waits.
+    #[arg(long, env = "HARDMAX_MAX_QUEUE_TOKENS", value_name = "N", default_value_t = EngineConfig::default().max_queue_tokens)]
+    pub max_queue_tokens: usize,
+    /// The head start in the queue that each step of a request's priority gives it, so that low ones wait for so long only.
+    /// Priorities beyond 100 and -100 count as those.
+    #[arg(long, env = "HARDMAX_PRIORITY_STEP", value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub priority_step: Duration,
+    /// The cache of keys and values.
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Most tokens that a request may generate, and the number for requests that do not say.
     #[arg(long, env = "HARDMAX_MAX_NEW_TOKENS", value_name = "N", default_value = "1024")]
     pub max_new_tokens: NonZeroUsize,
@@ -87,7 +101,8 @@ pub struct ServeArgs {
     /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
     pub max_receive_message_bytes: NonZeroUsize,
-    /// Longest text of a Tokenize, which keeps a core busy for a time in proportion. Prompts are bounded by the model's context.
+    /// Longest text of a Tokenize, and as many tokens of a Detokenize. Either keeps a core busy for a time in proportion.
+    /// Prompts are bounded by the model's context.
     #[arg(long, env = "HARDMAX_MAX_TOKENIZE_BYTES", value_name = "BYTES", default_value = "262144")]
     pub max_tokenize_bytes: NonZeroUsize,
     /// Largest response message. A Score with many alternatives is the only large one.
@@ -100,6 +115,11 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
+    /// Sum every product in an order that does not depend on the batch, so that a request gets exactly the tokens that it gets alone.
+    /// Without it, a near-tie between two tokens may be decided otherwise in another batch. CPU only; docs/performance.md says what
+    /// it costs.
+    #[arg(long, env = "HARDMAX_DETERMINISTIC")]
+    pub deterministic: bool,
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -246,7 +266,9 @@ impl ServeArgs {
             max_choices: self.max_choices.get(),
             event_buffer: self.event_buffer as usize,
             reader_timeout: self.reader_timeout,
-            ..EngineConfig::default()
+            max_queue_tokens: self.max_queue_tokens,
+            prefix_cache: self.cache.prefix_cache,
+            priority_step: self.priority_step,
         }
     }
 }
@@ -277,14 +299,16 @@ impl fmt::Display for MetricsListen {
 
 /// Loads the checkpoint and puts together what the server needs of it.
 fn load_model(args: &ServeArgs) -> Result<Loaded> {
-    let model::load::Loaded { checkpoint, decoder, dtype } = model::load::load(&args.model, args.device, args.dtype, true)?;
+    let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
+    let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
+    let (checkpoint, weights) = load_to_serve(&args.model, options, true)?;
     let tokenizer = Arc::new(tokenizer(&checkpoint)?);
     let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
     spec.check_routing(routing)?;
     let service = ServiceConfig {
         model_name: args.served_name(),
         device: args.device.to_string(),
-        dtype: dtype.as_str().to_owned(),
+        dtype: weights.dtype().to_owned(),
         routing,
         sampling: SamplingDefaults::from(checkpoint.generation()),
         max_receive_bytes: args.max_receive_message_bytes.get(),
@@ -305,6 +329,7 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         max_context_tokens = spec.max_context,
         max_batch_requests = engine.max_batch_requests,
         max_queue_requests = engine.max_queue_requests,
+        max_queue_tokens = engine.max_queue_tokens,
         max_step_tokens = engine.max_step_tokens,
         max_new_tokens = engine.max_new_tokens,
         max_choices = engine.max_choices,
@@ -314,8 +339,16 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         "limits"
     );
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
-    let blocks = spec.max_context.div_ceil(16).saturating_mul(engine.max_batch_requests);
-    let model = Box::new(CachedDecoder::new(decoder, CacheShape { block_tokens: 16, num_blocks: blocks })?);
+    let cache = args.cache.shape(&weights, &engine)?;
+    tracing::info!(
+        tokens = cache.tokens(),
+        blocks = cache.num_blocks,
+        block_tokens = cache.block_tokens,
+        mebibytes = (cache.tokens() * KvCache::token_bytes(spec, weights.cache_dtype())) >> 20,
+        prefix_cache = ?engine.prefix_cache,
+        "key-value cache"
+    );
+    let model = weights.start(cache)?;
     Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
 }
 
@@ -368,7 +401,13 @@ mod tests {
 
     #[test]
     fn values_are_checked_when_they_are_read() {
-        for flags in [["--max-batch-requests", "0"], ["--listen", "50051"], ["--metrics-listen", "no"], ["--drain-grace", "-1"]] {
+        for flags in [
+            ["--max-batch-requests", "0"],
+            ["--priority-step", "x"],
+            ["--listen", "50051"],
+            ["--metrics-listen", "no"],
+            ["--drain-grace", "-1"],
+        ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }
         for (text, expected) in [("127.0.0.1:7", "127.0.0.1:7"), ("[::1]:7", "[::1]:7")] {

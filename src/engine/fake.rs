@@ -81,7 +81,7 @@ pub(super) fn config() -> EngineConfig {
         max_queue_requests: 8,
         max_step_tokens: 64,
         max_new_tokens: 32,
-        max_choices: 4,
+        max_choices: 8,
         event_buffer: 64,
         reader_timeout: PATIENCE,
         ..EngineConfig::default()
@@ -164,6 +164,11 @@ impl Control {
 impl FakeModel {
     pub(super) fn new(row: impl Fn(&[u32]) -> Vec<f32> + Send + 'static) -> Self {
         Self { spec: spec(), cache: CACHE, written: HashMap::new(), row: Box::new(row), gate: None }
+    }
+
+    /// With a cache of this size.
+    pub(super) fn with_cache(self, block_tokens: usize, num_blocks: usize) -> Self {
+        Self { cache: CacheShape { block_tokens, num_blocks }, ..self }
     }
 
     /// Certain of `next(history)`.

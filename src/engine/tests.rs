@@ -20,6 +20,11 @@ use crate::{
     telemetry::metrics::{Metrics, MetricsConfig},
 };
 
+mod cache;
+mod decoder;
+mod faults;
+mod storm;
+
 fn metrics() -> Arc<Metrics> {
     let config = MetricsConfig { model: "fake".into(), layers: vec![(0, fake::EXPERTS)], max_context: 64, ..MetricsConfig::default() };
     Arc::new(Metrics::new(&config).unwrap())
@@ -83,6 +88,30 @@ async fn collect(mut stream: EventStream) -> Answer {
     };
     assert!(next(&mut stream).await.is_none(), "nothing after the last event");
     Answer { text, ids, logprobs, end }
+}
+
+/// What each choice of a request came to.
+async fn collect_choices(mut stream: EventStream, choices: usize) -> Vec<Answer> {
+    let mut parts: Vec<Vec<Tokens>> = vec![Vec::new(); choices];
+    let mut ends: Vec<Option<Finished>> = vec![None; choices];
+    while let Some(event) = next(&mut stream).await {
+        match event {
+            Event::Tokens(tokens) => parts[tokens.choice].push(tokens),
+            Event::Finished(mut finished) => {
+                parts[finished.choice].push(std::mem::take(&mut finished.tail));
+                let choice = finished.choice;
+                assert!(ends[choice].replace(*finished).is_none(), "each choice ends once");
+            }
+            Event::Failed(error) => panic!("{error}"),
+        }
+    }
+    let answer = |(parts, end): (Vec<Tokens>, Option<Finished>)| Answer {
+        text: parts.iter().map(|tokens| tokens.text.as_str()).collect(),
+        ids: parts.iter().flat_map(|tokens| tokens.ids.clone()).collect(),
+        logprobs: parts.into_iter().flat_map(|tokens| tokens.logprobs).collect(),
+        end: Ok(end.expect("every choice ends")),
+    };
+    parts.into_iter().zip(ends).map(answer).collect()
 }
 
 async fn ask(engine: &Engine, request: Request) -> Answer {
@@ -554,55 +583,5 @@ async fn metrics_and_timing_follow_a_request() {
         ("hardmax_requests_waiting", 0.0),
     ] {
         assert_eq!(series(&metrics, name), value, "{name}");
-    }
-}
-
-/// The property that holds for the fake by construction, on a small random checkpoint of each family: every request has a
-/// routing of its own, prompts are cut at other places, and the tokens are those of the request alone.
-#[tokio::test]
-async fn the_decoder_in_company() {
-    use crate::{
-        model::{
-            CacheShape, CachedDecoder,
-            load::{DeviceKind, WeightType, load},
-        },
-        moe::policy::RoutingChoice,
-    };
-    let goldens = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
-    for case in ["mixtral_gqa", "olmoe_clip", "qwen2_shared_sparse_step", "qwen3_yarn_tied"] {
-        let start = |config| {
-            let loaded = load(&goldens.join(case), DeviceKind::Cpu, WeightType::F32, false).unwrap();
-            let cache = CacheShape { block_tokens: 8, num_blocks: 1024 };
-            let model = Box::new(CachedDecoder::new(loaded.decoder, cache).unwrap());
-            let parts = EngineParts { model, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics: metrics() };
-            Engine::start(parts).unwrap()
-        };
-        let routings = [
-            RoutingChoice::Native,
-            RoutingChoice::TopK { k: 1, weight_form: None },
-            RoutingChoice::TopK { k: 2, weight_form: None },
-            RoutingChoice::Soft { temperature: None },
-        ];
-        let requests: Vec<Request> = (0..8u32)
-            .map(|n| {
-                let prompt: Vec<u32> = (0..3 + n * 2).map(|i| (i * 31 + n * 17) % 80).collect();
-                let routing = routings[n as usize % routings.len()];
-                Request { routing, ..generate(&prompt, |p| (p.max_new_tokens, p.logprobs) = (Some(12), Some(0))) }
-            })
-            .collect();
-        let engine = start(fake::config());
-        let mut alone = Vec::new();
-        for request in &requests {
-            alone.push(ask(&engine, request.clone()).await);
-        }
-        for max_step_tokens in [5, 64] {
-            let engine = start(EngineConfig { max_step_tokens, ..fake::config() });
-            let streams: Vec<EventStream> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
-            for (stream, alone) in streams.into_iter().zip(&alone) {
-                let together = collect(stream).await;
-                assert_eq!(together.ids, alone.ids, "{case}, {max_step_tokens} tokens per step");
-                assert_eq!(together.logprobs, alone.logprobs, "{case}, {max_step_tokens} tokens per step");
-            }
-        }
     }
 }

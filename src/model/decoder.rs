@@ -80,6 +80,11 @@ impl Decoder {
         &self.spec
     }
 
+    /// Dtype of the residual stream, and of cached keys and values.
+    pub fn activations(&self) -> DType {
+        self.activations
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> &Device {
         self.embedding.device()

@@ -79,6 +79,17 @@ impl KvCache {
         2 * spec.layers.len() * spec.num_kv_heads * spec.head_dim * dtype.size_in_bytes()
     }
 
+    /// Empty, and stored as on other devices.
+    #[cfg(test)]
+    pub(super) fn as_on_a_device(mut self) -> Self {
+        let rows = self.shape.tokens() * self.kv_heads;
+        for layer in &mut self.layers {
+            let zeros = || Tensor::zeros((rows, self.head_dim), DType::F32, &Device::Cpu).unwrap();
+            *layer = LayerCache::Device { keys: zeros(), values: zeros() };
+        }
+        self
+    }
+
     pub(super) fn layer(&self, layer: usize) -> Result<&LayerCache> {
         self.layers.get(layer).ok_or_else(|| Error::Internal(format!("the cache has no layer {layer}")))
     }
@@ -183,11 +194,7 @@ mod tests {
         let spec = super::super::tests::spec();
         let shape = CacheShape { block_tokens: 4, num_blocks: 6 };
         let mut host = KvCache::new(&spec, shape, DType::F32, &Device::Cpu).unwrap();
-        let mut device = KvCache::new(&spec, shape, DType::F32, &Device::Cpu).unwrap();
-        for layer in &mut device.layers {
-            let zeros = || Tensor::zeros((6 * 2 * 4, 8), DType::F32, &Device::Cpu).unwrap();
-            *layer = LayerCache::Device { keys: zeros(), values: zeros() };
-        }
+        let mut device = KvCache::new(&spec, shape, DType::F32, &Device::Cpu).unwrap().as_on_a_device();
         let mut batch = Batch::default();
         batch.push(&[5, 0], &[1; 7], 0, RoutingChoice::Native, LogitRows::None);
         batch.push(&[3], &[1; 2], 0, RoutingChoice::Native, LogitRows::None);

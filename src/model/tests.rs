@@ -10,6 +10,7 @@ use super::{
     ReferenceRouting, RopeScaling, RopeSpec,
 };
 use crate::{
+    model::kv_cache::KvCache,
     moe::{
         RoutingMode, kernel,
         policy::{RoutingChoice, RoutingPolicy, WeightForm},
@@ -129,7 +130,7 @@ fn a_batch_gives_each_request_the_bits_it_gets_alone() {
     }
 }
 
-/// Blocks of 1, 5 and 96 tokens, and the copying path of devices other than the CPU.
+/// Blocks of 1, 5 and 96 tokens.
 #[test]
 fn the_block_table_changes_no_bit() {
     let (prompt, routing) = (requests()[7].0.clone(), RoutingChoice::TopK { k: 2, weight_form: None });
@@ -144,6 +145,26 @@ fn the_block_table_changes_no_bit() {
             last = Some(model.forward(&batch).unwrap().logits.i(0).unwrap().to_vec1::<f32>().unwrap());
         }
         assert_eq!(last.as_ref(), whole.first(), "blocks of {block_tokens}");
+    }
+}
+
+/// The path of other devices, which gathers the blocks, agrees with the loops of the CPU: chunks, windows, and several sequences.
+#[test]
+fn gathered_blocks_give_the_same_logits() {
+    let decoder = decoder();
+    let cache = || KvCache::new(decoder.spec(), CACHE, decoder.activations(), &Device::Cpu).unwrap();
+    let (mut host, mut device) = (cache(), cache().as_on_a_device());
+    let requests = &requests()[4..];
+    for chunk in 0..4 {
+        let mut batch = Batch::default();
+        for (i, (prompt, routing)) in requests.iter().enumerate() {
+            if let Some(part) = prompt.chunks(7).nth(chunk) {
+                batch.push(&table(i), part, chunk * 7, *routing, LogitRows::All);
+            }
+        }
+        let logits = [&mut host, &mut device].map(|cache| decoder.serve(&batch, Some(cache)).unwrap().logits);
+        let difference = (&logits[0] - &logits[1]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        assert!(difference.to_scalar::<f32>().unwrap() < 1e-4, "{difference}");
     }
 }
 

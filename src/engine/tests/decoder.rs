@@ -1,0 +1,72 @@
+//! The property that holds for the fake by construction, on a small random checkpoint of each family: whatever happens to a
+//! request, its tokens and their probabilities are those that it gets alone, bit for bit.
+
+use super::*;
+use crate::{
+    model::{
+        CacheShape, CachedDecoder,
+        load::{DeviceKind, WeightType, load},
+    },
+    moe::policy::RoutingChoice,
+};
+
+const ROUTINGS: [RoutingChoice; 4] = [
+    RoutingChoice::Native,
+    RoutingChoice::TopK { k: 1, weight_form: None },
+    RoutingChoice::TopK { k: 2, weight_form: None },
+    RoutingChoice::Soft { temperature: None },
+];
+
+fn start_decoder(case: &str, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
+    let loaded = load(&folder, DeviceKind::Cpu, WeightType::F32, false).unwrap();
+    let model = Box::new(CachedDecoder::new(loaded.decoder, cache).unwrap());
+    Engine::start(EngineParts { model, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics }).unwrap()
+}
+
+/// Every routing, prompts of all lengths that begin alike in pairs, one of them with several sampled choices.
+fn requests() -> Vec<(Request, usize)> {
+    let request = |n: u32| {
+        let prompt: Vec<u32> = (0..3 + n * 2).map(|i| (i * 31 + n / 2 * 17) % 80).collect();
+        let choices = if n == 7 { 3 } else { 1 };
+        let request = generate(&prompt, |p| {
+            (p.n, p.max_new_tokens, p.logprobs) = (choices, Some(12), Some(0));
+            (p.temperature, p.seed) = (if n % 3 == 1 { 0.8 } else { 0.0 }, u64::from(n));
+        });
+        (Request { routing: ROUTINGS[n as usize / 2 % 4], ..request }, choices)
+    };
+    (0..10).map(request).collect()
+}
+
+#[tokio::test]
+async fn in_any_company_and_any_blocks() {
+    let (mut preempted, mut hits) = (0.0, 0.0);
+    for case in ["mixtral_gqa", "olmoe_clip", "qwen2_shared_sparse_step", "qwen3_yarn_tied"] {
+        let roomy = CacheShape { block_tokens: 16, num_blocks: 64 };
+        let engine = start_decoder(case, roomy, EngineConfig { prefix_cache: PrefixCache::Off, ..fake::config() }, metrics());
+        let mut alone = Vec::new();
+        for (request, choices) in requests() {
+            alone.push(collect_choices(engine.submit(request).unwrap(), choices).await);
+        }
+        for (block_tokens, num_blocks, max_step_tokens) in [(4, 12, 5), (4, 26, 64), (8, 200, 7)] {
+            let metrics = metrics();
+            let config = EngineConfig { max_step_tokens, max_batch_requests: 6, max_queue_requests: 20, ..fake::config() };
+            let engine = start_decoder(case, CacheShape { block_tokens, num_blocks }, config, metrics.clone());
+            // Twice, so that the second time prefixes are known.
+            for round in 0..2 {
+                let streams: Vec<_> = requests().into_iter().map(|(r, choices)| (engine.submit(r).unwrap(), choices)).collect();
+                for ((stream, choices), alone) in streams.into_iter().zip(&alone) {
+                    for (together, alone) in collect_choices(stream, choices).await.iter().zip(alone) {
+                        let what = format!("{case}, {num_blocks} blocks, {max_step_tokens} tokens per step, round {round}");
+                        assert_eq!(together.ids, alone.ids, "{what}");
+                        assert_eq!(together.logprobs, alone.logprobs, "{what}");
+                    }
+                }
+            }
+            super::cache::nothing_is_left(&engine, &metrics).await;
+            preempted += series(&metrics, "hardmax_preemptions_total");
+            hits += series(&metrics, "hardmax_prefix_cache_hits_total");
+        }
+    }
+    assert!(preempted > 10.0 && hits > 500.0, "{preempted} preempted, {hits} tokens of known prefixes");
+}
