@@ -43,6 +43,17 @@ pub enum Experiment {
     Prefix,
 }
 
+/// Models that differ in their number of experts.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExpertsReport {
+    /// What they have in common, with the number of experts of the last.
+    pub shape: String,
+    /// Element type of the large weights.
+    pub dtype: &'static str,
+    /// By number of experts.
+    pub rows: Vec<ExpertsRow>,
+}
+
 /// One number of experts.
 #[derive(Clone, Debug, Serialize)]
 pub struct ExpertsRow {
@@ -128,12 +139,14 @@ struct Arm<'a> {
 }
 
 /// Time per token of models that differ in their number of experts only. `base` gives everything else.
-pub fn experts(base: &SyntheticSpec, placement: Placement, config: &ExperimentConfig) -> Result<Vec<ExpertsRow>> {
+pub fn experts(base: &SyntheticSpec, placement: Placement, config: &ExperimentConfig) -> Result<ExpertsReport> {
     let subjects = EXPERTS.map(|experts| {
         let spec = SyntheticSpec { experts, top_k: 1, ..base.clone() };
         Subject::load(&Source::Synthetic(spec), placement).map(|subject| (experts, subject))
     });
     let subjects = subjects.into_iter().collect::<Result<Vec<_>>>()?;
+    let Some((_, last)) = subjects.last() else { return Err(Error::Internal("no numbers of experts".into())) };
+    let (shape, dtype) = (last.name.clone(), last.dtype);
     let length = PROMPT.min(base.context);
     let mut arms = Vec::with_capacity(subjects.len());
     for (experts, subject) in &subjects {
@@ -163,7 +176,7 @@ pub fn experts(base: &SyntheticSpec, placement: Placement, config: &ExperimentCo
         imbalance: arm.imbalance,
         relative: arm.relative.median().unwrap_or(0.0),
     };
-    Ok(arms.into_iter().map(row).collect())
+    Ok(ExpertsReport { shape, dtype, rows: arms.into_iter().map(row).collect() })
 }
 
 /// Seconds per token: all, and in the feed-forward part.
@@ -277,7 +290,8 @@ mod tests {
 
     #[test]
     fn tokens_grow_with_experts() {
-        let rows = experts(&"tiny,layers=1".parse().unwrap(), PLACEMENT, &config()).unwrap();
+        let report = experts(&"tiny,layers=1".parse().unwrap(), PLACEMENT, &config()).unwrap();
+        let rows = report.rows;
         let shapes: Vec<_> = rows.iter().map(|row| (row.experts, row.tokens)).collect();
         assert_eq!(shapes, [(8, 64), (16, 128), (32, 256), (64, 512)]);
         assert_eq!(rows[0].relative, 1.0);

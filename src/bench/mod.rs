@@ -87,7 +87,7 @@ pub fn run_soak(place: &Place, config: &SoakConfig) -> Result<Report> {
 /// The experiment with numbers of experts.
 pub fn run_experts(base: &SyntheticSpec, placement: Placement, config: &ExperimentConfig) -> Result<Report> {
     let mut report = Report::new();
-    report.experts = experiment::experts(base, placement, config)?;
+    report.experts = Some(experiment::experts(base, placement, config)?);
     Ok(report)
 }
 

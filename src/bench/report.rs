@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     cost::ElementSizes,
-    experiment::{ExpertsRow, PrefixReport, SoftRow},
+    experiment::{ExpertsReport, PrefixReport, SoftRow},
     grpc::GrpcMeasurement,
     limits::{Limits, Readings, last_level_cache},
     soak::SoakReport,
@@ -43,8 +43,8 @@ pub struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub soak: Option<SoakReport>,
     /// The experiment with numbers of experts.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub experts: Vec<ExpertsRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertsReport>,
     /// The experiment with soft routing.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub soft: Vec<SoftRow>,
@@ -104,7 +104,7 @@ impl Report {
             steps: Vec::new(),
             grpc: Vec::new(),
             soak: None,
-            experts: Vec::new(),
+            experts: None,
             soft: Vec::new(),
             prefix: None,
         }
@@ -286,11 +286,12 @@ impl Report {
     }
 
     fn write_experiments(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.experts.is_empty() {
+        if let Some(report) = &self.experts {
+            writeln!(f, "{}, {}\n", report.shape, report.dtype)?;
             let columns = ["experts", "tokens", "us/token", "us/token in experts", "largest load / mean", "against the fewest"];
             let mut table =
                 Table::new("Cost per token against the number of experts: top-1, experts of one size, equal rows per expert.", &columns);
-            for row in &self.experts {
+            for row in &report.rows {
                 table.row([
                     row.experts.to_string(),
                     row.tokens.to_string(),

@@ -85,8 +85,8 @@ fn a_soak_holds_streams_against_solo_runs() {
 #[test]
 fn experiments_answer_with_ratios() {
     let (experts, text) = report("--experiment experts --synthetic tiny,layers=1 --rows-per-expert 4 --repeats 1 --prompt-tokens 16");
-    assert_eq!(experts["experts"].as_array().map(Vec::len), Some(4), "{text}");
-    positive(&experts, "/experts/3/relative");
+    assert_eq!(experts["experts"]["rows"].as_array().map(Vec::len), Some(4), "{text}");
+    positive(&experts, "/experts/rows/3/relative");
     let (soft, _) = report("--experiment soft --synthetic tiny --prompt-tokens 32 --batch 2 --generate 2 --repeats 1");
     assert_eq!(soft["soft"][0]["experts_over_k"], 2.0);
     positive(&soft, "/soft/1/relative");
