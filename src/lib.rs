@@ -1,5 +1,6 @@
 //! Serves Mixture-of-Experts language models that were **trained soft** and are **served hard**.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod engine;

@@ -8,11 +8,11 @@ use candle_core::{Device, Tensor};
 use crate::{
     error::{Error, Result},
     model::{
-        Batch, Forward, LogitRows,
-        load::{DeviceKind, WeightType, load},
+        Batch, CacheShape, Forward, LogitRows,
+        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::{LayerRouting, Routing, policy::RoutingChoice},
-    ops::cpu_slice,
+    ops::{cpu::Reduction, cpu_slice},
 };
 
 /// Run token ids through a model once and write logits and routing to a safetensors file.
@@ -41,15 +41,22 @@ pub struct ForwardArgs {
     /// Element type of the large weights.
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: WeightType,
+    /// Sum every product in an order that does not depend on the batch, as `serve --deterministic` does.
+    #[arg(long)]
+    pub deterministic: bool,
 }
 
 /// Runs the model and writes the file.
 pub fn run(args: ForwardArgs) -> Result<()> {
-    let loaded = load(&args.model, args.device, args.dtype, true)?;
-    loaded.decoder.spec().check_routing(args.routing)?;
+    let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
+    let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
+    let (_, model) = load_to_serve(&args.model, options, true)?;
+    model.spec().check_routing(args.routing)?;
+    let shape = CacheShape { block_tokens: 16, num_blocks: args.input_ids.len().div_ceil(16) };
+    let blocks: Vec<u32> = (0..shape.num_blocks as u32).collect();
     let mut batch = Batch::default();
-    batch.push(&[], &args.input_ids, 0, args.routing, LogitRows::All);
-    let forward = loaded.decoder.serve(&batch, None)?;
+    batch.push(&blocks, &args.input_ids, 0, args.routing, LogitRows::All);
+    let forward = model.start(shape)?.forward(&batch)?;
     let tensors = tensors(&forward)?;
     safetensors::serialize_to_file(tensors.iter(), None, &args.output)
         .map_err(|error| Error::io(&args.output, std::io::Error::other(error)))?;

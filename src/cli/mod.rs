@@ -1,5 +1,6 @@
 //! The command line. Each command is a file: its arguments, and `run`.
 
+pub mod bench;
 pub mod cache;
 mod client;
 pub mod forward;
@@ -42,6 +43,7 @@ pub enum Command {
     Train(train::TrainArgs),
     Inspect(inspect::InspectArgs),
     Forward(forward::ForwardArgs),
+    Bench(Box<bench::BenchArgs>),
 }
 
 /// The form of log lines.
@@ -64,6 +66,7 @@ impl Cli {
             Command::Inspect(args) => inspect::run(args),
             Command::Forward(args) => forward::run(args),
             Command::Train(args) => train::run(args),
+            Command::Bench(args) => bench::run(*args),
         }
     }
 }

@@ -1,6 +1,14 @@
 //! `hardmax serve`: flags, loading, signals.
 
-use std::{fmt, io, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    net::{SocketAddr, ToSocketAddrs as _},
+    num::NonZeroUsize,
+    path::PathBuf,
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 use tokenizers::Tokenizer;
@@ -38,7 +46,7 @@ pub struct ServeArgs {
     #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub model_name: Option<String>,
     /// Address of the gRPC port. There is no TLS and no authentication: keep it on a trusted network.
-    #[arg(long, env = "HARDMAX_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:50051")]
+    #[arg(long, env = "HARDMAX_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:50051", value_parser = address)]
     pub listen: SocketAddr,
     /// Address of the port with /metrics and /healthz, or `off`.
     #[arg(long, env = "HARDMAX_METRICS_LISTEN", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
@@ -80,6 +88,9 @@ pub struct ServeArgs {
     /// Most tokens that a request may generate, and the number for requests that do not say.
     #[arg(long, env = "HARDMAX_MAX_NEW_TOKENS", value_name = "N", default_value = "1024")]
     pub max_new_tokens: NonZeroUsize,
+    /// Most continuations that a request may ask for (`n`).
+    #[arg(long, env = "HARDMAX_MAX_CHOICES", value_name = "N", default_value = "8")]
+    pub max_choices: NonZeroUsize,
     /// Messages that may wait for a slow reader before its request pauses.
     #[arg(long, env = "HARDMAX_EVENT_BUFFER", value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(2..))]
     pub event_buffer: u32,
@@ -89,6 +100,9 @@ pub struct ServeArgs {
     /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
     pub max_receive_message_bytes: NonZeroUsize,
+    /// Longest text of a Tokenize, which keeps a core busy for a time in proportion. Prompts are bounded by the model's context.
+    #[arg(long, env = "HARDMAX_MAX_TOKENIZE_BYTES", value_name = "BYTES", default_value = "262144")]
+    pub max_tokenize_bytes: NonZeroUsize,
     /// Largest response message. A Score with many alternatives is the only large one.
     #[arg(long, env = "HARDMAX_MAX_SEND_MESSAGE_BYTES", value_name = "BYTES", default_value = "67108864")]
     pub max_send_message_bytes: NonZeroUsize,
@@ -197,6 +211,19 @@ fn announce(args: &ServeArgs, grpc: &TcpListener, metrics: Option<&TcpListener>)
     );
 }
 
+/// `ADDRESS:PORT`, or `NAME:PORT` with a name that this machine can look up; of several addresses, an IPv4 one.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    if !text.rsplit_once(':').is_some_and(|(name, port)| !name.is_empty() && port.parse::<u16>().is_ok()) {
+        return Err("not an address and a port, such as 127.0.0.1:50051, [::1]:50051 or localhost:50051".into());
+    }
+    let found: Vec<SocketAddr> = text.to_socket_addrs().map_err(|error| format!("the name cannot be looked up: {error}"))?.collect();
+    let preferred = found.iter().find(|address| address.is_ipv4()).or(found.first());
+    preferred.copied().ok_or_else(|| "the name has no address".into())
+}
+
 /// Seconds as a number, with or without a fraction.
 pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let value: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
@@ -229,6 +256,7 @@ impl ServeArgs {
             max_queue_requests: self.max_queue_requests,
             max_step_tokens: self.max_step_tokens.get(),
             max_new_tokens: self.max_new_tokens.get(),
+            max_choices: self.max_choices.get(),
             event_buffer: self.event_buffer as usize,
             reader_timeout: self.reader_timeout,
             max_queue_tokens: self.max_queue_tokens,
@@ -246,7 +274,7 @@ impl FromStr for MetricsListen {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "off" => Ok(Self::Off),
-            address => address.parse().map(Self::At).map_err(|_| "neither an address such as 127.0.0.1:9464 nor 'off'".into()),
+            text => address(text).map(Self::At).map_err(|error| format!("{error}; or 'off'")),
         }
     }
 }
@@ -275,6 +303,7 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         routing,
         sampling: SamplingDefaults::from(checkpoint.generation()),
         max_receive_bytes: args.max_receive_message_bytes.get(),
+        max_tokenize_bytes: args.max_tokenize_bytes.get(),
         max_send_bytes: args.max_send_message_bytes.get(),
     };
     tracing::info!(
@@ -294,7 +323,9 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         max_queue_tokens = engine.max_queue_tokens,
         max_step_tokens = engine.max_step_tokens,
         max_new_tokens = engine.max_new_tokens,
+        max_choices = engine.max_choices,
         max_receive_message_bytes = service.max_receive_bytes,
+        max_tokenize_bytes = service.max_tokenize_bytes,
         max_send_message_bytes = service.max_send_bytes,
         "limits"
     );
@@ -369,6 +400,13 @@ mod tests {
             ["--drain-grace", "-1"],
         ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
+        }
+        for (text, expected) in [("127.0.0.1:7", "127.0.0.1:7"), ("[::1]:7", "[::1]:7")] {
+            assert_eq!(address(text).unwrap().to_string(), expected);
+        }
+        assert!(address("localhost:7").is_ok_and(|address| address.ip().is_loopback() && address.port() == 7));
+        for bad in ["", "7", ":7", "localhost", "localhost:", "localhost:x", "localhost:70000"] {
+            assert!(address(bad).is_err_and(|error| error.contains("127.0.0.1:50051")), "{bad}");
         }
         let args = parse(&["--metrics-listen", "off", "--drain-timeout", "0.5"]).unwrap();
         assert_eq!(args.metrics_listen, MetricsListen::Off);

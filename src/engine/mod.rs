@@ -37,7 +37,7 @@ pub use self::{
     request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
-    validate::{MAX_STOP_BYTES, MAX_STOP_STRINGS},
+    validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
 };
 use self::{
     sequence::Submission,
@@ -64,6 +64,8 @@ pub struct EngineConfig {
     pub max_step_tokens: usize,
     /// Tokens that one request may generate. At least 1.
     pub max_new_tokens: usize,
+    /// Choices that one request may ask for. At least 1.
+    pub max_choices: usize,
     /// Events that a slow reader may leave unread before its request pauses. At least 2: one is kept for the last event.
     pub event_buffer: usize,
     /// How long a request may wait for its reader before it ends: it holds a place that others could use.
@@ -93,6 +95,7 @@ impl Default for EngineConfig {
             max_queue_tokens: 1 << 20,
             max_step_tokens: 512,
             max_new_tokens: 1024,
+            max_choices: 8,
             event_buffer: 64,
             reader_timeout: Duration::from_secs(60),
             prefix_cache: PrefixCache::On,
@@ -147,6 +150,7 @@ impl EngineConfig {
             ("max_batch_requests", self.max_batch_requests, 1),
             ("max_step_tokens", self.max_step_tokens, 1),
             ("max_new_tokens", self.max_new_tokens, 1),
+            ("max_choices", self.max_choices, 1),
             ("event_buffer", self.event_buffer, 2),
         ];
         match minima.into_iter().find(|&(_, value, least)| value < least) {
@@ -234,7 +238,7 @@ impl Engine {
             Task::Score { .. } => ("input", prompt),
             // The last token is never read. What is not asked for by number is cut to what there is.
             Task::Generate(params) => {
-                let new = params.max_new_tokens.unwrap_or(1).min(context.saturating_sub(prompt));
+                let new = params.max_new_tokens.unwrap_or(params.min_new_tokens.max(1)).min(context.saturating_sub(prompt));
                 ("prompt", prompt + new.saturating_sub(1))
             }
         };

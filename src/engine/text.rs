@@ -177,6 +177,7 @@ impl StopStrings {
 
 #[cfg(test)]
 mod tests {
+    use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
     use tokenizers::{
         DecoderWrapper,
         decoders::{byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence},
@@ -309,5 +310,92 @@ mod tests {
             let singles = run(&stops, &singles.iter().map(String::as_str).collect::<Vec<_>>());
             assert_eq!(run(&stops, &[text]), singles, "{stops:?}");
         }
+    }
+
+    /// What is shown, character by character, with the stop string that is complete first, outside the first `early` characters.
+    fn by_characters(stops: &[String], text: &str, early: usize) -> (String, Option<String>) {
+        for (count, (at, c)) in text.char_indices().enumerate() {
+            let read = &text[..at + c.len_utf8()];
+            let ends = stops.iter().filter(|stop| count >= early && read.ends_with(stop.as_str()));
+            if let Some(stop) = ends.max_by_key(|stop| stop.len()) {
+                return (read[..read.len() - stop.len()].to_owned(), Some(stop.clone()));
+            }
+        }
+        (text.to_owned(), None)
+    }
+
+    #[test]
+    fn any_stops_in_any_pieces() {
+        let mut random = StdRng::seed_from_u64(11);
+        let word = |random: &mut StdRng, most: usize| {
+            let length = random.random_range(1..=most);
+            (0..length).map(|_| ['a', 'b', 'é', '🦀'][random.random_range(0..4)]).collect::<String>()
+        };
+        let (mut stopped, mut ran_out) = (0, 0);
+        for _ in 0..5000 {
+            let stops: Vec<String> = (0..random.random_range(1..4)).map(|_| word(&mut random, 5)).collect();
+            let text = word(&mut random, 30);
+            let mut matcher = StopStrings::new(stops.clone());
+            let (mut shown, mut reason, mut at) = (String::new(), None, 0);
+            let early = random.random_range(0..3) * random.random_range(0..8);
+            let characters: Vec<char> = text.chars().collect();
+            while at < characters.len() && reason.is_none() {
+                // No piece is partly early.
+                let most = if at < early { early - at } else { 6 };
+                let end = characters.len().min(at + random.random_range(0..=most));
+                let piece: String = characters[at..end].iter().collect();
+                let passed = if at < early { matcher.pass(&piece) } else { matcher.push(&piece) };
+                shown += &passed.text;
+                (reason, at) = (passed.stopped_by, end);
+            }
+            if reason.is_none() {
+                shown += &matcher.finish();
+                ran_out += 1;
+            } else {
+                stopped += 1;
+            }
+            assert_eq!((shown, reason), by_characters(&stops, &text, early), "{stops:?} in {text:?}, {early} early");
+        }
+        assert!(stopped > 500 && ran_out > 500);
+    }
+
+    /// The text of `ids` up to a stop string, as a generation shows it.
+    fn generated(tokenizer: &Arc<Tokenizer>, prompt: &[u32], ids: &[u32], stops: &[&str]) -> (String, Option<String>) {
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), prompt).unwrap();
+        let mut matcher = StopStrings::new(stops.iter().map(|stop| (*stop).to_owned()).collect());
+        let mut shown = String::new();
+        for piece in ids.iter().copied().map(Some).chain([None]) {
+            let piece = match piece {
+                Some(id) => detokenizer.push(id),
+                None => detokenizer.flush(),
+            };
+            let piece = piece.unwrap();
+            let passed = matcher.push(&piece);
+            shown += &passed.text;
+            if passed.stopped_by.is_some() {
+                return (shown, passed.stopped_by);
+            }
+        }
+        (shown + &matcher.finish(), None)
+    }
+
+    #[test]
+    fn stop_strings_at_unusual_borders() {
+        let tokenizer = fake::tokenizer();
+        let of_bytes = |text: &str, stops: &[&str]| generated(&tokenizer, &bytes("x"), &bytes(text), stops);
+        let stopped = |text: &str, stop: &str| (text.to_owned(), Some(stop.to_owned()));
+        assert_eq!(of_bytes("🦀é!", &["é"]), stopped("🦀", "é"), "four and two tokens");
+        assert_eq!(of_bytes("all of it", &["all of it"]), stopped("", "all of it"));
+        assert_eq!(of_bytes("ab🦀🦀", &["b🦀🦀"]), stopped("a", "b🦀🦀"));
+        assert_eq!(of_bytes("aé", &["é!"]), ("aé".to_owned(), None), "begun and not completed");
+        let mut cut = bytes("ab🦀");
+        cut.pop();
+        assert_eq!(generated(&tokenizer, &bytes("x"), &cut, &["\u{FFFD}"]), stopped("ab", "\u{FFFD}"), "completed by what is flushed");
+
+        let words = sentencepiece();
+        assert_eq!(generated(&words, &[0], &[0, 1, 2], &["nd"]), stopped(" the e", "nd"), "in the middle of a token");
+        assert_eq!(generated(&words, &[0], &[0, 1, 2], &["e e", "s"]), stopped(" th", "e e"), "across two tokens");
+        assert_eq!(generated(&words, &[0], &[0, 1, 2], &[" the"]), stopped("", " the"), "with the space of its token");
+        assert_eq!(generated(&words, &[0], &[1, 2, 0], &["ends ", "end"]), stopped(" ", "end"), "the one that is complete first");
     }
 }

@@ -213,7 +213,7 @@ impl Worker {
         loop {
             match command {
                 Ok(Command::Submit(submission)) => self.enqueue(*submission),
-                Ok(Command::Cancel(ids)) => ids.for_each(|id| self.end(id, Ending::Cancelled)),
+                Ok(Command::Cancel(ids)) => ids.for_each(|id| self.leave(id)),
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
                 Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
             }
@@ -242,6 +242,14 @@ impl Worker {
         };
         ids.for_each(|_| self.shared.metrics.finished(Outcome::Error));
         let _ = events.try_send(Event::Failed(error));
+    }
+
+    /// Ends what nobody listens to any more. Whoever waited until the deadline left at the deadline.
+    fn leave(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        let late = sequence.deadline.is_some_and(|deadline| deadline <= (self.clock)());
+        let phase = sequence.phase();
+        self.end(id, if late { Ending::Failed(Error::DeadlineExceeded { phase }) } else { Ending::Cancelled });
     }
 
     /// How the scheduler sees a request.

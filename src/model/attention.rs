@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     ops::{
         self,
-        cpu::{AttentionShape, KeyLayout, KeyValue},
+        cpu::{AttentionShape, Isa, KeyLayout, KeyValue},
         cpu_slice,
     },
 };
@@ -134,7 +134,11 @@ impl Attention {
     /// The CPU loops: no copy of the cache, no dependence on the batch.
     fn loops(&self, q: &Tensor, sequences: &[KeyValue<'_>]) -> Result<Tensor> {
         let q = q.contiguous()?;
-        let out = cpu_slice::<f32, _>(&q, |q| Ok(ops::cpu::attention(q, sequences, self.shape)))?;
+        let mut out = vec![0f32; q.elem_count()];
+        cpu_slice::<f32, _>(&q, |q| {
+            ops::cpu::attention(Isa::detect(), q, sequences, self.shape, &mut out);
+            Ok(())
+        })?;
         Ok(Tensor::from_vec(out, q.shape(), q.device())?)
     }
 

@@ -94,7 +94,7 @@ impl Decoder {
     ///
     /// Serving mode is [`Decoder::serve`]; training passes its own [`RoutingMode`].
     pub fn forward(&self, batch: &Batch, mode: &mut RoutingMode<'_>, mut cache: Option<&mut KvCache>) -> Result<Forward> {
-        self.check(batch, cache.as_deref().map(KvCache::shape))?;
+        check_batch(&self.spec, batch, cache.as_deref().map(KvCache::shape))?;
         let device = self.device();
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), device)?;
         let mut x_td = self.embedding.index_select(&tokens, 0)?.to_dtype(self.activations)?;
@@ -152,33 +152,33 @@ impl Decoder {
         let normed = ops::rms_norm(&picked, &self.final_norm, self.spec.rms_norm_eps)?;
         Ok(ops::linear(&normed, &self.head)?.to_dtype(DType::F32)?)
     }
+}
 
-    fn check(&self, batch: &Batch, cache: Option<CacheShape>) -> Result<()> {
-        let spec = &self.spec;
-        if batch.tokens.is_empty() || batch.spans.iter().map(|span| span.new).sum::<usize>() != batch.tokens.len() {
-            return Err(Error::Internal("the spans of a batch do not cover its tokens".into()));
-        }
-        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= spec.vocab_size) {
-            return Err(Error::invalid("token_ids", format!("{token} is not below {}, the size of the vocabulary", spec.vocab_size)));
-        }
-        for span in &batch.spans {
-            if span.past + span.new > spec.max_context {
-                let length = span.past + span.new;
-                return Err(Error::out_of_range("token_ids", format!("{length} tokens, the context has {}", spec.max_context)));
-            }
-            let Some(cache) = cache else {
-                if span.past > 0 {
-                    return Err(Error::Internal("a span with a past needs a cache".into()));
-                }
-                continue;
-            };
-            let table = batch.table(span);
-            if table.len() < cache.blocks_for(span.past + span.new) || table.iter().any(|&block| block as usize >= cache.num_blocks) {
-                return Err(Error::Internal(format!("the block table of a span of {} + {} tokens does not fit", span.past, span.new)));
-            }
-        }
-        Ok(())
+/// Checks what a forward relies on: tokens of the vocabulary, spans that cover them, block tables that fit `cache`.
+pub(super) fn check_batch(spec: &ModelSpec, batch: &Batch, cache: Option<CacheShape>) -> Result<()> {
+    if batch.tokens.is_empty() || batch.spans.iter().map(|span| span.new).sum::<usize>() != batch.tokens.len() {
+        return Err(Error::Internal("the spans of a batch do not cover its tokens".into()));
     }
+    if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= spec.vocab_size) {
+        return Err(Error::invalid("token_ids", format!("{token} is not below {}, the size of the vocabulary", spec.vocab_size)));
+    }
+    for span in &batch.spans {
+        if span.past + span.new > spec.max_context {
+            let length = span.past + span.new;
+            return Err(Error::out_of_range("token_ids", format!("{length} tokens, the context has {}", spec.max_context)));
+        }
+        let Some(cache) = cache else {
+            if span.past > 0 {
+                return Err(Error::Internal("a span with a past needs a cache".into()));
+            }
+            continue;
+        };
+        let table = batch.table(span);
+        if table.len() < cache.blocks_for(span.past + span.new) || table.iter().any(|&block| block as usize >= cache.num_blocks) {
+            return Err(Error::Internal(format!("the block table of a span of {} + {} tokens does not fit", span.past, span.new)));
+        }
+    }
+    Ok(())
 }
 
 /// A decoder with the cache of the sequences it serves.

@@ -94,6 +94,40 @@ impl KvCache {
         self.layers.get(layer).ok_or_else(|| Error::Internal(format!("the cache has no layer {layer}")))
     }
 
+    /// Keys and values of a layer on the host.
+    pub(super) fn host_layer(&self, layer: usize) -> Result<(&[f32], &[f32])> {
+        match self.layer(layer)? {
+            LayerCache::Host { keys, values } => Ok((keys, values)),
+            LayerCache::Device { .. } => Err(Error::Internal("the cache is not on the host".into())),
+        }
+    }
+
+    /// Writes keys and values of the new tokens of `batch` from rows of `stride` elements, which hold the keys of all heads from `column`
+    /// on, and then the values.
+    ///
+    /// The block tables must fit, as [`super::Decoder`] checks.
+    pub(super) fn write_rows(&mut self, layer: usize, batch: &Batch, rows: &[f32], stride: usize, column: usize) -> Result<()> {
+        let (block_tokens, kv_heads, head_dim) = (self.shape.block_tokens, self.kv_heads, self.head_dim);
+        let width = kv_heads * head_dim;
+        let Some(LayerCache::Host { keys, values }) = self.layers.get_mut(layer) else {
+            return Err(Error::Internal(format!("the cache has no layer {layer} on the host")));
+        };
+        let mut rows = rows.chunks_exact(stride);
+        for span in &batch.spans {
+            let table = batch.table(span);
+            for (position, row) in (span.past..span.past + span.new).zip(&mut rows) {
+                let place = table[position / block_tokens] as usize * kv_heads * block_tokens + position % block_tokens;
+                for (store, new) in [(&mut *keys, &row[column..column + width]), (&mut *values, &row[column + width..column + 2 * width])] {
+                    for (head, new) in new.chunks_exact(head_dim).enumerate() {
+                        let at = (place + head * block_tokens) * head_dim;
+                        store[at..at + head_dim].copy_from_slice(new);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the keys and values `[T, kv_heads, head_dim]` of the new tokens of `batch` to their blocks.
     ///
     /// The block tables must fit, as [`super::Decoder`] checks.

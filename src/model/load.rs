@@ -4,11 +4,16 @@ use std::{fmt, path::Path, str::FromStr, sync::Arc};
 
 use candle_core::{DType, Device};
 
-use super::Decoder;
+use super::{
+    CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec,
+    host::{HostDecoder, HostOptions, HostWeights},
+    weights::ModelWeights,
+};
 use crate::{
     checkpoint::{Checkpoint, LoadOptions},
     error::{Error, Result},
     moe::kernel,
+    ops::cpu::Reduction,
 };
 
 /// Where a model runs.
@@ -29,8 +34,10 @@ pub enum WeightType {
     Auto,
     /// 32-bit floats.
     F32,
-    /// bfloat16. On the CPU half the memory; activations stay f32.
+    /// bfloat16. On the CPU half the memory of f32.
     Bf16,
+    /// Blocks of 32 8-bit integers with a scale, made at load: 8.5 bits per weight. CPU only.
+    Q8,
 }
 
 impl fmt::Display for DeviceKind {
@@ -71,17 +78,17 @@ impl DeviceKind {
 }
 
 impl WeightType {
-    /// The dtype on `device`.
+    /// The dtype that is loaded on `device`. 8-bit blocks are made of bf16.
     pub fn dtype(self, device: &Device) -> DType {
         match self {
             Self::Auto if device.is_cpu() => DType::F32,
-            Self::Auto | Self::Bf16 => DType::BF16,
+            Self::Auto | Self::Bf16 | Self::Q8 => DType::BF16,
             Self::F32 => DType::F32,
         }
     }
 }
 
-/// A folder, opened and loaded.
+/// A folder, opened and loaded as tensors: for training, and for comparisons.
 #[derive(Debug)]
 pub struct Loaded {
     /// Spec, tokenizer, defaults.
@@ -92,8 +99,11 @@ pub struct Loaded {
     pub dtype: DType,
 }
 
-/// Loads the folder `dir`. `progress` shows a bar if stderr is a terminal.
+/// Loads the folder `dir` as tensors. `progress` shows a bar if stderr is a terminal. Tensors have no 8-bit blocks: with those it fails.
 pub fn load(dir: &Path, device: DeviceKind, weights: WeightType, progress: bool) -> Result<Loaded> {
+    if weights == WeightType::Q8 {
+        return Err(Error::FailedPrecondition("8-bit weights are for serving on the CPU".into()));
+    }
     let checkpoint = Checkpoint::open(dir)?;
     let device = device.open()?;
     let dtype = weights.dtype(&device);
@@ -101,4 +111,77 @@ pub fn load(dir: &Path, device: DeviceKind, weights: WeightType, progress: bool)
     let loaded = checkpoint.load(&LoadOptions { dtype, device, progress })?;
     let decoder = Decoder::new(Arc::new(checkpoint.spec().clone()), loaded, &kernel)?;
     Ok(Loaded { checkpoint, decoder, dtype })
+}
+
+/// How a model is to be served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServingOptions {
+    /// Where it runs.
+    pub device: DeviceKind,
+    /// Element type of the large weights.
+    pub weights: WeightType,
+    /// Order of sums on the CPU.
+    pub reduction: Reduction,
+}
+
+/// Weights that are ready to serve. Cheap to clone: they are shared.
+#[derive(Clone, Debug)]
+pub struct ServingModel {
+    place: Place,
+    /// For people, as `f32`.
+    dtype: &'static str,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Host(Arc<HostWeights>),
+    Device(Box<Decoder>),
+}
+
+/// Loads the folder `dir` to serve it. `progress` shows a bar if stderr is a terminal.
+pub fn load_to_serve(dir: &Path, options: ServingOptions, progress: bool) -> Result<(Checkpoint, ServingModel)> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let device = options.device.open()?;
+    let loaded = checkpoint.load(&LoadOptions { dtype: options.weights.dtype(&device), device, progress })?;
+    let model = ServingModel::new(Arc::new(checkpoint.spec().clone()), loaded, options)?;
+    Ok((checkpoint, model))
+}
+
+impl ServingModel {
+    /// Puts `weights`, which are on the device of the options, in their places.
+    pub fn new(spec: Arc<ModelSpec>, weights: ModelWeights, options: ServingOptions) -> Result<Self> {
+        let device = weights.embedding.device().clone();
+        if device.is_cpu() {
+            let host = HostOptions { quantize: options.weights == WeightType::Q8, reduction: options.reduction };
+            let dtype = if host.quantize { "q8" } else { weights.embedding.dtype().as_str() };
+            return Ok(Self { place: Place::Host(Arc::new(HostWeights::new(spec, weights, host)?)), dtype });
+        }
+        if options.weights == WeightType::Q8 {
+            return Err(Error::FailedPrecondition("8-bit weights are for the CPU: use --device cpu, or --dtype bf16".into()));
+        }
+        let dtype = weights.embedding.dtype().as_str();
+        let decoder = Decoder::new(spec, weights, &kernel::for_device(&device))?;
+        Ok(Self { place: Place::Device(Box::new(decoder)), dtype })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &Arc<ModelSpec> {
+        match &self.place {
+            Place::Host(weights) => weights.spec(),
+            Place::Device(decoder) => decoder.spec(),
+        }
+    }
+
+    /// Element type of the large weights, for people.
+    pub fn dtype(&self) -> &'static str {
+        self.dtype
+    }
+
+    /// A model over these weights with an empty cache. Fails as [`KvCache::new`](super::kv_cache::KvCache::new) does.
+    pub fn start(&self, cache: CacheShape) -> Result<Box<dyn LanguageModel>> {
+        Ok(match &self.place {
+            Place::Host(weights) => Box::new(HostDecoder::new(Arc::clone(weights), cache)?),
+            Place::Device(decoder) => Box::new(CachedDecoder::new(Decoder::clone(decoder), cache)?),
+        })
+    }
 }

@@ -4,6 +4,7 @@ mod attention;
 mod batch;
 mod decoder;
 mod feed_forward;
+pub mod host;
 pub mod kv_cache;
 pub mod load;
 pub mod rope;

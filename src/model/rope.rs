@@ -54,6 +54,19 @@ impl Rope {
         Self { inverse_frequencies: frequencies.into_iter().map(|f| f as f32).collect(), scale: scale as f32 }
     }
 
+    /// [`Rope::at`] into buffers, which grow where they are too short.
+    pub(super) fn fill(&self, positions: impl Iterator<Item = usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
+        cos.clear();
+        sin.clear();
+        for position in positions {
+            for frequency in &self.inverse_frequencies {
+                let angle = position as f32 * frequency;
+                cos.push(angle.cos() * self.scale);
+                sin.push(angle.sin() * self.scale);
+            }
+        }
+    }
+
     /// cos and sin `[T, hd / 2]` f32 of the given positions.
     pub fn at(&self, positions: &[u32], device: &Device) -> Result<(Tensor, Tensor)> {
         let angles = || positions.iter().flat_map(|&p| self.inverse_frequencies.iter().map(move |f| p as f32 * f));

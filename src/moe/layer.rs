@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use rand::rngs::StdRng;
 
 use super::{
-    LayerRouting, Routing, SwiGlu,
+    LayerRouting, Routing, RoutingStats, SparseRouting, SwiGlu,
     kernel::{ExpertKernel, Experts},
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy},
@@ -84,22 +84,13 @@ impl MoeLayer {
         Ok((y_td, LayerRouting { layer: self.index, router_logits: logits_te, routing, stats }))
     }
 
-    fn serve(&self, x_td: &Tensor, logits_te: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, Routing, super::RoutingStats)> {
-        let mut policies = Vec::with_capacity(x_td.dim(0)?);
-        for &(choice, tokens) in runs {
-            let policy = self.spec.resolve(choice, self.reference)?;
-            policies.resize(policies.len() + tokens, policy);
-        }
+    fn serve(&self, x_td: &Tensor, logits_te: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, Routing, RoutingStats)> {
         let host = logits_te.to_device(&candle_core::Device::Cpu)?;
-        let num_experts = self.spec.num_experts;
-        let (routing, report) = cpu_slice::<f32, _>(&host, |z| Ok(route::route_rows(z, num_experts, policies.into_iter())))?;
-        let plan = DispatchPlan::new(&routing, num_experts);
-        let mut stats = plan.load();
-        stats.entropy_sum = report.entropy_sum;
-        stats.non_finite = report.non_finite.len() as u64;
+        let routed = cpu_slice::<f32, _>(&host, |z| route_layer(&self.spec, self.reference, z, runs.iter().copied()))?;
+        let Routed { routing, plan, stats, non_finite } = routed;
         let mut y_td = self.kernel.grouped(x_td, &plan, &self.experts)?;
-        if !report.non_finite.is_empty() {
-            y_td = poison(&y_td, &report.non_finite)?;
+        if !non_finite.is_empty() {
+            y_td = poison(&y_td, &non_finite)?;
         }
         Ok((y_td, Routing::Sparse(routing), stats))
     }
@@ -115,6 +106,36 @@ impl MoeLayer {
         let down = self.experts.down.transpose(1, 2)?.reshape((e * f, d))?;
         Ok(hidden.matmul(&down)?)
     }
+}
+
+/// The routing of one layer for one forward, ready to be dispatched.
+#[derive(Clone, Debug)]
+pub(crate) struct Routed {
+    pub(crate) routing: SparseRouting,
+    pub(crate) plan: DispatchPlan,
+    pub(crate) stats: RoutingStats,
+    /// Tokens whose router logits are not finite: they have no route.
+    pub(crate) non_finite: Vec<u32>,
+}
+
+/// Routes `logits [T, E]` by the choices of their sequences: (choice, tokens) runs in order.
+pub(crate) fn route_layer(
+    spec: &MoeSpec,
+    reference: ReferenceRouting,
+    logits: &[f32],
+    runs: impl Iterator<Item = (RoutingChoice, usize)>,
+) -> Result<Routed> {
+    let mut policies = Vec::with_capacity(logits.len() / spec.num_experts);
+    for (choice, tokens) in runs {
+        let policy = spec.resolve(choice, reference)?;
+        policies.resize(policies.len() + tokens, policy);
+    }
+    let (routing, report) = route::route_rows(logits, spec.num_experts, policies.into_iter());
+    let plan = DispatchPlan::new(&routing, spec.num_experts);
+    let mut stats = plan.load();
+    stats.entropy_sum = report.entropy_sum;
+    stats.non_finite = report.non_finite.len() as u64;
+    Ok(Routed { routing, plan, stats, non_finite: report.non_finite })
 }
 
 impl SharedExpert {

@@ -13,6 +13,7 @@ mod swiglu;
 
 use candle_core::Tensor;
 
+pub(crate) use self::layer::{Routed, route_layer};
 pub use self::{
     layer::{MoeLayer, RoutingMode},
     stats::{LayerRouting, RoutingStats},

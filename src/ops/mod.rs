@@ -9,29 +9,43 @@ mod fused;
 use candle_core::{D, DType, Storage, Tensor, WithDType};
 use half::bf16;
 
-use self::cpu::{AttentionShape, Isa};
+use self::cpu::{Arithmetic, AttentionShape, Data, Input, Matrix, Output, Product, Scratch, Store};
 use crate::error::{Error, Result};
 
 /// `x [T, K]` times `weight [N, K]` transposed, in the dtype of `x`: `[T, N]`.
 ///
-/// On the CPU without gradients each row is reduced in an order that does not depend on the batch, and bf16 weights
-/// are widened in registers.
+/// On the CPU without gradients each row is reduced in an order that does not depend on the batch; bf16 weights are read as they are.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() || x.dtype() != DType::F32 || x.track_op() || weight.track_op() {
         return Ok(x.matmul(&weight.to_dtype(x.dtype())?.t()?)?);
     }
+    untracked_linear(x, weight, Arithmetic::exact())
+}
+
+fn untracked_linear(x: &Tensor, weight: &Tensor, arithmetic: Arithmetic) -> Result<Tensor> {
     let ((t, k), n) = (x.dims2()?, weight.dim(0)?);
     if weight.dim(1)? != k {
         return Err(Error::Internal(format!("linear: x {:?} and weight {:?} do not fit", x.shape(), weight.shape())));
     }
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let isa = Isa::detect();
-    let out = cpu_slice::<f32, _>(&x, |x| match weight.dtype() {
-        DType::F32 => cpu_slice::<f32, _>(&weight, |w| Ok(cpu::linear(isa, x, w, k, n))),
-        DType::BF16 => cpu_slice::<bf16, _>(&weight, |w| Ok(cpu::linear(isa, x, w, k, n))),
+    let mut out = vec![0f32; t * n];
+    cpu_slice::<f32, _>(&x, |x| match weight.dtype() {
+        DType::F32 => cpu_slice::<f32, _>(&weight, |w| Ok(host_linear(arithmetic, x, Data::F32(w), k, &mut out, n))),
+        DType::BF16 => cpu_slice::<bf16, _>(&weight, |w| Ok(host_linear(arithmetic, x, Data::Bf16(w), k, &mut out, n))),
         other => Err(Error::Internal(format!("linear: no {other:?} weights on the CPU"))),
     })?;
     Ok(Tensor::from_vec(out, (t, n), x.device())?)
+}
+
+/// [`linear`] on the CPU, untracked, with the arithmetic of serving: bf16 weights may round activations to bf16.
+pub fn linear_with(x: &Tensor, weight: &Tensor, arithmetic: cpu::Arithmetic) -> Result<Tensor> {
+    untracked_linear(x, weight, arithmetic)
+}
+
+fn host_linear(arithmetic: Arithmetic, x: &[f32], weights: Data<'_>, k: usize, out: &mut [f32], n: usize) {
+    let product = Product { weights: Matrix::new(weights, n, k), rows: 0..x.len() / k, column: 0 };
+    let output = Output { values: out, stride: n, store: Store::Set };
+    arithmetic.linear(&mut Scratch::default(), Input { x, k, source: None }, &[product], output);
 }
 
 /// RMSNorm over the last dimension, `x / sqrt(mean(x²) + eps) · weight`, in f32, returned in the dtype of `x`.

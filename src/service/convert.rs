@@ -66,9 +66,9 @@ pub fn choice(choice: RoutingChoice) -> proto::RoutingPolicy {
 pub(super) fn generate_params(sampling: Option<proto::SamplingParams>, defaults: &SamplingDefaults) -> GenerateParams {
     let sampling = sampling.unwrap_or_default();
     GenerateParams {
-        n: 1,
+        n: sampling.n.map_or(1, |n| n as usize),
         max_new_tokens: sampling.max_new_tokens.map(|n| n as usize),
-        min_new_tokens: 0,
+        min_new_tokens: sampling.min_new_tokens.map_or(0, |n| n as usize),
         temperature: sampling.temperature.unwrap_or(defaults.temperature),
         top_k: sampling.top_k.map_or(defaults.top_k, |k| k as usize),
         top_p: sampling.top_p.unwrap_or(defaults.top_p),
@@ -77,16 +77,16 @@ pub(super) fn generate_params(sampling: Option<proto::SamplingParams>, defaults:
         stop: sampling.stop,
         stop_token_ids: sampling.stop_token_ids,
         repetition_penalty: sampling.repetition_penalty.unwrap_or(defaults.repetition_penalty),
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: Vec::new(),
-        allowed_token_ids: Vec::new(),
+        presence_penalty: sampling.presence_penalty.unwrap_or(0.0),
+        frequency_penalty: sampling.frequency_penalty.unwrap_or(0.0),
+        logit_bias: sampling.logit_bias.into_iter().map(|entry| (entry.token_id, entry.bias)).collect(),
+        allowed_token_ids: sampling.allowed_token_ids,
         logprobs: sampling.logprobs.map(|n| n as usize),
         ignore_eos: sampling.ignore_eos.unwrap_or(false),
     }
 }
 
-/// The last word on a generation.
+/// The last word on a choice.
 pub(super) fn finish(finished: &Finished) -> proto::Finish {
     use proto::finish::Matched;
     let (reason, matched) = match &finished.reason {
@@ -100,6 +100,7 @@ pub(super) fn finish(finished: &Finished) -> proto::Finish {
         usage: Some(proto::Usage {
             prompt_tokens: saturate(finished.prompt_tokens),
             generated_tokens: saturate(finished.generated_tokens),
+            cached_prompt_tokens: saturate(finished.cached_prompt_tokens),
         }),
         timing: Some(timing(&finished.timing)),
         generation: finished.generation,
@@ -199,5 +200,10 @@ mod tests {
         let greedy = proto::SamplingParams { temperature: Some(0.0), top_k: Some(0), seed: Some(7), ..Default::default() };
         let params = generate_params(Some(greedy), &defaults);
         assert_eq!((params.temperature, params.top_k, params.seed), (0.0, 0, 7));
+        let silent = GenerateParams { seed: params.seed, ..GenerateParams::default() };
+        assert_eq!(
+            generate_params(Some(proto::SamplingParams { seed: Some(7), ..Default::default() }), &SamplingDefaults::default()),
+            silent
+        );
     }
 }

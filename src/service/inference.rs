@@ -4,7 +4,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::Semaphore;
@@ -55,6 +55,8 @@ pub struct ServiceConfig {
     pub sampling: SamplingDefaults,
     /// Largest request message, in bytes; larger ones are refused before they are read.
     pub max_receive_bytes: usize,
+    /// Longest text of a Tokenize, in bytes.
+    pub max_tokenize_bytes: usize,
     /// Largest response message, in bytes.
     pub max_send_bytes: usize,
 }
@@ -85,6 +87,8 @@ pub struct InferenceService {
 #[derive(Clone, Debug)]
 struct Call {
     id: String,
+    arrived: Instant,
+    /// By `grpc-timeout`.
     deadline: Option<Instant>,
 }
 
@@ -93,7 +97,8 @@ struct Call {
 pub struct GenerateStream {
     events: EventStream,
     call: Call,
-    done: bool,
+    /// Choices that have not finished.
+    choices: usize,
 }
 
 // === impl ServiceConfig ===
@@ -163,7 +168,18 @@ impl Call {
             Ok(format!("{:016x}", rand::random::<u64>()))
         };
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
-        Ok(Self { id: id.map_err(|error| to_status(&error))?, deadline })
+        Ok(Self { id: id.map_err(|error| to_status(&error))?, arrived: Instant::now(), deadline })
+    }
+
+    /// When the answer is due: the earlier of `grpc-timeout` and the field of the message.
+    fn due(&self, timeout_seconds: Option<f64>) -> Result<Option<Instant>> {
+        let Some(seconds) = timeout_seconds else { return Ok(self.deadline) };
+        if !(seconds.is_finite() && seconds > 0.0) {
+            return Err(Error::invalid("timeout_seconds", format!("{seconds} is not a finite number above 0")));
+        }
+        // A timeout beyond the clock's range is none.
+        let due = Duration::try_from_secs_f64(seconds).ok().and_then(|timeout| self.arrived.checked_add(timeout));
+        Ok(due.into_iter().chain(self.deadline).min())
     }
 
     fn status(&self, error: &Error) -> Status {
@@ -240,7 +256,7 @@ impl InferenceService {
         }
     }
 
-    async fn start_generation(&self, call: &Call, request: proto::GenerateRequest) -> Result<EventStream> {
+    async fn start_generation(&self, call: &Call, request: proto::GenerateRequest) -> Result<GenerateStream> {
         use proto::generate_request::Prompt;
         self.check_model(&request.model)?;
         let routing = convert::routing_choice(request.routing, self.config.routing)?;
@@ -248,9 +264,13 @@ impl InferenceService {
             Prompt::Text(text) => Input::Text(text),
             Prompt::TokenIds(ids) => Input::Ids(ids.ids),
         });
+        let deadline = call.due(request.timeout_seconds)?;
         let prompt = self.prompt(input, "prompt").await?;
-        let task = Task::Generate(convert::generate_params(request.sampling, &self.config.sampling));
-        self.engine.submit(engine::Request { id: call.id.clone(), prompt, task, routing, deadline: call.deadline, priority: 0 })
+        let params = convert::generate_params(request.sampling, &self.config.sampling);
+        let choices = params.n;
+        let task = Task::Generate(params);
+        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority };
+        Ok(GenerateStream { events: self.engine.submit(request)?, call: call.clone(), choices })
     }
 
     async fn score_request(&self, call: &Call, request: proto::ScoreRequest) -> Result<Finished> {
@@ -261,22 +281,30 @@ impl InferenceService {
             Prompt::Text(text) => Input::Text(text),
             Prompt::TokenIds(ids) => Input::Ids(ids.ids),
         });
+        let deadline = call.due(request.timeout_seconds)?;
         let prompt = self.prompt(input, "input").await?;
         let task = Task::Score { alternatives: request.alternatives.unwrap_or(0) as usize };
-        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline: call.deadline, priority: 0 };
-        let mut events = self.engine.submit(request)?;
-        while let Some(event) = events.recv().await {
-            match event {
-                Event::Tokens(_) => {}
-                Event::Finished(finished) => return Ok(*finished),
-                Event::Failed(error) => return Err(error),
-            }
+        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority };
+        let answer = scored(self.engine.submit(request)?);
+        match deadline {
+            None => answer.await,
+            // A step of the engine may take longer than is left.
+            Some(due) => match tokio::time::timeout_at(due.into(), answer).await {
+                Ok(answer) => answer,
+                Err(_) => Err(Error::DeadlineExceeded { phase: "waiting for the answer" }),
+            },
         }
-        Err(engine_stopped())
     }
 
     async fn tokenize_request(&self, request: proto::TokenizeRequest) -> Result<proto::TokenizeResponse> {
         self.check_model(&request.model)?;
+        let (bytes, limit) = (request.text.len(), self.config.max_tokenize_bytes);
+        if bytes > limit {
+            return Err(Error::out_of_range(
+                "text",
+                format!("{bytes} bytes are more than {limit}, the limit of this server: send it in parts"),
+            ));
+        }
         let (engine, text, add_special) = (self.engine.clone(), request.text, request.add_special_tokens.unwrap_or(true));
         let encoding = self.work(text.len(), move || encode(&engine, &text, add_special, "text")).await??;
         let tokens = encoding.get_ids().iter().zip(encoding.get_tokens()).zip(encoding.get_offsets());
@@ -305,7 +333,7 @@ impl InferenceService {
 
     fn model_info(&self, request: &proto::GetModelInfoRequest) -> Result<proto::GetModelInfoResponse> {
         self.check_model(&request.model)?;
-        let (spec, config, engine) = (self.engine.spec(), &self.config, self.engine.config());
+        let (spec, config, engine, cache) = (self.engine.spec(), &self.config, self.engine.config(), self.engine.cache());
         let (moe_layers, (parameters, active_parameters)) = convert::moe_layers(spec, config.routing)?;
         Ok(proto::GetModelInfoResponse {
             model: config.model_name.clone(),
@@ -331,6 +359,11 @@ impl InferenceService {
                 max_queue_requests: convert::saturate(engine.max_queue_requests),
                 max_step_tokens: convert::saturate(engine.max_step_tokens),
                 max_receive_message_bytes: config.max_receive_bytes as u64,
+                max_choices: convert::saturate(engine.max_choices),
+                max_tokenize_bytes: config.max_tokenize_bytes as u64,
+                max_queue_tokens: engine.max_queue_tokens as u64,
+                cache_tokens: cache.tokens() as u64,
+                cache_block_tokens: convert::saturate(cache.block_tokens),
             }),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         })
@@ -363,6 +396,17 @@ fn encode_prompt(engine: &Engine, text: &str, field: &str) -> Result<Vec<u32>> {
     Ok(encode(engine, text, true, field)?.get_ids().to_vec())
 }
 
+async fn scored(mut events: EventStream) -> Result<Finished> {
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Tokens(_) => {}
+            Event::Finished(finished) => return Ok(*finished),
+            Event::Failed(error) => return Err(error),
+        }
+    }
+    Err(engine_stopped())
+}
+
 /// The engine's end of a stream is gone, and it said nothing.
 fn engine_stopped() -> Error {
     Error::Internal("the engine stopped before the request was done".into())
@@ -391,7 +435,7 @@ impl Inference for InferenceService {
         let (metadata, extensions, message) = request.into_parts();
         let call = Call::new(&message.request_id, &metadata, &extensions)?;
         match self.start_generation(&call, message).await {
-            Ok(events) => Ok(call.clone().response(GenerateStream { events, call, done: false })),
+            Ok(stream) => Ok(call.response(stream)),
             Err(error) => Err(call.status(&error)),
         }
     }
@@ -427,9 +471,10 @@ impl Inference for InferenceService {
 // === impl GenerateStream ===
 
 impl GenerateStream {
-    fn message(&self, tokens: Tokens, finish: Option<proto::Finish>) -> proto::GenerateResponse {
+    fn message(&self, choice: usize, tokens: Tokens, finish: Option<proto::Finish>) -> proto::GenerateResponse {
         proto::GenerateResponse {
             request_id: self.call.id.clone(),
+            index: convert::saturate(choice),
             text: tokens.text,
             token_ids: tokens.ids,
             logprobs: convert::logprobs(tokens.logprobs),
@@ -442,16 +487,20 @@ impl Stream for GenerateStream {
     type Item = Result<proto::GenerateResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.done {
+        if self.choices == 0 {
             return Poll::Ready(None);
         }
         let event = std::task::ready!(Pin::new(&mut self.events).poll_next(cx));
-        self.done = !matches!(event, Some(Event::Tokens(_)));
+        match event {
+            Some(Event::Tokens(_)) => {}
+            Some(Event::Finished(_)) => self.choices -= 1,
+            Some(Event::Failed(_)) | None => self.choices = 0,
+        }
         Poll::Ready(Some(match event {
-            Some(Event::Tokens(tokens)) => Ok(self.message(tokens, None)),
+            Some(Event::Tokens(tokens)) => Ok(self.message(tokens.choice, tokens, None)),
             Some(Event::Finished(finished)) => {
                 let finish = convert::finish(&finished);
-                Ok(self.message(finished.tail, Some(finish)))
+                Ok(self.message(finished.choice, finished.tail, Some(finish)))
             }
             Some(Event::Failed(error)) => Err(self.call.status(&error)),
             None => Err(self.call.status(&engine_stopped())),

@@ -138,6 +138,8 @@ label! {
         FailedPrecondition = "FAILED_PRECONDITION",
         /// Too large.
         OutOfRange = "OUT_OF_RANGE",
+        /// The server has no such method, or does not read the encoding of the message.
+        Unimplemented = "UNIMPLEMENTED",
         /// A bug.
         Internal = "INTERNAL",
         /// Draining.
@@ -476,6 +478,7 @@ impl Code {
             8 => Self::ResourceExhausted,
             9 => Self::FailedPrecondition,
             11 => Self::OutOfRange,
+            12 => Self::Unimplemented,
             13 => Self::Internal,
             14 => Self::Unavailable,
             _ => Self::Unknown,
@@ -746,7 +749,8 @@ mod tests {
         assert_eq!(Code::from_number(0), Code::Ok);
         assert_eq!(Code::from_number(8), Code::ResourceExhausted);
         assert_eq!(Code::from_number(14), Code::Unavailable);
-        assert_eq!([2, 12, 99, -1].map(Code::from_number), [Code::Unknown; 4]);
+        assert_eq!(Code::from_number(12), Code::Unimplemented);
+        assert_eq!([2, 99, -1].map(Code::from_number), [Code::Unknown; 3]);
         assert_eq!(Code::from(ErrorKind::OutOfRange), Code::OutOfRange);
     }
 

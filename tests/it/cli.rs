@@ -31,6 +31,24 @@ async fn generate_streams_the_text() {
     assert_eq!(lines.last().unwrap()["finish"]["generated_tokens"], 3);
     assert_eq!(lines[0]["logprobs"][0]["alternatives"].as_array().unwrap().len(), 1);
 
+    let changed =
+        ["--logit-bias", "97=9", "--logit-bias", "98=9.5", "--frequency-penalty", "1", "--min-new-tokens", "2", "--stop-token", "98"];
+    let output = hardmax(
+        &[&["generate", "a", "--url", &url, "--max-new-tokens", "4", "--priority", "-3", "--timeout", "30"], &changed[..]].concat(),
+    )
+    .await;
+    assert_eq!(text(&output.stdout), "aa\n", "{}", text(&output.stderr));
+    let output =
+        hardmax(&["generate", "a", "--url", &url, "--max-new-tokens", "3", "--allow-token", "98,99", "--presence-penalty=-1"]).await;
+    assert_eq!(text(&output.stdout), "bbb\n", "{}", text(&output.stderr));
+
+    let output = hardmax(&["generate", "a", "--url", &url, "-n", "2", "--max-new-tokens", "2"]).await;
+    assert_eq!(text(&output.stdout), "[choice 0]\nGr\n[choice 1]\nGr\n", "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("choice 1: 1 prompt"), "{}", text(&output.stderr));
+    let output = hardmax(&["generate", "a", "--url", &url, "-n", "3", "--max-new-tokens", "2", "--json"]).await;
+    let lines: Vec<serde_json::Value> = text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().filter(|line| !line["finish"].is_null()).count(), 3);
+
     let output = hardmax(&["generate", "a", "--url", &url, "--top-p", "2"]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("INVALID_ARGUMENT: sampling.top_p"), "{}", text(&output.stderr));
@@ -80,7 +98,10 @@ async fn errors_say_what_to_do() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains(&format!("cannot listen on --listen {address}")), "{}", text(&output.stderr));
 
-    let usage: [&[&str]; 4] = [
+    let usage: [&[&str]; 7] = [
+        &["generate", "a", "--logit-bias", "7"],
+        &["generate", "a", "--timeout", "soon"],
+        &["serve", "--listen", "50051"],
         &["serve", "--top-k", "1", "--routing", "soft"],
         &["serve", "--log-level", "=["],
         &["generate", "a", "--url", "https://127.0.0.1:1"],

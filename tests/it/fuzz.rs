@@ -6,6 +6,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use hardmax::service::proto::{
     self, DetokenizeRequest, GenerateRequest, RoutingPolicy, ScoreRequest, TokenIds, TokenizeRequest,
     routing_policy::{Policy, TopK},
+    sampling_params::LogitBias,
     score_request::Input,
 };
 
@@ -33,10 +34,19 @@ fn valid(method: &str) -> Vec<u8> {
         repetition_penalty: Some(1.1),
         logprobs: Some(2),
         ignore_eos: Some(false),
+        n: Some(1),
+        min_new_tokens: Some(1),
+        presence_penalty: Some(0.5),
+        frequency_penalty: Some(-0.5),
+        logit_bias: vec![LogitBias { token_id: 7, bias: 1.5 }],
+        allowed_token_ids: vec![7, 8, 195, 182],
     };
     let ids = TokenIds { ids: vec![1, 2, 300] };
     match method {
-        "Generate" => GenerateRequest { sampling: Some(sampling), routing, ..generate("Größe", 3) }.encode_to_vec(),
+        "Generate" => {
+            GenerateRequest { sampling: Some(sampling), routing, priority: 3, timeout_seconds: Some(5.0), ..generate("Größe", 3) }
+                .encode_to_vec()
+        }
         "Score" => ScoreRequest { input: Some(Input::TokenIds(ids)), routing, alternatives: Some(2), ..Default::default() }.encode_to_vec(),
         "Tokenize" => TokenizeRequest { text: "Größe".into(), ..Default::default() }.encode_to_vec(),
         "Detokenize" => DetokenizeRequest { token_ids: ids.ids, ..Default::default() }.encode_to_vec(),

@@ -2,6 +2,7 @@
 
 #![allow(unreachable_pub)]
 
+mod bench;
 mod checkpoint;
 mod cli;
 mod demo;

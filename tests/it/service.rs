@@ -5,18 +5,19 @@ use std::time::Duration;
 use hardmax::{
     engine::EngineConfig,
     service::proto::{
-        self, DetokenizeRequest, FinishReason, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, ScoreRequest, TokenIds,
-        TokenizeRequest,
+        self, DetokenizeRequest, Finish, FinishReason, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, ScoreRequest,
+        TokenIds, TokenizeRequest,
         finish::Matched,
         generate_request::Prompt,
         routing_policy::{Native, Policy, Soft, TopK},
+        sampling_params::LogitBias,
         score_request::Input,
     },
 };
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
-use crate::support::{EOS, MODEL, Options, PANIC, POISON, RawCall, SCRIPT, TestServer, VOCAB, collect, generate, said, soon};
+use crate::support::{EOS, MAX_TOKENIZE, MODEL, Options, PANIC, POISON, RawCall, SCRIPT, TestServer, VOCAB, collect, generate, said, soon};
 
 fn field(status: &Status) -> String {
     let bad = status.get_details_bad_request().expect("BadRequest details");
@@ -63,7 +64,7 @@ async fn a_generation_streams_whole_characters() {
     assert!(others.iter().all(|m| m.finish.is_none()));
     let finish = last.finish.as_ref().unwrap();
     assert_eq!((finish.reason(), &finish.matched), (FinishReason::Length, &None));
-    assert_eq!(finish.usage, Some(proto::Usage { prompt_tokens: 2, generated_tokens: 60 }));
+    assert_eq!(finish.usage, Some(proto::Usage { prompt_tokens: 2, generated_tokens: 60, cached_prompt_tokens: 0 }));
     assert_eq!(finish.generation, 1);
     let timing = finish.timing.unwrap();
     assert!(timing.queue_seconds >= 0.0 && timing.prefill_seconds > 0.0 && timing.decode_seconds > 0.0);
@@ -84,6 +85,190 @@ async fn a_generation_ends_before_its_stop_string() {
     let request = sampling(|s| (s.stop_token_ids, s.max_new_tokens) = (vec![stop_token], None));
     let (messages, _) = collect(client.generate(request).await.unwrap().into_inner()).await;
     assert_eq!(messages.last().unwrap().finish.as_ref().unwrap().matched, Some(Matched::StopTokenId(stop_token)));
+}
+
+/// The text of one choice, once it has finished.
+async fn text(server: &TestServer, request: GenerateRequest) -> String {
+    let stream = soon(server.client().await.generate(request)).await.unwrap().into_inner();
+    let (messages, end) = collect(stream).await;
+    assert!(end.is_none() && messages.last().unwrap().finish.is_some(), "{end:?}");
+    messages.iter().map(|m| m.text.as_str()).collect()
+}
+
+fn bias(token_id: u32, bias: f32) -> LogitBias {
+    LogitBias { token_id, bias }
+}
+
+#[tokio::test]
+async fn nothing_ends_a_generation_before_its_least_length() {
+    let server = TestServer::start(Options::default()).await;
+    let least = SCRIPT.len() as u32;
+    let stopped = sampling(|s| (s.stop, s.min_new_tokens, s.max_new_tokens) = (vec!["of a".into()], Some(least), None));
+    assert_eq!(text(&server, stopped).await, format!("{SCRIPT}Größe 🙂 "));
+    let ended = sampling(|s| {
+        (s.allowed_token_ids, s.logit_bias) = (vec![u32::from(b'x'), EOS], vec![bias(EOS, 1.0)]);
+        s.min_new_tokens = Some(2);
+    });
+    assert_eq!(text(&server, ended).await, "xx");
+}
+
+#[tokio::test]
+async fn penalties_bias_and_allowed_tokens_change_what_is_said() {
+    let server = TestServer::start(Options::default()).await;
+    let [a, b] = [u32::from(b'a'), u32::from(b'b')];
+    let cases: [(GenerateRequest, &str); 6] = [
+        (sampling(|s| s.logit_bias = vec![bias(a, 9.0)]), "aaaa"),
+        (sampling(|s| s.logit_bias = vec![bias(a, 7.0)]), "Grö"),
+        (sampling(|s| s.allowed_token_ids = vec![b, a]), "aaaa"),
+        (sampling(|s| (s.allowed_token_ids, s.presence_penalty) = (vec![a, b], Some(1.0))), "abaa"),
+        (sampling(|s| (s.allowed_token_ids, s.frequency_penalty) = (vec![a, b], Some(1.0))), "abab"),
+        (sampling(|s| (s.allowed_token_ids, s.frequency_penalty) = (vec![b, a], Some(-1.0))), "aaaa"),
+    ];
+    for (request, expected) in cases {
+        assert_eq!(text(&server, request.clone()).await, expected, "{request:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_seed_decides_whatever_else_is_in_the_batch() {
+    let server = TestServer::start(Options::default()).await;
+    let seeded = |seed| {
+        let tuned = |s: &mut SamplingParams| {
+            (s.temperature, s.seed, s.max_new_tokens) = (Some(3.0), Some(seed), Some(40));
+            (s.top_k, s.top_p, s.presence_penalty) = (Some(200), Some(0.99), Some(0.5));
+        };
+        sampling(tuned)
+    };
+    let alone = text(&server, seeded(5)).await;
+    assert_ne!(alone, text(&server, seeded(6)).await);
+    let (first, second, third, fourth) = tokio::join!(
+        text(&server, seeded(7)),
+        text(&server, seeded(5)),
+        text(&server, sampling(|s| (s.temperature, s.max_new_tokens, s.top_k) = (Some(2.0), Some(50), Some(100)))),
+        text(&server, seeded(5)),
+    );
+    assert_eq!((&second, &fourth), (&alone, &alone));
+    assert!(first != alone && third != alone);
+}
+
+/// Texts and ends of the choices of a request, by index. Checks the stream on the way.
+async fn choices(server: &TestServer, request: GenerateRequest) -> Vec<(String, Finish)> {
+    let stream = soon(server.client().await.generate(request.clone())).await.unwrap().into_inner();
+    let (messages, end) = collect(stream).await;
+    assert!(end.is_none(), "{end:?}");
+    let n = request.sampling.and_then(|s| s.n).unwrap_or(1);
+    let of = |index| messages.iter().filter(move |m| m.index == index);
+    let whole = |index| {
+        let text: String = of(index).map(|m| m.text.as_str()).collect();
+        let (last, others) = of(index).collect::<Vec<_>>().split_last().map(|(last, others)| (*last, others.len())).unwrap();
+        assert_eq!(of(index).position(|m| m.finish.is_some()), Some(others), "the last message of choice {index} and no other");
+        let finish = last.finish.clone().unwrap();
+        assert_eq!(finish.usage.unwrap().generated_tokens as usize, of(index).map(|m| m.token_ids.len()).sum::<usize>());
+        (text, finish)
+    };
+    assert!(messages.iter().all(|m| m.index < n));
+    (0..n).map(whole).collect()
+}
+
+#[tokio::test]
+async fn several_choices_share_a_stream() {
+    // More choices than places in the batch, too.
+    for max_batch_requests in [4, 2, 1] {
+        let engine = EngineConfig { max_batch_requests, ..Options::default().engine };
+        let server = TestServer::start(Options { engine, ..Options::default() }).await;
+        let same = choices(&server, sampling(|s| (s.n, s.max_new_tokens) = (Some(3), Some(30)))).await;
+        let said = String::from_utf8_lossy(&said(1, 30)).into_owned();
+        for (text, finish) in &same {
+            assert_eq!((text, finish.reason()), (&said, FinishReason::Length));
+            assert_eq!(finish.usage.map(|u| (u.prompt_tokens, u.generated_tokens)), Some((1, 30)));
+        }
+
+        let seeded = |n, seed| {
+            let tuned = |s: &mut SamplingParams| {
+                (s.n, s.temperature, s.seed, s.max_new_tokens) = (Some(n), Some(3.0), Some(seed), Some(24));
+                s.allowed_token_ids = (97..123).collect();
+            };
+            sampling(tuned)
+        };
+        let texts = |choices: Vec<(String, Finish)>| choices.into_iter().map(|(text, _)| text).collect::<Vec<_>>();
+        let four = texts(choices(&server, seeded(4, 9)).await);
+        assert!((0..4).all(|i| (0..i).all(|j| four[i] != four[j])), "{four:?}");
+        let (two, again, _) = tokio::join!(choices(&server, seeded(2, 9)), choices(&server, seeded(4, 9)), choices(&server, seeded(3, 1)));
+        assert_eq!(texts(two), four[..2]);
+        assert_eq!(texts(again), four);
+        assert_eq!(texts(choices(&server, seeded(1, 9)).await), four[..1]);
+    }
+}
+
+#[tokio::test]
+async fn each_choice_has_its_own_end() {
+    let server = TestServer::start(Options::default()).await;
+    let tuned = |s: &mut SamplingParams| {
+        (s.n, s.temperature, s.seed) = (Some(4), Some(1.0), Some(3));
+        (s.allowed_token_ids, s.stop, s.max_new_tokens) = (vec![97, 98, 99], vec!["ab".into()], Some(12));
+        (s.stop_token_ids, s.logprobs, s.min_new_tokens) = (vec![99], Some(1), Some(1));
+    };
+    let ends = choices(&server, sampling(tuned)).await;
+    for (text, finish) in &ends {
+        assert!(!text.contains("ab") && !text.contains('c'), "{text}");
+        match &finish.matched {
+            Some(Matched::StopTokenId(id)) => assert_eq!(*id, 99),
+            Some(Matched::StopString(stop)) => assert_eq!(stop, "ab"),
+            None => assert_eq!((finish.reason(), text.len()), (FinishReason::Length, 12)),
+        }
+    }
+    let lengths: std::collections::HashSet<usize> = ends.iter().map(|(text, _)| text.len()).collect();
+    assert!(lengths.len() > 1, "{ends:?}");
+}
+
+#[tokio::test]
+async fn a_deadline_ends_all_choices_that_go_on() {
+    let server = TestServer::start(Options::endless()).await;
+    let request = sampling(|s| (s.n, s.max_new_tokens) = (Some(3), Some(1 << 20)));
+    let request = GenerateRequest { timeout_seconds: Some(0.2), ..request };
+    let (messages, end) = collect(server.client().await.generate(request).await.unwrap().into_inner()).await;
+    assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
+    assert!((0..3).all(|index| messages.iter().any(|m| m.index == index)));
+    server.metric_reaches("hardmax_requests_total", &[("method", "Generate"), ("code", "DEADLINE_EXCEEDED")], 1.0).await;
+    assert_eq!(text(&server, generate("a", 2)).await, "Gr");
+}
+
+#[tokio::test]
+async fn what_was_computed_before_is_told() {
+    let server = TestServer::start(Options::default()).await;
+    let long = generate(&"z".repeat(100), 3);
+    let usages = [choices(&server, long.clone()).await, choices(&server, long).await].map(|choices| choices[0].1.usage.unwrap());
+    assert_eq!(usages.map(|u| (u.prompt_tokens, u.generated_tokens)), [(100, 3); 2]);
+    assert_eq!(usages[0].cached_prompt_tokens, 0);
+    assert!((64..100).contains(&usages[1].cached_prompt_tokens), "{usages:?}");
+}
+
+#[tokio::test]
+async fn a_queue_is_full_by_tokens_as_well() {
+    let engine = EngineConfig { max_batch_requests: 1, max_queue_tokens: 10, ..Options::default().engine };
+    let server = TestServer::start(Options { engine, gate_open: false, ..Options::default() }).await;
+    let mut client = server.client().await;
+    let running = client.generate(generate("a", 2)).await.unwrap();
+    server.gate.step(1).await;
+    let waiting = client.generate(generate("aaaaaa", 2)).await.unwrap();
+    let status = client.generate(generate("aaaaaa", 2)).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(retry_after(&status).is_some_and(|delay| !delay.is_zero()) && status.message().contains("10 prompt tokens"), "{status:?}");
+    assert!(client.generate(generate("aaaa", 2)).await.is_ok());
+    server.gate.open();
+    for accepted in [running, waiting] {
+        assert!(collect(accepted.into_inner()).await.1.is_none());
+    }
+}
+
+#[tokio::test]
+async fn any_priority_is_served() {
+    let server = TestServer::start(Options::default()).await;
+    for priority in [i32::MIN, -1, 0, 1, i32::MAX] {
+        assert_eq!(text(&server, GenerateRequest { priority, ..generate("a", 2) }).await, "Gr");
+        let score = ScoreRequest { input: Some(Input::Text("ab".into())), priority, ..Default::default() };
+        assert!(soon(server.client().await.score(score)).await.is_ok());
+    }
 }
 
 #[tokio::test]
@@ -169,7 +354,9 @@ async fn the_model_describes_itself() {
     assert_eq!(info.parameters - info.active_parameters, 3 * 3 * 4 * 8);
     let limits = info.limits.unwrap();
     assert_eq!((limits.max_context_tokens, limits.max_batch_requests, limits.max_queue_requests), (256, 4, 8));
-    assert_eq!(limits.max_receive_message_bytes, 4 << 20);
+    assert_eq!((limits.max_queue_tokens, limits.cache_block_tokens), (1 << 20, 16));
+    assert!(limits.cache_tokens >= 256);
+    assert_eq!((limits.max_receive_message_bytes, limits.max_tokenize_bytes, limits.max_choices), (4 << 20, MAX_TOKENIZE as u64, 4));
     assert_eq!(info.server_version, env!("CARGO_PKG_VERSION"));
 }
 
@@ -218,6 +405,26 @@ async fn bad_arguments_name_their_field() {
         (sampling(|s| s.top_p = Some(1.5)), "sampling.top_p"),
         (sampling(|s| s.min_p = Some(1.0)), "sampling.min_p"),
         (sampling(|s| s.repetition_penalty = Some(0.0)), "sampling.repetition_penalty"),
+        (sampling(|s| s.repetition_penalty = Some(f32::INFINITY)), "sampling.repetition_penalty"),
+        (sampling(|s| s.n = Some(0)), "sampling.n"),
+        (sampling(|s| s.min_new_tokens = Some(5)), "sampling.min_new_tokens"),
+        (sampling(|s| s.presence_penalty = Some(f32::NAN)), "sampling.presence_penalty"),
+        (sampling(|s| s.presence_penalty = Some(2.5)), "sampling.presence_penalty"),
+        (sampling(|s| s.frequency_penalty = Some(f32::NEG_INFINITY)), "sampling.frequency_penalty"),
+        (sampling(|s| s.frequency_penalty = Some(-2.5)), "sampling.frequency_penalty"),
+        (sampling(|s| s.logit_bias = vec![bias(7, 1.0), bias(8, f32::NAN)]), "sampling.logit_bias[1].bias"),
+        (sampling(|s| s.logit_bias = vec![bias(7, 101.0)]), "sampling.logit_bias[0].bias"),
+        (sampling(|s| s.logit_bias = vec![bias(VOCAB as u32, 1.0)]), "sampling.logit_bias[0].token_id"),
+        (sampling(|s| s.logit_bias = vec![bias(7, 1.0), bias(7, 1.0)]), "sampling.logit_bias[1].token_id"),
+        (sampling(|s| s.logit_bias = vec![bias(7, 1.0); 2000]), "sampling.logit_bias"),
+        (sampling(|s| s.allowed_token_ids = vec![1, VOCAB as u32]), "sampling.allowed_token_ids[1]"),
+        (sampling(|s| s.allowed_token_ids = vec![1, 2, 1]), "sampling.allowed_token_ids[2]"),
+        (sampling(|s| (s.allowed_token_ids, s.min_new_tokens) = (vec![EOS], Some(1))), "sampling.allowed_token_ids"),
+        (sampling(|s| s.stop_token_ids = vec![1; 2000]), "sampling.stop_token_ids"),
+        (GenerateRequest { timeout_seconds: Some(0.0), ..generate("a", 1) }, "timeout_seconds"),
+        (GenerateRequest { timeout_seconds: Some(-1.0), ..generate("a", 1) }, "timeout_seconds"),
+        (GenerateRequest { timeout_seconds: Some(f64::NAN), ..generate("a", 1) }, "timeout_seconds"),
+        (GenerateRequest { timeout_seconds: Some(f64::INFINITY), ..generate("a", 1) }, "timeout_seconds"),
         (sampling(|s| s.logprobs = Some(21)), "sampling.logprobs"),
         (sampling(|s| s.stop = vec![String::new()]), "sampling.stop[0]"),
         (sampling(|s| s.stop_token_ids = vec![u32::MAX]), "sampling.stop_token_ids[0]"),
@@ -235,6 +442,8 @@ async fn bad_arguments_name_their_field() {
     assert_eq!((no_input.code(), field(&no_input).as_str()), (Code::InvalidArgument, "input"));
     let request = ScoreRequest { input: Some(Input::Text("ab".into())), alternatives: Some(21), ..Default::default() };
     assert_eq!(field(&soon(client.score(request)).await.unwrap_err()), "alternatives");
+    let request = ScoreRequest { input: Some(Input::Text("ab".into())), timeout_seconds: Some(f64::NAN), ..Default::default() };
+    assert_eq!(field(&soon(client.score(request)).await.unwrap_err()), "timeout_seconds");
     let status = client.detokenize(DetokenizeRequest { token_ids: vec![0, 257], ..Default::default() }).await.unwrap_err();
     assert_eq!((status.code(), field(&status).as_str()), (Code::InvalidArgument, "token_ids[1]"));
 }
@@ -283,6 +492,10 @@ async fn what_is_too_long_is_out_of_range() {
     assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "prompt"));
     let status = client.generate(generate("a", u32::MAX)).await.unwrap_err();
     assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "sampling.max_new_tokens"));
+    let status = client.generate(sampling(|s| s.n = Some(u32::MAX))).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "sampling.n"));
+    let status = client.generate(sampling(|s| (s.min_new_tokens, s.max_new_tokens) = (Some(256), None))).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "sampling.min_new_tokens"));
     let status = client.generate(generate(&"a".repeat(2000), 1)).await.unwrap_err();
     assert_eq!(status.code(), Code::OutOfRange, "a message above the limit: {status:?}");
     assert!(status.message().contains("1024"), "{}", status.message());
@@ -350,6 +563,56 @@ async fn a_deadline_in_mid_stream() {
     assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
     assert!(!messages.is_empty() && messages.iter().all(|m| m.finish.is_none()));
     server.metric_reaches("hardmax_request_finished_total", &[("reason", "deadline")], 1.0).await;
+}
+
+#[tokio::test]
+async fn a_timeout_in_the_message_is_a_deadline() {
+    let server = TestServer::start(Options::endless()).await;
+    let mut client = server.client().await;
+    let hurried = |seconds| GenerateRequest { timeout_seconds: Some(seconds), ..generate("a", 1 << 20) };
+    let (messages, end) = collect(client.generate(hurried(0.15)).await.unwrap().into_inner()).await;
+    assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
+    assert!(!messages.is_empty() && messages.iter().all(|m| m.finish.is_none()));
+
+    // The earlier one counts, whichever it is.
+    let mut request = Request::new(hurried(1e6));
+    request.set_timeout(Duration::from_millis(100));
+    let (_, end) = collect(client.generate(request).await.unwrap().into_inner()).await;
+    assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
+    let mut request = Request::new(hurried(0.1));
+    request.set_timeout(Duration::from_secs(1000));
+    let (_, end) = collect(client.generate(request).await.unwrap().into_inner()).await;
+    assert_eq!(end.unwrap().code(), Code::DeadlineExceeded);
+    server.metric_reaches("hardmax_request_finished_total", &[("reason", "deadline")], 3.0).await;
+
+    let patient = GenerateRequest { timeout_seconds: Some(1e300), ..generate("a", 2) };
+    let (messages, end) = collect(client.generate(patient).await.unwrap().into_inner()).await;
+    assert!(end.is_none() && messages.last().unwrap().finish.is_some());
+}
+
+#[tokio::test]
+async fn a_timeout_in_the_message_ends_a_score_in_the_middle_of_a_step() {
+    let server = TestServer::start(Options { gate_open: false, ..Options::default() }).await;
+    let score = ScoreRequest { input: Some(Input::Text("ab".into())), timeout_seconds: Some(0.05), ..Default::default() };
+    assert_eq!(soon(server.client().await.score(score)).await.unwrap_err().code(), Code::DeadlineExceeded);
+}
+
+#[tokio::test]
+async fn a_long_text_is_tokenised_in_parts() {
+    let server = TestServer::start(Options::default()).await;
+    let mut client = server.client().await;
+    let request = |bytes| TokenizeRequest { text: "a".repeat(bytes), ..Default::default() };
+    assert_eq!(soon(client.tokenize(request(MAX_TOKENIZE))).await.unwrap().into_inner().tokens.len(), MAX_TOKENIZE);
+    let status = soon(client.tokenize(request(MAX_TOKENIZE + 1))).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "text"));
+}
+
+#[tokio::test]
+async fn what_the_server_cannot_read_is_counted_as_that() {
+    let server = TestServer::start(Options::default()).await;
+    let answer = RawCall::new("Score", &ScoreRequest::default()).header("grpc-encoding", "br").send(&server).await;
+    assert_eq!(answer.code(), Some(Code::Unimplemented), "{answer:?}");
+    server.metric_reaches("hardmax_requests_total", &[("method", "Score"), ("code", "UNIMPLEMENTED")], 1.0).await;
 }
 
 #[tokio::test]

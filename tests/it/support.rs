@@ -55,6 +55,8 @@ pub const VOCAB: usize = 257;
 pub const POISON: u32 = 255;
 /// A prompt with this token makes the model panic.
 pub const PANIC: u32 = 254;
+/// Longest text of a Tokenize, in bytes.
+pub const MAX_TOKENIZE: usize = 256 << 10;
 /// The served name.
 pub const MODEL: &str = "fake";
 
@@ -225,6 +227,7 @@ impl Default for Options {
                 max_queue_requests: 8,
                 max_step_tokens: 64,
                 max_new_tokens: 1 << 20,
+                max_choices: 4,
                 event_buffer: 64,
                 reader_timeout: PATIENCE,
                 ..EngineConfig::default()
@@ -344,6 +347,7 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         routing: options.routing,
         sampling: SamplingDefaults::default(),
         max_receive_bytes: options.max_receive_bytes,
+        max_tokenize_bytes: MAX_TOKENIZE,
         max_send_bytes: 64 << 20,
     };
     let model = Box::new(FakeModel { spec: spec(options.max_context), gate });

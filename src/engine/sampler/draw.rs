@@ -74,7 +74,7 @@ impl Draw {
         self.pick_key(&keys, max)
     }
 
-    /// What the filters leave, in an order that depends on the row alone.
+    /// What the filters leave, in an order that depends on the row alone. One of them at least is on.
     fn filter(&self, row: &Row<'_>) -> Vec<Key> {
         if self.min_p == 0.0 && self.top_k == 0 {
             return self.nucleus(row);
@@ -251,14 +251,20 @@ mod tests {
                 values[random.random_range(0..len)] = f32::NEG_INFINITY;
             }
             values[random.random_range(0..len)] = width;
-            let params = GenerateParams {
+            let mut params = GenerateParams {
                 temperature: random.random_range(0.1..2.0),
-                top_k: if random.random_bool(0.5) { random.random_range(0..=len + 1) } else { random.random_range(0..60) },
+                top_k: if random.random_bool(0.3) { random.random_range(0..=len + 1) } else { random.random_range(0..60) },
                 top_p: if random.random_bool(0.7) { random.random_range(0.001..0.9999) } else { 1.0 },
-                min_p: if random.random_bool(0.5) { random.random_range(0.0..0.5) } else { 0.0 },
+                min_p: random.random_range(0.0..0.5),
                 ..GenerateParams::default()
             };
-            let draw = Draw::new(&GenerateParams { top_k: if round % 3 == 0 { 0 } else { params.top_k }, ..params }, 1);
+            match round % 3 {
+                // Top-p alone.
+                0 => (params.top_k, params.min_p, params.top_p) = (0, 0.0, params.top_p.min(0.999)),
+                1 => params.min_p = 0.0,
+                _ => {}
+            }
+            let draw = Draw::new(&params, 1);
             let (peak, maxima, _) = row::maxima(&values);
             let kept = draw.filter(&Row { values: &values, max: peak.value, maxima: &maxima });
             let mut ids: Vec<u32> = kept.iter().map(|key| key.index()).collect();

@@ -1,4 +1,4 @@
-//! Experts on the CPU: weights stacked once, routed rows sorted by expert, register tiles spread over rayon's threads.
+//! Experts on the CPU: weights stacked once, routed rows sorted by expert, all experts in one list of tasks.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result},
     moe::plan::DispatchPlan,
     ops::{
-        cpu::{Group, Grouped, Isa, Weight},
+        cpu::{Arithmetic, Data, Expert, Input, Matrix, Scratch},
         cpu_slice,
     },
 };
@@ -17,25 +17,30 @@ use crate::{
 /// Grouped expert execution for f32 or bf16 weights and f32 activations.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuKernel {
-    isa: Isa,
+    arithmetic: Arithmetic,
 }
 
 impl Default for CpuKernel {
     fn default() -> Self {
-        Self { isa: Isa::detect() }
+        Self::new(Arithmetic::exact())
     }
 }
 
 impl CpuKernel {
-    /// With plain Rust loops, whatever the CPU has.
-    pub fn portable() -> Self {
-        Self { isa: Isa::Portable }
+    /// With this arithmetic.
+    pub fn new(arithmetic: Arithmetic) -> Self {
+        Self { arithmetic }
     }
 
-    fn run<W: Weight>(&self, x_td: &[f32], plan: &DispatchPlan, gate_up: &[W], down: &[W], d: usize, f: usize) -> Vec<f32> {
-        let groups: Vec<Group> = plan.active().map(|(expert, rows)| Group { rows, matrix: expert }).collect();
-        let hidden_rf = Grouped { isa: self.isa, x: x_td, source: Some(&plan.tokens), groups: &groups, weights: gate_up, k: d }.swiglu(f);
-        let out_rd = Grouped { isa: self.isa, x: &hidden_rf, source: None, groups: &groups, weights: down, k: f }.linear(d);
+    fn run<'a>(&self, x_td: &[f32], plan: &DispatchPlan, gate_up: Data<'a>, down: Data<'a>, (e, d, f): (usize, usize, usize)) -> Vec<f32> {
+        let (gate_up, down) = (Matrix::new(gate_up, e * 2 * f, d), Matrix::new(down, e * d, f));
+        let experts: Vec<Expert<'_>> = plan
+            .active()
+            .map(|(expert, rows)| Expert { gate_up: gate_up.part(expert * 2 * f, 2 * f), down: down.part(expert * d, d), rows })
+            .collect();
+        let mut out_rd = vec![0f32; plan.tokens.len() * d];
+        let input = Input { x: x_td, k: d, source: Some(&plan.tokens) };
+        self.arithmetic.experts(&mut Scratch::default(), input, &experts, &mut out_rd);
         combine(&out_rd, plan, d)
     }
 }
@@ -43,14 +48,14 @@ impl CpuKernel {
 impl ExpertKernel for CpuKernel {
     fn grouped(&self, x_td: &Tensor, plan: &DispatchPlan, experts: &Experts) -> Result<Tensor> {
         let (t, d) = x_td.dims2()?;
-        let f = experts.down.dim(2)?;
+        let sizes = (experts.down.dim(0)?, d, experts.down.dim(2)?);
         let x_td = x_td.contiguous()?;
         let out = cpu_slice::<f32, _>(&x_td, |x| match experts.gate_up.dtype() {
             DType::F32 => cpu_slice::<f32, _>(&experts.gate_up, |gate_up| {
-                cpu_slice::<f32, _>(&experts.down, |down| Ok(self.run(x, plan, gate_up, down, d, f)))
+                cpu_slice::<f32, _>(&experts.down, |down| Ok(self.run(x, plan, Data::F32(gate_up), Data::F32(down), sizes)))
             }),
             DType::BF16 => cpu_slice::<bf16, _>(&experts.gate_up, |gate_up| {
-                cpu_slice::<bf16, _>(&experts.down, |down| Ok(self.run(x, plan, gate_up, down, d, f)))
+                cpu_slice::<bf16, _>(&experts.down, |down| Ok(self.run(x, plan, Data::Bf16(gate_up), Data::Bf16(down), sizes)))
             }),
             other => Err(Error::Internal(format!("the cpu kernel has no {other:?} weights"))),
         })?;

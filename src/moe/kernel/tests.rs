@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use super::{CpuKernel, ExpertKernel, Experts, ReferenceKernel};
 use crate::{
     moe::{SparseRouting, plan::DispatchPlan},
-    ops::cpu::Isa,
+    ops::cpu::{Arithmetic, Bf16Unit, Isa, Reduction},
 };
 
 /// Sizes of one case, and who goes where.
@@ -56,9 +56,20 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
-fn kernels() -> Vec<CpuKernel> {
-    let best = CpuKernel::default();
-    if Isa::detect() == Isa::Portable { vec![best] } else { vec![best, CpuKernel::portable()] }
+/// How far each may be from the reference, relative to the largest value: with a bf16 unit, activations are rounded.
+fn kernels() -> Vec<(CpuKernel, f32)> {
+    let mut kernels = Vec::new();
+    for reduction in [Reduction::Fastest, Reduction::BatchInvariant] {
+        let best = Arithmetic::detect(reduction);
+        kernels.push((CpuKernel::new(Arithmetic::portable(reduction)), 2e-6));
+        if best.isa != Isa::Portable {
+            kernels.push((CpuKernel::new(Arithmetic { bf16: Bf16Unit::None, ..best }), 2e-6));
+        }
+        if best.bf16 != Bf16Unit::None {
+            kernels.push((CpuKernel::new(best), 1e-2));
+        }
+    }
+    kernels
 }
 
 #[test]
@@ -75,10 +86,11 @@ fn cpu_equals_reference() {
             let experts = Experts { gate_up: wide.gate_up.to_dtype(dtype).unwrap(), down: wide.down.to_dtype(dtype).unwrap() };
             let wanted = ReferenceKernel.grouped(&x, &plan, &experts).unwrap();
             let scale = wanted.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-            for kernel in kernels() {
+            for (kernel, tolerance) in kernels() {
+                let tolerance = if dtype == DType::F32 { 2e-6 } else { tolerance };
                 let found = kernel.grouped(&x, &plan, &experts).unwrap();
                 let difference = largest_difference(&found, &wanted);
-                assert!(difference <= 2e-6 * scale, "{}, {dtype:?}, {kernel:?}: {difference} of {scale}", case.name);
+                assert!(difference <= tolerance * scale, "{}, {dtype:?}, {kernel:?}: {difference} of {scale}", case.name);
             }
         }
     }
@@ -95,7 +107,7 @@ fn a_token_alone_gets_the_same_bits() {
         expert_ids: tokens.clone().flat_map(|t| [(t % experts) as u32, ((t + 1) % experts) as u32]).collect(),
         weights: tokens.flat_map(|t| [0.7, 0.3 + t as f32 * 0.01]).collect(),
     };
-    for kernel in kernels() {
+    for kernel in [CpuKernel::default(), CpuKernel::new(Arithmetic::portable(Reduction::BatchInvariant))] {
         let whole = kernel.grouped(&x, &DispatchPlan::new(&routing(0..tokens), experts), &weights).unwrap().to_vec2::<f32>().unwrap();
         for (token, wanted) in whole.iter().enumerate() {
             let alone = x.narrow(0, token, 1).unwrap();

@@ -1,11 +1,23 @@
-//! Causal attention of ragged queries over cached keys and values.
+//! Causal attention of ragged queries over cached keys and values, where they lie.
 //!
-//! Each (token, head) is computed alone and walks its keys in order of position: a result does not depend on the
-//! batch, nor on how a prompt was cut into chunks.
+//! Lanes are queries: up to 48 (token, head) pairs that share a key-value head are worked on at once, and keys and values are read
+//! one element at a time, spread over the lanes, as in [`super::panel`]. Softmax runs on line, in chunks of positions that start at
+//! multiples of [`CHUNK`], and every sum runs in order of position: what a query gets does not depend on the other queries, nor on
+//! how a prompt was cut, nor on the blocks of the cache.
 
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
-use rayon::prelude::*;
+use super::{
+    exp::exp,
+    matmul::parallel,
+    pack::{BLOCK, Line},
+    panel::{self, MAX_BLOCKS, MAX_ROWS},
+    simd::{Isa, Portable, Simd},
+    sink::Disjoint,
+};
+
+/// Positions whose scores are held at once.
+const CHUNK: usize = 64;
 
 /// Sizes that all sequences share.
 #[derive(Clone, Copy, Debug)]
@@ -65,61 +77,409 @@ impl KeyLayout<'_> {
     }
 }
 
-/// `q [T, H, hd]`, T the new tokens of all sequences in order: `[T, H, hd]`.
-pub(crate) fn attention(q: &[f32], sequences: &[KeyValue<'_>], shape: AttentionShape) -> Vec<f32> {
-    let row = shape.heads * shape.head_dim;
-    let owners: Vec<(usize, usize)> =
-        sequences.iter().enumerate().flat_map(|(s, sequence)| (0..sequence.new).map(move |i| (s, sequence.past + i))).collect();
-    let mut out = vec![0f32; q.len()];
-    out.par_chunks_mut(row).zip(q.par_chunks(row)).zip(&owners).for_each_init(Vec::new, |scores, ((out, q), &(sequence, position))| {
-        for head in 0..shape.heads {
-            let span = head * shape.head_dim..(head + 1) * shape.head_dim;
-            one_head(&q[span.clone()], &mut out[span], &sequences[sequence], head, position, shape, scores);
+/// `q [T, H, hd]`, T the new tokens of all sequences in order: `[T, H, hd]` into `out`.
+pub(crate) fn attention(isa: Isa, q: &[f32], sequences: &[KeyValue<'_>], shape: AttentionShape, out: &mut [f32]) {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+    let tokens: usize = sequences.iter().map(|sequence| sequence.new).sum();
+    assert!(
+        q.len() == tokens * heads * head_dim && out.len() == q.len() && heads.is_multiple_of(kv_heads),
+        "attention of other sizes: this is a bug"
+    );
+    let out = Disjoint::new(out);
+    let lanes = BLOCK * if isa_lanes(isa) == BLOCK { MAX_BLOCKS } else { 1 };
+    let groups = |sequence: &KeyValue<'_>| (sequence.new * (heads / kv_heads)).div_ceil(lanes);
+    let count = sequences.iter().map(|sequence| groups(sequence) * kv_heads).sum();
+    parallel(count, |index| {
+        // Late queries see more keys: the largest tasks first.
+        let (mut rest, mut first_token) = (count - 1 - index, 0);
+        for sequence in sequences {
+            let mine = groups(sequence) * kv_heads;
+            if rest >= mine {
+                rest -= mine;
+                first_token += sequence.new;
+                continue;
+            }
+            let (group, kv_head) = (rest / kv_heads, rest % kv_heads);
+            let total = sequence.new * (heads / kv_heads);
+            let task = Task { q, out: &out, sequence, shape, kv_head, first_token, queries: group * lanes..total.min((group + 1) * lanes) };
+            match isa {
+                // SAFETY: `Isa` values other than Portable are made by `Isa::detect` (or tests that ask it first); so below.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => unsafe { run_avx512(&task) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => unsafe { run_avx2(&task) },
+                // SAFETY: Portable needs nothing.
+                Isa::Portable => unsafe { run::<Portable>(&task) },
+            }
+            return;
         }
     });
-    out
 }
 
-fn one_head(
-    q: &[f32],
-    out: &mut [f32],
-    sequence: &KeyValue<'_>,
-    head: usize,
-    position: usize,
+fn isa_lanes(isa: Isa) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => 16,
+        _ => 8,
+    }
+}
+
+/// Queries of one sequence that share a key-value head.
+struct Task<'a> {
+    q: &'a [f32],
+    out: &'a Disjoint<'a, f32>,
+    sequence: &'a KeyValue<'a>,
     shape: AttentionShape,
-    scores: &mut Vec<f32>,
-) {
-    let first = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
-    let kv_head = head / (shape.heads / shape.kv_heads);
-    let rows = || {
-        let runs = sequence.layout.runs(first..position + 1, kv_head, shape);
-        runs.flat_map(|(start, stride, rows)| (0..rows).map(move |row| start + row * stride..start + row * stride + shape.head_dim))
-    };
-    let scale = 1.0 / (shape.head_dim as f32).sqrt();
+    kv_head: usize,
+    /// First new token of the sequence in `q`.
+    first_token: usize,
+    /// Token by token, and within a token head by head.
+    queries: Range<usize>,
+}
 
-    scores.clear();
-    scores.extend(rows().map(|row| dot(q, &sequence.keys[row]) * scale));
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0f32;
-    scores.iter_mut().for_each(|s| {
-        *s = (*s - max).exp();
-        sum += *s;
-    });
-    for (row, weight) in rows().zip(scores.iter()) {
-        let weight = weight / sum;
-        out.iter_mut().zip(&sequence.values[row]).for_each(|(out, v)| *out += weight * v);
+impl Task<'_> {
+    /// The token of a query, counted from the first new one.
+    fn token(&self, query: usize) -> usize {
+        query / self.group()
+    }
+
+    /// Query heads of a key-value head.
+    fn group(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// Where the elements of a query are.
+    fn elements(&self, query: usize) -> Range<usize> {
+        let head = self.kv_head * self.group() + query % self.group();
+        let start = ((self.first_token + self.token(query)) * self.shape.heads + head) * self.shape.head_dim;
+        start..start + self.shape.head_dim
     }
 }
 
-/// Eight partial sums, which the compiler turns into vector lanes; then the tail.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 8];
-    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let tail: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a8.zip(b8) {
-        for i in 0..8 {
-            lanes[i] += a[i] * b[i];
+/// Buffers of a task, by block of lanes.
+#[derive(Default)]
+struct Buffers {
+    /// `[blocks][head_dim]`, scaled.
+    queries: Vec<Line>,
+    /// `[blocks][CHUNK]`.
+    scores: Vec<Line>,
+    /// `[blocks][head_dim]`.
+    sums: Vec<Line>,
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn run_avx512(task: &Task<'_>) {
+    // SAFETY: the target features are enabled here.
+    unsafe { run::<super::simd::x86::Avx512>(task) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2(task: &Task<'_>) {
+    // SAFETY: the target features are enabled here.
+    unsafe { run::<super::simd::x86::Avx2>(task) }
+}
+
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn run<S: Simd>(task: &Task<'_>) {
+    let (shape, sequence) = (task.shape, task.sequence);
+    let hd = shape.head_dim;
+    let blocks = task.queries.len().div_ceil(BLOCK);
+    let mut buffers = BUFFERS.take();
+    for (buffer, lines) in [(&mut buffers.queries, hd), (&mut buffers.scores, CHUNK), (&mut buffers.sums, hd)] {
+        buffer.clear();
+        buffer.resize(blocks * lines, Line::ZERO);
+    }
+    let Buffers { queries, scores, sums } = &mut buffers;
+    // Lanes without a query see one key, and nobody sees them.
+    let mut positions = [[sequence.past; BLOCK]; MAX_BLOCKS];
+    let scale = 1.0 / (hd as f32).sqrt();
+    for (lane, query) in task.queries.clone().enumerate() {
+        positions[lane / BLOCK][lane % BLOCK] = sequence.past + task.token(query);
+        let elements = &task.q[task.elements(query)];
+        for (line, element) in queries[lane / BLOCK * hd..].iter_mut().zip(elements) {
+            line.0[lane % BLOCK] = element * scale;
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    let (oldest, newest) = (sequence.past + task.token(task.queries.start), sequence.past + task.token(task.queries.end - 1));
+    let seen_from = |position: usize| shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let mut largest = [Line([f32::NEG_INFINITY; BLOCK]); MAX_BLOCKS];
+    let mut totals = [Line::ZERO; MAX_BLOCKS];
+
+    let mut start = seen_from(oldest) / CHUNK * CHUNK;
+    while start <= newest {
+        let end = (newest + 1).min(start + CHUNK);
+        // Scores of all lanes with the keys of this chunk.
+        let mut row = 0;
+        for (first, stride, count) in sequence.layout.runs(start..end, task.kv_head, shape) {
+            for tile in (0..count).step_by(MAX_ROWS / (BLOCK / S::LANES)) {
+                let rows = (count - tile).min(MAX_ROWS / (BLOCK / S::LANES));
+                let w: [*const f32; MAX_ROWS] =
+                    std::array::from_fn(|r| sequence.keys[first + (tile + r.min(rows - 1)) * stride..][..hd].as_ptr());
+                let inputs: [*const f32; MAX_BLOCKS] =
+                    std::array::from_fn(|b| queries[b.min(blocks - 1) * hd..][..hd].as_ptr().cast::<f32>());
+                let mut products = [[Line::ZERO; MAX_BLOCKS]; MAX_ROWS];
+                // SAFETY: the CPU has `S`; rows have hd elements, and the lines hd of them.
+                unsafe { panel::products::<S>(w, &inputs[..blocks], hd, &mut products) };
+                for b in 0..blocks {
+                    for r in 0..rows {
+                        scores[b * CHUNK + row + r] = products[r][b];
+                    }
+                }
+                row += rows;
+            }
+        }
+        // Where a lane must not look.
+        if end > oldest + 1 || start < seen_from(newest) {
+            for b in 0..blocks {
+                for (line, position) in scores[b * CHUNK..b * CHUNK + row].iter_mut().zip(start..) {
+                    for lane in 0..BLOCK {
+                        let query = positions[b][lane];
+                        if position > query || position < seen_from(query) {
+                            line.0[lane] = f32::NEG_INFINITY;
+                        }
+                    }
+                }
+            }
+        }
+        for b in 0..blocks {
+            let scale = soften(&mut scores[b * CHUNK..b * CHUNK + row], &mut largest[b], &mut totals[b]);
+            for line in &mut sums[b * hd..(b + 1) * hd] {
+                for lane in 0..BLOCK {
+                    line.0[lane] *= scale.0[lane];
+                }
+            }
+        }
+        // Values of this chunk, added in order of position.
+        let mut row = 0;
+        for (first, stride, count) in sequence.layout.runs(start..end, task.kv_head, shape) {
+            let values = &sequence.values[first..first + (count - 1) * stride + hd];
+            // SAFETY: the CPU has `S`; `values` has `count` rows of hd elements, scores at least as many lines.
+            unsafe { add_values::<S>(values, stride, count, &scores[row..], sums, hd, blocks) };
+            row += count;
+        }
+        start += CHUNK;
+    }
+
+    for (lane, query) in task.queries.clone().enumerate() {
+        let (block, lane) = (lane / BLOCK, lane % BLOCK);
+        let inverse = 1.0 / totals[block].0[lane];
+        // SAFETY: each query has its own elements.
+        let out = unsafe { task.out.slice(task.elements(query)) };
+        for (to, line) in out.iter_mut().zip(&sums[block * hd..]) {
+            *to = line.0[lane] * inverse;
+        }
+    }
+    BUFFERS.set(buffers);
+}
+
+/// Scores to weights `exp(score - largest)`, 0 where the score is -∞; the factor for what was summed under the old `largest`.
+#[inline(always)]
+fn soften(scores: &mut [Line], largest: &mut Line, total: &mut Line) -> Line {
+    let mut max = *largest;
+    for line in scores.iter() {
+        for lane in 0..BLOCK {
+            max.0[lane] = if line.0[lane] > max.0[lane] { line.0[lane] } else { max.0[lane] };
+        }
+    }
+    let mut factor = Line::ZERO;
+    // A lane that has seen nothing yet has no largest score.
+    let mut shift = max;
+    for lane in 0..BLOCK {
+        shift.0[lane] = if max.0[lane] == f32::NEG_INFINITY { 0.0 } else { max.0[lane] };
+        factor.0[lane] = if largest.0[lane] == f32::NEG_INFINITY { 0.0 } else { exp(largest.0[lane] - shift.0[lane]) };
+    }
+    let mut sum = Line::ZERO;
+    for line in scores {
+        for lane in 0..BLOCK {
+            let score = line.0[lane];
+            let weight = if score == f32::NEG_INFINITY { 0.0 } else { exp(score - shift.0[lane]) };
+            line.0[lane] = weight;
+            sum.0[lane] += weight;
+        }
+    }
+    for lane in 0..BLOCK {
+        total.0[lane] = total.0[lane] * factor.0[lane] + sum.0[lane];
+    }
+    *largest = max;
+    factor
+}
+
+/// `sums[b][d] += Σ_row values[row][d] · scores[b][row]`, in order of rows.
+///
+/// # Safety
+/// The CPU has `S`; `values` has `count` rows of `hd` elements, `stride` apart; scores of each block, [`CHUNK`] apart, as many lines.
+#[inline(always)]
+unsafe fn add_values<S: Simd>(values: &[f32], stride: usize, count: usize, scores: &[Line], sums: &mut [Line], hd: usize, blocks: usize) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if S::LANES == BLOCK {
+            match blocks {
+                3 => value_tiles::<S, 8, 3>(values, stride, count, scores, sums, hd),
+                2 => value_tiles::<S, 8, 2>(values, stride, count, scores, sums, hd),
+                _ => value_tiles::<S, 8, 1>(values, stride, count, scores, sums, hd),
+            }
+        } else {
+            value_tiles::<S, 4, 2>(values, stride, count, scores, sums, hd);
+        }
+    }
+}
+
+/// # Safety
+/// As [`add_values`], for `V · LANES / 16` blocks.
+#[inline(always)]
+unsafe fn value_tiles<S: Simd, const R: usize, const V: usize>(
+    values: &[f32],
+    stride: usize,
+    count: usize,
+    scores: &[Line],
+    sums: &mut [Line],
+    hd: usize,
+) {
+    let halves = BLOCK / S::LANES;
+    let mut d = 0;
+    while d < hd {
+        // Rows beyond the last repeat it: loaded before any is stored, they all store the same.
+        let row = |r: usize| (d + r).min(hd - 1);
+        // SAFETY: indices stay within the slices, by the caller's contract.
+        unsafe {
+            let mut tile = [[S::zero(); V]; R];
+            for r in 0..R {
+                for v in 0..V {
+                    tile[r][v] = S::load(sums.as_ptr().add(v / halves * hd + row(r)).cast::<f32>().add(v % halves * S::LANES));
+                }
+            }
+            for i in 0..count {
+                let mut weights = [S::zero(); V];
+                for v in 0..V {
+                    weights[v] = S::load(scores.as_ptr().add(v / halves * CHUNK + i).cast::<f32>().add(v % halves * S::LANES));
+                }
+                for r in 0..R {
+                    let value = S::splat(*values.as_ptr().add(i * stride + row(r)));
+                    for v in 0..V {
+                        tile[r][v] = S::mul_add(value, weights[v], tile[r][v]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for v in 0..V {
+                    S::store(tile[r][v], sums.as_mut_ptr().add(v / halves * hd + row(r)).cast::<f32>().add(v % halves * S::LANES));
+                }
+            }
+        }
+        d += R;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    use super::*;
+
+    fn isas() -> Vec<Isa> {
+        let mut isas = vec![Isa::Portable, Isa::detect()];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            isas.push(Isa::Avx2);
+        }
+        isas
+    }
+
+    fn random(count: usize, rng: &mut StdRng) -> Vec<f32> {
+        (0..count).map(|_| rng.random_range(-2.0..2.0)).collect()
+    }
+
+    /// In f64, one query at a time. Keys and values `[tokens, kv_heads, head_dim]`.
+    fn plain(q: &[f32], keys: &[f32], values: &[f32], past: usize, shape: AttentionShape) -> Vec<f64> {
+        let AttentionShape { heads, kv_heads, head_dim: hd, window } = shape;
+        let mut out = vec![0f64; q.len()];
+        for (index, (q, out)) in q.chunks_exact(hd).zip(out.chunks_exact_mut(hd)).enumerate() {
+            let (position, kv_head) = (past + index / heads, index % heads / (heads / kv_heads));
+            let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let row = |p: usize| (p * kv_heads + kv_head) * hd..(p * kv_heads + kv_head + 1) * hd;
+            let dot = |p: usize| keys[row(p)].iter().zip(q).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum::<f64>() / (hd as f64).sqrt();
+            let scores: Vec<f64> = (first..=position).map(dot).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            for (p, score) in (first..=position).zip(&scores) {
+                out.iter_mut().zip(&values[row(p)]).for_each(|(out, v)| *out += (score - max).exp() / total * f64::from(*v));
+            }
+        }
+        out
+    }
+
+    /// Spreads flat rows over blocks of a cache; its table.
+    fn paged(flat: &[f32], block_tokens: usize, shape: AttentionShape, seed: u64) -> (Vec<f32>, Vec<u32>) {
+        let row = shape.kv_heads * shape.head_dim;
+        let count = (flat.len() / row).div_ceil(block_tokens);
+        let table: Vec<u32> = (0..count as u64).map(|b| ((b * 5 + seed) % (7 * count as u64 + 1)) as u32).collect();
+        let blocks = *table.iter().max().unwrap() as usize + 1;
+        let mut store = vec![f32::NAN; blocks * block_tokens * row];
+        for (p, token) in flat.chunks_exact(row).enumerate() {
+            for (head, values) in token.chunks_exact(shape.head_dim).enumerate() {
+                let at = ((table[p / block_tokens] as usize * shape.kv_heads + head) * block_tokens + p % block_tokens) * shape.head_dim;
+                store[at..at + shape.head_dim].copy_from_slice(values);
+            }
+        }
+        (store, table)
+    }
+
+    #[test]
+    fn agrees_with_plain_sums_and_depends_on_nothing_else() {
+        let mut rng = StdRng::seed_from_u64(1);
+        for (heads, kv_heads, head_dim, window) in
+            [(1, 1, 8, None), (4, 2, 16, None), (6, 2, 10, Some(7)), (8, 1, 64, Some(70)), (3, 3, 34, None)]
+        {
+            let shape = AttentionShape { heads, kv_heads, head_dim, window };
+            for tokens in [1, 5, 63, 64, 65, 150] {
+                let (keys, values) = (random(tokens * kv_heads * head_dim, &mut rng), random(tokens * kv_heads * head_dim, &mut rng));
+                let q = random(tokens * heads * head_dim, &mut rng);
+                let wanted = plain(&q, &keys, &values, 0, shape);
+                let row = heads * head_dim;
+                for isa in isas() {
+                    let mut whole = vec![0.0; q.len()];
+                    let sequence = KeyValue { past: 0, new: tokens, keys: &keys, values: &values, layout: KeyLayout::Flat };
+                    attention(isa, &q, &[sequence], shape, &mut whole);
+                    let worst = whole.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                    assert!(worst < 3e-6, "{isa:?} {shape:?} {tokens}: {worst}");
+                    // The same tokens in two pieces, over blocks of a cache, in a batch with another sequence.
+                    for (block_tokens, cut) in [(8, tokens / 2), (16, tokens - 1)] {
+                        let ((keys, key_table), (values, table)) =
+                            (paged(&keys, block_tokens, shape, 3), paged(&values, block_tokens, shape, 3));
+                        assert_eq!(key_table, table);
+                        let layout = KeyLayout::Paged { table: &table, block_tokens };
+                        let piece = |past, new| KeyValue { past, new, keys: &keys, values: &values, layout };
+                        let mut pieces = vec![0.0; q.len() + row];
+                        let mut queries = q[..row].to_vec();
+                        queries.extend_from_slice(&q);
+                        attention(isa, &queries, &[piece(0, 1), piece(0, cut), piece(cut, tokens - cut)].map(|s| s), shape, &mut pieces);
+                        assert_eq!(pieces[row..], whole, "{isa:?} {shape:?} {tokens} {block_tokens} {cut}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn extremes_stay_finite() {
+        let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 8, window: None };
+        for size in [0.0, 1e-30, 1e3, 1e18] {
+            let keys: Vec<f32> = (0..80 * 8).map(|i| if i % 3 == 0 { size } else { -size }).collect();
+            for isa in isas() {
+                let mut out = vec![0.0; 80 * 8];
+                let sequence = KeyValue { past: 0, new: 80, keys: &keys, values: &vec![1.0; 80 * 8], layout: KeyLayout::Flat };
+                attention(isa, &keys, &[sequence], shape, &mut out);
+                assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5), "{isa:?} {size}");
+            }
+        }
+    }
 }

@@ -1,379 +1,832 @@
-//! Rows times transposed weights, `y[m, n] = Σ_k x[m, k] · w[n, k]`, in register tiles.
+//! Rows times weight matrices, `y[m, n] = Σ_k x[m, k] · w[n, k]`, for one row or thousands, and the experts made of such products.
 //!
-//! Every output element is reduced over k in one order, whatever the number of rows, their position in a tile, or the
-//! number of threads: a token's result does not depend on its batch. (A library GEMM takes another path, with another
-//! order, for one row than for many.)
+//! Three forms, chosen by the number of rows that share a matrix:
+//! * few rows ([`dot`]): weights stream by once; bound by memory;
+//! * many rows, f32 ([`panel`]): register tiles over packed tokens; bf16 and 8-bit weights are widened a few rows at a time;
+//! * many rows, bf16 or 8-bit weights where the CPU multiplies bf16 ([`amx`], AVX512-BF16): activations are rounded to bf16, sums
+//!   are f32.
+//!
+//! All products of a call share one list of tasks, so that experts with one row and experts with a thousand keep all threads busy.
 
-use std::ops::Range;
+use std::{
+    cell::RefCell,
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use half::bf16;
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::{
-    exp::exp,
-    simd::{Isa, Portable, Simd},
+    dot::{self, Emit, FEW_ROWS},
+    matrix::{Data, Matrix, Q8Rows, Row, Rows},
+    pack::{self, BLOCK, Format, Line},
+    panel::{self, MAX_BLOCKS, MAX_ROWS, TileShape},
+    silu,
+    simd::{Bf16Unit, Isa, Portable, Simd},
+    sink::{Disjoint, PackedSink, RowSink, Sink, Store},
 };
 
-/// Rows in a register tile.
-const TILE_ROWS: usize = 4;
-/// Weight rows in a register tile.
-const TILE_COLS: usize = 4;
-/// Rows in a task: they stay in the second-level cache while weights stream by.
-const TASK_ROWS: usize = 128;
-/// Products in a task, at least: smaller ones cost more to hand out than to compute.
+/// Weight rows that are prepared at once: with all k elements they stay in the second-level cache while tokens stream by.
+const STRIP: usize = 64;
+
+/// Multiplications in a task, at least: smaller ones cost more to hand out than to compute.
 const TASK_PRODUCTS: usize = 1 << 16;
 
-/// An element type of weights. Activations are f32.
-pub(crate) trait Weight: Copy + Send + Sync + 'static {
-    /// The value as f32; exact.
-    fn widen(self) -> f32;
+/// Tasks per thread, so that threads end at about the same time.
+const TASKS_PER_THREAD: usize = 6;
 
-    /// # Safety
-    /// As [`Simd::load`].
-    unsafe fn load<S: Simd>(from: *const Self) -> S::Vector;
+/// Rows up to which [`dot`] is not slower than AMX tiles that are mostly empty, and loses nothing to rounding.
+const FEW_BEFORE_TILES: usize = 4;
+
+/// The order in which products are summed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reduction {
+    /// Whatever is fastest for the number of rows: a row alone and the same row among many may differ in the last bits.
+    #[default]
+    Fastest,
+    /// One form for any number of rows: a row gets the same bits in any batch.
+    BatchInvariant,
 }
 
-impl Weight for f32 {
-    fn widen(self) -> f32 {
-        self
-    }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const Self) -> S::Vector {
-        // SAFETY: the caller's contract.
-        unsafe { S::load(from) }
-    }
+/// How products are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arithmetic {
+    /// Vector instructions.
+    pub isa: Isa,
+    /// Instructions for bf16.
+    pub bf16: Bf16Unit,
+    /// Order of sums.
+    pub reduction: Reduction,
 }
 
-impl Weight for bf16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
+impl Arithmetic {
+    /// The best that this CPU has.
+    pub fn detect(reduction: Reduction) -> Self {
+        Self { isa: Isa::detect(), bf16: Bf16Unit::detect(), reduction }
     }
 
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const Self) -> S::Vector {
-        // SAFETY: the caller's contract.
-        unsafe { S::load_bf16(from) }
+    /// The vector instructions of this CPU, in f32 whatever the weights: nothing is rounded, and nothing depends on the batch.
+    pub fn exact() -> Self {
+        Self { isa: Isa::detect(), bf16: Bf16Unit::None, reduction: Reduction::BatchInvariant }
     }
-}
 
-/// `tile[i][j] = rows[i] · weights[j]`.
-///
-/// # Safety
-/// The CPU has `S`; all pointers are readable for `k` elements.
-#[inline(always)]
-unsafe fn tile<S: Simd, W: Weight, const M: usize, const N: usize>(
-    rows: [*const f32; M],
-    weights: [*const W; N],
-    k: usize,
-) -> [[f32; N]; M] {
-    // SAFETY: offsets stay below k.
-    unsafe {
-        let mut sums = [[S::zero(); N]; M];
-        let whole = k / S::LANES * S::LANES;
-        let mut at = 0;
-        while at < whole {
-            let w: [S::Vector; N] = std::array::from_fn(|j| W::load::<S>(weights[j].add(at)));
-            for i in 0..M {
-                let x = S::load(rows[i].add(at));
-                for j in 0..N {
-                    sums[i][j] = S::mul_add(x, w[j], sums[i][j]);
-                }
-            }
-            at += S::LANES;
-        }
-        let mut out = [[0f32; N]; M];
-        for i in 0..M {
-            for j in 0..N {
-                let mut sum = S::sum(sums[i][j]);
-                for tail in whole..k {
-                    sum += *rows[i].add(tail) * (*weights[j].add(tail)).widen();
-                }
-                out[i][j] = sum;
-            }
-        }
-        out
+    /// Plain Rust, whatever the CPU has.
+    pub fn portable(reduction: Reduction) -> Self {
+        Self { isa: Isa::Portable, bf16: Bf16Unit::None, reduction }
     }
 }
 
-/// Calls `tile` for N weight rows and all `rows`, in tiles of rows.
-///
-/// # Safety
-/// As [`tile`].
-#[inline(always)]
-unsafe fn strip<S: Simd, W: Weight, const N: usize>(
-    rows: &[&[f32]],
-    weights: [*const W; N],
-    k: usize,
-    emit: &mut impl FnMut(usize, [f32; N]),
-) {
-    let mut row = 0;
-    // SAFETY: the caller's contract; a row is a slice of k elements.
-    unsafe {
-        while row + TILE_ROWS <= rows.len() {
-            let pointers: [*const f32; TILE_ROWS] = std::array::from_fn(|i| rows[row + i].as_ptr());
-            let result = tile::<S, W, TILE_ROWS, N>(pointers, weights, k);
-            result.into_iter().enumerate().for_each(|(i, values)| emit(row + i, values));
-            row += TILE_ROWS;
-        }
-        while row < rows.len() {
-            let [values] = tile::<S, W, 1, N>([rows[row].as_ptr()], weights, k);
-            emit(row, values);
-            row += 1;
-        }
-    }
+/// Rows of activations.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Input<'a> {
+    /// `[*, k]`.
+    pub(crate) x: &'a [f32],
+    /// Inner dimension.
+    pub(crate) k: usize,
+    /// Row of `x` for each row of the output; `None`: the same row.
+    pub(crate) source: Option<&'a [u32]>,
 }
 
-/// What to do with the products of one task.
-trait Epilogue: Sync {
-    /// Weight rows `[N]` that belong to output columns `column ..`; the number of columns they make.
-    fn columns(&self, column: usize, end: usize) -> ([usize; TILE_COLS], usize);
-    /// The output values of these columns.
-    fn finish(&self, products: [f32; TILE_COLS]) -> [f32; TILE_COLS];
+/// One weight matrix and the rows that it multiplies.
+#[derive(Clone, Debug)]
+pub(crate) struct Product<'a> {
+    pub(crate) weights: Matrix<'a>,
+    /// Rows of the output (and of the input, through its `source`).
+    pub(crate) rows: Range<usize>,
+    /// First column of the output; there are as many as weight rows.
+    pub(crate) column: usize,
 }
 
-/// One output column for each weight row.
-struct Plain;
-
-impl Epilogue for Plain {
-    #[inline(always)]
-    fn columns(&self, column: usize, end: usize) -> ([usize; TILE_COLS], usize) {
-        (std::array::from_fn(|j| (column + j).min(end - 1)), TILE_COLS.min(end - column))
-    }
-
-    #[inline(always)]
-    fn finish(&self, products: [f32; TILE_COLS]) -> [f32; TILE_COLS] {
-        products
-    }
+/// Row-major.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    pub(crate) values: &'a mut [f32],
+    /// Columns.
+    pub(crate) stride: usize,
+    pub(crate) store: Store,
 }
 
-/// `silu(gate) · up`: weight rows are F of gate, then F of up.
-struct SwiGlu {
-    width: usize,
+/// An expert and what is routed to it.
+#[derive(Clone, Debug)]
+pub(crate) struct Expert<'a> {
+    /// `[2F, D]`: F rows of gate, then F rows of up.
+    pub(crate) gate_up: Matrix<'a>,
+    /// `[D, F]`.
+    pub(crate) down: Matrix<'a>,
+    /// Rows of the output, in order and without a gap between experts.
+    pub(crate) rows: Range<usize>,
 }
 
-impl Epilogue for SwiGlu {
-    #[inline(always)]
-    fn columns(&self, column: usize, end: usize) -> ([usize; TILE_COLS], usize) {
-        let second = (column + 1).min(end - 1);
-        ([column, second, self.width + column, self.width + second], 2.min(end - column))
-    }
-
-    #[inline(always)]
-    fn finish(&self, [gate0, gate1, up0, up1]: [f32; TILE_COLS]) -> [f32; TILE_COLS] {
-        [silu(gate0) * up0, silu(gate1) * up1, 0.0, 0.0]
-    }
+/// Buffers that calls share; they grow to the largest call.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    packed: Vec<Line>,
+    packed_hidden: Vec<Line>,
+    hidden: Vec<f32>,
+    plans: Vec<Plan>,
+    packs: Vec<Pack>,
+    tasks: Vec<Task>,
 }
 
-/// `x · sigmoid(x)`.
-#[inline(always)]
-pub(crate) fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Few,
+    Panel,
+    #[cfg(target_arch = "x86_64")]
+    Pairs,
+    #[cfg(target_arch = "x86_64")]
+    Tiles,
 }
 
-/// One task: `rows` against the weight rows of output columns `columns`.
-///
-/// # Safety
-/// The CPU has `S`; each row and each weight row has `k` elements.
-#[inline(always)]
-unsafe fn task<S: Simd, W: Weight>(
-    rows: &[&[f32]],
-    weights: &[W],
-    k: usize,
+/// A product, prepared.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    form: Form,
+    /// Its first packed line.
+    input: usize,
+    /// Where its hidden values start, in rows or lines.
+    hidden: usize,
+}
+
+/// Rows to pack.
+#[derive(Clone, Debug)]
+struct Pack {
+    rows: Range<usize>,
+    format: Format,
+    start: usize,
+}
+
+/// Columns of one product.
+#[derive(Clone, Debug)]
+struct Task {
+    product: usize,
     columns: Range<usize>,
-    epilogue: &impl Epilogue,
-    emit: &mut impl FnMut(usize, usize, f32),
-) {
-    let mut column = columns.start;
-    while column < columns.end {
-        let (weight_rows, made) = epilogue.columns(column, columns.end);
-        let pointers = weight_rows.map(|row| weights[row * k..(row + 1) * k].as_ptr());
-        // SAFETY: the caller's contract; the slices above have k elements.
-        unsafe {
-            strip::<S, W, TILE_COLS>(rows, pointers, k, &mut |row, products| {
-                let values = epilogue.finish(products);
-                values[..made].iter().enumerate().for_each(|(j, &value)| emit(row, column + j, value));
+}
+
+/// Where a product finds its input.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Rows { input: Input<'a>, first: usize },
+    Packed(&'a [Line]),
+}
+
+impl Form {
+    fn format(self) -> Option<Format> {
+        match self {
+            Self::Few => None,
+            Self::Panel => Some(Format::F32),
+            #[cfg(target_arch = "x86_64")]
+            Self::Pairs | Self::Tiles => Some(Format::Bf16),
+        }
+    }
+
+    /// Columns of a task are a multiple of this. `gated`: each column takes two weight rows.
+    fn unit(self, gated: bool) -> usize {
+        let rows = match self {
+            Self::Few => 4,
+            Self::Panel => MAX_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Pairs => MAX_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles => 32,
+        };
+        if gated { rows / 2 } else { rows }
+    }
+}
+
+/// Runs `task(0..count)` on all threads.
+pub(crate) fn parallel(count: usize, task: impl Fn(usize) + Sync) {
+    let threads = rayon::current_num_threads().min(count);
+    if threads <= 1 {
+        (0..count).for_each(task);
+        return;
+    }
+    let next = AtomicUsize::new(0);
+    (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count {
+                return;
+            }
+            task(index);
+        }
+    });
+}
+
+impl Scratch {
+    fn clear(&mut self) {
+        self.plans.clear();
+        self.packs.clear();
+        self.tasks.clear();
+    }
+
+    /// Plans the packing of `rows`, unless they are packed already; the first line.
+    fn pack(&mut self, rows: &Range<usize>, format: Format, k: usize) -> usize {
+        if let Some(same) = self.packs.iter().find(|pack| pack.rows == *rows && pack.format == format) {
+            return same.start;
+        }
+        let start = self.packs.last().map_or(0, |last| last.start + last.rows.len().div_ceil(BLOCK) * last.format.block_lines(k));
+        self.packs.push(Pack { rows: rows.clone(), format, start });
+        start
+    }
+
+    /// Packs what was planned.
+    fn run_packs(&mut self, isa: Isa, input: Input<'_>) {
+        let Some(last) = self.packs.last() else { return };
+        let lines = last.start + last.rows.len().div_ceil(BLOCK) * last.format.block_lines(input.k);
+        if self.packed.len() < lines {
+            self.packed.resize(lines, Line::ZERO);
+        }
+        let out = Disjoint::new(&mut self.packed);
+        // Blocks of tokens are numbered through; most calls have one pack.
+        let blocks = |pack: &Pack| pack.rows.len().div_ceil(BLOCK);
+        let packs = &self.packs;
+        parallel(packs.iter().map(blocks).sum(), |index| {
+            let mut block = index;
+            for pack in packs {
+                if block >= blocks(pack) {
+                    block -= blocks(pack);
+                    continue;
+                }
+                let first = pack.rows.start + block * BLOCK;
+                let mut rows: [&[f32]; BLOCK] = [&[]; BLOCK];
+                let count = (pack.rows.end - first).min(BLOCK);
+                rows.iter_mut().take(count).zip(first..).for_each(|(to, row)| *to = input.row(row));
+                let lines = pack.format.block_lines(input.k);
+                // SAFETY: each block has its own lines.
+                let out = unsafe { out.slice(pack.start + block * lines..pack.start + (block + 1) * lines) };
+                pack::pack(isa, pack.format, &rows[..count], out);
+                return;
+            }
+        });
+    }
+
+    /// Cuts products of (rows, columns, multiplications per column, form) into tasks, `gated` as in [`Form::unit`].
+    fn cut(&mut self, sizes: impl Iterator<Item = (usize, usize, usize)> + Clone, gated: bool) {
+        self.tasks.clear();
+        // A sweep over weights costs as much as some rows, however few there are.
+        let cost = |rows: usize, k: usize| (rows + 4) * k;
+        let total: usize = sizes.clone().map(|(rows, columns, k)| cost(rows, k) * columns).sum();
+        let target = (total / (rayon::current_num_threads() * TASKS_PER_THREAD)).max(TASK_PRODUCTS);
+        for (product, (rows, columns, k)) in sizes.enumerate() {
+            let unit = self.plans[product].form.unit(gated);
+            let step = (target / cost(rows, k).max(1)).max(1).next_multiple_of(unit);
+            let cuts = (0..if rows == 0 { 0 } else { columns }).step_by(step);
+            self.tasks.extend(cuts.map(|start| Task { product, columns: start..columns.min(start + step) }));
+        }
+    }
+}
+
+impl<'a> Input<'a> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [f32] {
+        let row = self.source.map_or(row, |source| source[row] as usize);
+        &self.x[row * self.k..(row + 1) * self.k]
+    }
+}
+
+impl Arithmetic {
+    /// The form for `rows` rows of `weights`.
+    fn form(&self, rows: usize, weights: &Matrix<'_>) -> Form {
+        let few = |limit: usize| rows <= limit && self.reduction == Reduction::Fastest;
+        #[cfg(target_arch = "x86_64")]
+        if weights.is_narrow() {
+            match self.bf16 {
+                Bf16Unit::Amx if weights.k().is_multiple_of(amx::DEPTH) && weights.rows().is_multiple_of(16) => {
+                    return if few(FEW_BEFORE_TILES) { Form::Few } else { Form::Tiles };
+                }
+                _ if few(FEW_ROWS) => return Form::Few,
+                Bf16Unit::Amx | Bf16Unit::Avx512 if weights.k().is_multiple_of(2) => return Form::Pairs,
+                _ => {}
+            }
+        }
+        if few(FEW_ROWS) { Form::Few } else { Form::Panel }
+    }
+
+    /// The form of both products of an expert.
+    fn expert_form(&self, rows: usize, gate_up: &Matrix<'_>, down: &Matrix<'_>) -> Form {
+        let (first, second) = (self.form(rows, gate_up), self.form(rows, down));
+        // Hidden values leave the first product in blocks that only fit together if F is a multiple of their depth.
+        if first == second && (first.format() != Some(Format::Bf16) || down.k().is_multiple_of(32)) { first } else { Form::Panel }
+    }
+
+    /// Each row times its weights.
+    pub(crate) fn linear(&self, scratch: &mut Scratch, input: Input<'_>, products: &[Product<'_>], output: Output<'_>) {
+        check(input, products, &output);
+        scratch.clear();
+        for product in products {
+            assert_eq!(product.weights.k(), input.k, "weights of another width than their input: this is a bug");
+            let form = self.form(product.rows.len(), &product.weights);
+            let start = form.format().map_or(0, |format| scratch.pack(&product.rows, format, input.k));
+            scratch.plans.push(Plan { form, input: start, hidden: 0 });
+        }
+        scratch.run_packs(self.isa, input);
+        scratch.cut(products.iter().map(|product| (product.rows.len(), product.weights.rows(), input.k)), false);
+        let out = Disjoint::new(output.values);
+        let (packed, plans, tasks) = (&scratch.packed, &scratch.plans, &scratch.tasks);
+        parallel(tasks.len(), |task| {
+            let Task { product, columns } = tasks[task].clone();
+            let (plan, product) = (plans[product], &products[product]);
+            let source = match plan.form {
+                Form::Few => Source::Rows { input, first: product.rows.start },
+                _ => Source::Packed(&packed[plan.input..]),
+            };
+            let (rows, column) = (product.rows.clone(), product.column);
+            let mut sink = RowSink { isa: self.isa, out: &out, stride: output.stride, rows, column, store: output.store };
+            self.run(plan.form, &product.weights, product.rows.len(), source, columns, None, &mut sink);
+        });
+    }
+
+    /// Each row through its expert, `down(silu(gate x) ⊙ up x)`: `[R, D]` into `out`.
+    pub(crate) fn experts(&self, scratch: &mut Scratch, input: Input<'_>, experts: &[Expert<'_>], out: &mut [f32]) {
+        let Some(f) = experts.first().map(|expert| expert.down.k()) else { return };
+        let d = input.k;
+        check_experts(input, experts, out, f);
+        scratch.clear();
+        let (mut hidden_rows, mut hidden_lines) = (0, 0);
+        for expert in experts {
+            let rows = expert.rows.len();
+            let form = self.expert_form(rows, &expert.gate_up, &expert.down);
+            let (start, hidden) = match form.format() {
+                None => (0, take(&mut hidden_rows, rows)),
+                Some(format) => {
+                    let lines = rows.div_ceil(BLOCK) * format.block_lines(f);
+                    (scratch.pack(&expert.rows, format, d), take(&mut hidden_lines, lines))
+                }
+            };
+            scratch.plans.push(Plan { form, input: start, hidden });
+        }
+        scratch.run_packs(self.isa, input);
+        grow(&mut scratch.hidden, hidden_rows * f, 0.0);
+        grow(&mut scratch.packed_hidden, hidden_lines, Line::ZERO);
+
+        scratch.cut(experts.iter().map(|expert| (expert.rows.len(), f, 2 * d)), true);
+        {
+            let (packed, plans, tasks) = (&scratch.packed, &scratch.plans, &scratch.tasks);
+            let (hidden, lines) = (Disjoint::new(&mut scratch.hidden), Disjoint::new(&mut scratch.packed_hidden));
+            parallel(tasks.len(), |task| {
+                let Task { product, columns } = tasks[task].clone();
+                let (plan, expert) = (plans[product], &experts[product]);
+                let rows = expert.rows.len();
+                match plan.form.format() {
+                    None => {
+                        let source = Source::Rows { input, first: expert.rows.start };
+                        let place = plan.hidden..plan.hidden + rows;
+                        let mut sink = RowSink { isa: self.isa, out: &hidden, stride: f, rows: place, column: 0, store: Store::Set };
+                        self.run(plan.form, &expert.gate_up, rows, source, columns, Some(f), &mut sink);
+                    }
+                    Some(format) => {
+                        let source = Source::Packed(&packed[plan.input..]);
+                        let mut sink = PackedSink { isa: self.isa, format, out: &lines, start: plan.hidden, k: f };
+                        self.run(plan.form, &expert.gate_up, rows, source, columns, Some(f), &mut sink);
+                    }
+                }
             });
         }
-        column += made;
+
+        scratch.cut(experts.iter().map(|expert| (expert.rows.len(), d, f)), false);
+        let (plans, tasks) = (&scratch.plans, &scratch.tasks);
+        let out = Disjoint::new(out);
+        parallel(tasks.len(), |task| {
+            let Task { product, columns } = tasks[task].clone();
+            let (plan, expert) = (plans[product], &experts[product]);
+            let source = match plan.form {
+                Form::Few => Source::Rows { input: Input { x: &scratch.hidden, k: f, source: None }, first: plan.hidden },
+                _ => Source::Packed(&scratch.packed_hidden[plan.hidden..]),
+            };
+            let mut sink = RowSink { isa: self.isa, out: &out, stride: d, rows: expert.rows.clone(), column: 0, store: Store::Set };
+            self.run(plan.form, &expert.down, expert.rows.len(), source, columns, None, &mut sink);
+        });
+    }
+
+    /// `columns` of one product. With `pair = F` the weights are F rows of gate and F of up, and columns those of `silu(gate) · up`.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a task, taken apart in one place")]
+    fn run<K: Sink>(
+        &self,
+        form: Form,
+        weights: &Matrix<'_>,
+        rows: usize,
+        source: Source<'_>,
+        columns: Range<usize>,
+        pair: Option<usize>,
+        sink: &mut K,
+    ) {
+        match (form, source) {
+            (Form::Few, Source::Rows { input, first }) => {
+                let mut x: [&[f32]; FEW_ROWS] = [&[]; FEW_ROWS];
+                x.iter_mut().take(rows).zip(first..).for_each(|(to, row)| *to = input.row(row));
+                let x = &x[..rows];
+                match weights.data() {
+                    Data::F32(w) => self.few(x, w, input.k, columns, pair, sink),
+                    Data::Bf16(w) => self.few(x, w, input.k, columns, pair, sink),
+                    Data::Q8 { values, scales } => self.few(x, Q8Rows { values, scales }, input.k, columns, pair, sink),
+                }
+            }
+            (Form::Panel, Source::Packed(lines)) => self.panel(weights, lines, rows, columns, pair, sink),
+            #[cfg(target_arch = "x86_64")]
+            (Form::Pairs, Source::Packed(lines)) => narrow::pairs(weights, lines, rows, columns, pair, sink),
+            #[cfg(target_arch = "x86_64")]
+            (Form::Tiles, Source::Packed(lines)) => narrow::tiles(weights, lines, rows, columns, pair, sink),
+            _ => unreachable!("a product without its input: this is a bug"),
+        }
+    }
+
+    fn few<W: Rows>(&self, x: &[&[f32]], w: W, k: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Emit) {
+        match self.isa {
+            // SAFETY: `Isa` values other than Portable are made by `Isa::detect` (or tests that ask it first); so below.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { few_avx512(x, w, k, columns, pair, sink) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { few_avx2(x, w, k, columns, pair, sink) },
+            // SAFETY: Portable needs nothing.
+            Isa::Portable => unsafe { dot::run::<Portable, W>(x, w, k, columns, pair, sink) },
+        }
+    }
+
+    fn panel(&self, weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+        match self.isa {
+            // SAFETY: as in `few`.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { panel_avx512(weights, x, rows, columns, pair, sink) },
+            // SAFETY: as in `few`.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { panel_avx2(weights, x, rows, columns, pair, sink) },
+            // SAFETY: Portable needs nothing.
+            Isa::Portable => unsafe { panel_task::<Portable>(weights, x, rows, columns, pair, sink) },
+        }
+    }
+}
+
+/// Output rows and columns of different products must be different places: what makes the writes of tasks sound.
+fn check(input: Input<'_>, products: &[Product<'_>], output: &Output<'_>) {
+    for (index, product) in products.iter().enumerate() {
+        let columns = product.column..product.column + product.weights.rows();
+        assert!(
+            product.rows.end * output.stride <= output.values.len() && columns.end <= output.stride,
+            "a product outside of its output: this is a bug"
+        );
+        assert!(input.source.is_none_or(|source| product.rows.end <= source.len()), "a product without input: this is a bug");
+        // Neighbours are compared; products come in order of rows or, for the same rows, of columns.
+        if let Some(before) = index.checked_sub(1).map(|before| &products[before]) {
+            let apart = before.rows.end <= product.rows.start
+                || (before.rows == product.rows && before.column + before.weights.rows() <= product.column);
+            assert!(apart, "products that overlap: this is a bug");
+        }
+    }
+}
+
+fn check_experts(input: Input<'_>, experts: &[Expert<'_>], out: &[f32], f: usize) {
+    let mut end = 0;
+    for expert in experts {
+        assert!(expert.rows.start == end && expert.rows.end >= end, "experts whose rows overlap or leave a gap: this is a bug");
+        end = expert.rows.end;
+        let sizes = (expert.gate_up.rows(), expert.gate_up.k(), expert.down.rows(), expert.down.k());
+        assert_eq!(sizes, (2 * f, input.k, input.k, f), "an expert of another size: this is a bug");
+    }
+    assert!(out.len() >= end * input.k && input.source.is_none_or(|source| end <= source.len()), "more rows than places: this is a bug");
+}
+
+/// The next `count` of what is counted; the first of them.
+fn take(next: &mut usize, count: usize) -> usize {
+    let first = *next;
+    *next += count;
+    first
+}
+
+fn grow<T: Clone>(buffer: &mut Vec<T>, len: usize, value: T) {
+    if buffer.len() < len {
+        buffer.resize(len, value);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn task_avx512<W: Weight>(
-    rows: &[&[f32]],
-    w: &[W],
-    k: usize,
-    columns: Range<usize>,
-    epilogue: &impl Epilogue,
-    emit: &mut impl FnMut(usize, usize, f32),
-) {
-    // SAFETY: the target feature is enabled here; `run_task` has checked the lengths.
-    unsafe { task::<super::simd::x86::Avx512, W>(rows, w, k, columns, epilogue, emit) }
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn few_avx512<W: Rows>(x: &[&[f32]], w: W, k: usize, columns: Range<usize>, pair: Option<usize>, emit: &mut impl Emit) {
+    // SAFETY: the target features are enabled here.
+    unsafe { dot::run::<super::simd::x86::Avx512, W>(x, w, k, columns, pair, emit) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn task_avx2<W: Weight>(
-    rows: &[&[f32]],
-    w: &[W],
-    k: usize,
+fn few_avx2<W: Rows>(x: &[&[f32]], w: W, k: usize, columns: Range<usize>, pair: Option<usize>, emit: &mut impl Emit) {
+    // SAFETY: the target features are enabled here.
+    unsafe { dot::run::<super::simd::x86::Avx2, W>(x, w, k, columns, pair, emit) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn panel_avx512(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+    // SAFETY: the target features are enabled here.
+    unsafe { panel_task::<super::simd::x86::Avx512>(weights, x, rows, columns, pair, sink) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn panel_avx2(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+    // SAFETY: the target features are enabled here.
+    unsafe { panel_task::<super::simd::x86::Avx2>(weights, x, rows, columns, pair, sink) }
+}
+
+thread_local! {
+    /// Weight rows, widened or narrowed for one strip of a task.
+    static STRIP_BUFFER: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The weight rows of columns `column ..` of a strip, in the order of the tile: rows of gate, then rows of up, if paired. Columns
+/// beyond `end` repeat the last.
+#[inline(always)]
+fn weight_row(slot: usize, slots: usize, column: usize, end: usize, pair: Option<usize>) -> usize {
+    match pair {
+        None => (column + slot).min(end - 1),
+        Some(width) => (column + slot % (slots / 2)).min(end - 1) + slot / (slots / 2) * width,
+    }
+}
+
+/// [`Form::Panel`] of one task.
+///
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn panel_task<S: Simd>(
+    weights: &Matrix<'_>,
+    x: &[Line],
+    rows: usize,
     columns: Range<usize>,
-    epilogue: &impl Epilogue,
-    emit: &mut impl FnMut(usize, usize, f32),
+    pair: Option<usize>,
+    sink: &mut impl Sink,
 ) {
-    // SAFETY: the target features are enabled here; `run_task` has checked the lengths.
-    unsafe { task::<super::simd::x86::Avx2, W>(rows, w, k, columns, epilogue, emit) }
+    let shape = TileShape::of::<S>();
+    let (k, blocks) = (weights.k(), rows.div_ceil(BLOCK));
+    assert!(x.len() >= blocks * k, "less input than rows: this is a bug");
+    let per_tile = if pair.is_some() { shape.rows / 2 } else { shape.rows };
+    let strip = if pair.is_some() { STRIP / 2 } else { STRIP };
+    let mut buffer = STRIP_BUFFER.take();
+    for start in columns.clone().step_by(strip) {
+        let end = columns.end.min(start + strip);
+        let tiles = (end - start).div_ceil(per_tile);
+        let widened = match weights.data() {
+            Data::F32(_) => None,
+            Data::Bf16(w) => Some(widen::<S, _>(&mut buffer, w, k, (start, end), tiles, shape.rows, pair)),
+            Data::Q8 { values, scales } => {
+                Some(widen::<S, _>(&mut buffer, Q8Rows { values, scales }, k, (start, end), tiles, shape.rows, pair))
+            }
+        };
+        for block in (0..blocks).step_by(shape.blocks) {
+            let count = shape.blocks.min(blocks - block);
+            let inputs: [*const f32; MAX_BLOCKS] = std::array::from_fn(|b| x[(block + b.min(count - 1)) * k..][..k].as_ptr().cast::<f32>());
+            for tile in 0..tiles {
+                let column = start + tile * per_tile;
+                let w: [*const f32; MAX_ROWS] = std::array::from_fn(|slot| {
+                    let slot = slot.min(shape.rows - 1);
+                    match (weights.data(), widened) {
+                        (Data::F32(w), _) => w.row(weight_row(slot, shape.rows, column, end, pair), k),
+                        (_, Some(wide)) => wide[(tile * shape.rows + slot) * k..][..k].as_ptr(),
+                        (_, None) => unreachable!("weights were widened above"),
+                    }
+                });
+                let mut out = [[Line::ZERO; MAX_BLOCKS]; MAX_ROWS];
+                // SAFETY: the CPU has `S`; the slices above have k elements, or k lines.
+                unsafe { panel::products::<S>(w, &inputs[..count], k, &mut out) };
+                finish(&out, shape.rows, per_tile.min(end - column), count, pair, |b, values| sink.block(block + b, column, values));
+            }
+        }
+    }
+    STRIP_BUFFER.set(buffer);
 }
 
-fn run_task<W: Weight>(
-    isa: Isa,
-    rows: &[&[f32]],
-    weights: &[W],
+/// Hands the products of a tile to `emit`, block by block; gated if paired.
+#[inline(always)]
+fn finish(out: &panel::Products, tile_rows: usize, made: usize, blocks: usize, pair: Option<usize>, mut emit: impl FnMut(usize, &[Line])) {
+    for b in 0..blocks {
+        let mut values = [Line::ZERO; MAX_ROWS];
+        for (r, value) in values.iter_mut().enumerate().take(made) {
+            *value = match pair {
+                None => out[r][b],
+                Some(_) => gated(&out[r][b], &out[r + tile_rows / 2][b]),
+            };
+        }
+        emit(b, &values[..made]);
+    }
+}
+
+/// `silu(gate) · up`.
+#[inline(always)]
+fn gated(gate: &Line, up: &Line) -> Line {
+    let mut out = Line::ZERO;
+    for t in 0..16 {
+        out.0[t] = silu(gate.0[t]) * up.0[t];
+    }
+    out
+}
+
+/// The rows of a strip as f32, in the order of tiles.
+#[inline(always)]
+fn widen<'a, S: Simd, W: Rows>(
+    buffer: &'a mut Vec<Line>,
+    weights: W,
     k: usize,
-    columns: Range<usize>,
-    epilogue: &impl Epilogue,
-    emit: &mut impl FnMut(usize, usize, f32),
-) {
-    assert!(rows.iter().all(|row| row.len() == k), "rows of another length than the weights': this is a bug");
-    match isa {
-        // SAFETY: `Isa` values other than Portable are made by `Isa::detect` (or tests that ask it first).
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { task_avx512(rows, weights, k, columns, epilogue, emit) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { task_avx2(rows, weights, k, columns, epilogue, emit) },
-        // SAFETY: Portable needs nothing; lengths are checked above.
-        Isa::Portable => unsafe { task::<Portable, W>(rows, weights, k, columns, epilogue, emit) },
+    (start, end): (usize, usize),
+    tiles: usize,
+    tile_rows: usize,
+    pair: Option<usize>,
+) -> &'a [f32] {
+    let per_tile = if pair.is_some() { tile_rows / 2 } else { tile_rows };
+    let rows = tiles * tile_rows;
+    grow(buffer, (rows * k).div_ceil(16), Line::ZERO);
+    // SAFETY: lines are 16 f32 each, without padding.
+    let out = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast::<f32>(), rows * k) };
+    for (slot, out) in out.chunks_exact_mut(k).enumerate() {
+        let row = weights.row(weight_row(slot % tile_rows, tile_rows, start + slot / tile_rows * per_tile, end, pair), k);
+        let whole = k / S::LANES * S::LANES;
+        // SAFETY: the CPU has `S` (the caller's contract); offsets stay below k.
+        unsafe {
+            (0..whole).step_by(S::LANES).for_each(|at| S::store(row.load::<S>(at), out.as_mut_ptr().add(at)));
+            (whole..k).for_each(|at| out[at] = row.get(at));
+        }
     }
+    out
 }
 
-/// An output buffer that tasks fill at places of their own.
-struct Disjoint<'a> {
-    start: *mut f32,
-    len: usize,
-    lifetime: std::marker::PhantomData<&'a mut [f32]>,
-}
+#[cfg(target_arch = "x86_64")]
+mod narrow {
+    //! Products in bf16.
 
-// SAFETY: only `write` touches the memory, and its contract forbids two writers of one place.
-unsafe impl Sync for Disjoint<'_> {}
+    use super::*;
 
-impl<'a> Disjoint<'a> {
-    fn new(out: &'a mut [f32]) -> Self {
-        Self { start: out.as_mut_ptr(), len: out.len(), lifetime: std::marker::PhantomData }
+    /// Weight rows of a strip of [`tiles`]: as many bytes as [`STRIP`] rows of f32.
+    const TILE_STRIP: usize = 128;
+
+    /// The rows of a strip as bf16: as they are, or rounded from 8-bit blocks into the buffer. Row `slot` of the strip is `weight_row`
+    /// of tiles of `tile_rows`.
+    struct Strip<'a> {
+        start: *const bf16,
+        /// Elements between rows.
+        k: usize,
+        direct: Option<&'a [bf16]>,
+        first: usize,
+        end: usize,
+        tile_rows: usize,
+        pair: Option<usize>,
     }
 
-    /// # Safety
-    /// No other thread writes `index`.
-    #[inline(always)]
-    unsafe fn write(&self, index: usize, value: f32) {
-        debug_assert!(index < self.len, "write outside of the output: this is a bug");
-        // SAFETY: in bounds (row and column are below the shape by construction of the tasks), one writer.
-        unsafe { self.start.add(index).write(value) }
-    }
-}
-
-/// Rows that share a weight matrix: an expert and what was routed to it.
-#[derive(Clone, Debug)]
-pub(crate) struct Group {
-    /// Output rows.
-    pub(crate) rows: Range<usize>,
-    /// Index of the weight matrix.
-    pub(crate) matrix: usize,
-}
-
-/// Rows of several weight matrices at once.
-#[derive(Debug)]
-pub(crate) struct Grouped<'a, W> {
-    /// Instruction set.
-    pub(crate) isa: Isa,
-    /// `[*, k]`.
-    pub(crate) x: &'a [f32],
-    /// Row of `x` for each output row; `None`: the same row.
-    pub(crate) source: Option<&'a [u32]>,
-    /// In order and without a gap; together they cover the output rows.
-    pub(crate) groups: &'a [Group],
-    /// `[matrices, rows, k]`.
-    pub(crate) weights: &'a [W],
-    /// Inner dimension.
-    pub(crate) k: usize,
-}
-
-impl<W: Weight> Grouped<'_, W> {
-    /// `[R, n]`: every row times the `n` weight rows of its matrix.
-    pub(crate) fn linear(&self, n: usize) -> Vec<f32> {
-        self.run(n, n, &Plain)
+    impl Strip<'_> {
+        /// Row `slot` of tile `tile`.
+        #[inline(always)]
+        fn row(&self, tile: usize, slot: usize) -> *const bf16 {
+            match self.direct {
+                Some(weights) => {
+                    let per_tile = if self.pair.is_some() { self.tile_rows / 2 } else { self.tile_rows };
+                    weights.row(weight_row(slot, self.tile_rows, self.first + tile * per_tile, self.end, self.pair), self.k)
+                }
+                // SAFETY: the buffer holds all rows of all tiles of the strip.
+                None => unsafe { self.start.add((tile * self.tile_rows + slot) * self.k) },
+            }
+        }
     }
 
-    /// `[R, width]`: `silu(gate) · up`, each matrix having `width` rows of gate and `width` of up.
-    pub(crate) fn swiglu(&self, width: usize) -> Vec<f32> {
-        self.run(2 * width, width, &SwiGlu { width })
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn strip<'a>(
+        buffer: &mut Vec<Line>,
+        weights: &Matrix<'a>,
+        (first, end): (usize, usize),
+        tiles: usize,
+        tile_rows: usize,
+        pair: Option<usize>,
+    ) -> Strip<'a> {
+        let k = weights.k();
+        let mut strip = Strip { start: std::ptr::null(), k, direct: None, first, end, tile_rows, pair };
+        match weights.data() {
+            Data::Bf16(direct) => strip.direct = Some(direct),
+            Data::Q8 { values, scales } => {
+                let per_tile = if pair.is_some() { tile_rows / 2 } else { tile_rows };
+                let rows = tiles * tile_rows;
+                grow(buffer, (rows * k).div_ceil(32), Line::ZERO);
+                // SAFETY: a line holds 32 bf16.
+                let out = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast::<bf16>(), rows * k) };
+                for (slot, out) in out.chunks_exact_mut(k).enumerate() {
+                    let row = Q8Rows { values, scales };
+                    let row = row.row(weight_row(slot % tile_rows, tile_rows, first + slot / tile_rows * per_tile, end, pair), k);
+                    let whole = k / 16 * 16;
+                    // SAFETY: the CPU has AVX-512; offsets stay below k.
+                    unsafe {
+                        use std::arch::x86_64::{_mm256_storeu_si256, _mm512_cvtepi32_epi16};
+                        for at in (0..whole).step_by(16) {
+                            let narrow = pack::x86::round(row.load::<super::super::simd::x86::Avx512>(at));
+                            _mm256_storeu_si256(out.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi16(narrow));
+                        }
+                        (whole..k).for_each(|at| out[at] = bf16::from_f32(row.get(at)));
+                    }
+                }
+                strip.start = buffer.as_ptr().cast();
+            }
+            Data::F32(_) => unreachable!("f32 weights are not multiplied in bf16: this is a bug"),
+        }
+        strip
     }
 
-    fn run(&self, weight_rows: usize, n: usize, epilogue: &impl Epilogue) -> Vec<f32> {
-        // What makes the writes below sound: rows of one group after the other, from 0.
-        let rows = self.groups.iter().fold(0, |end, group| {
-            assert!(group.rows.start == end && group.rows.end >= end, "groups that overlap or leave a gap: this is a bug");
-            group.rows.end
-        });
-        let mut out = vec![0f32; rows * n];
-        let tasks = self.tasks(n);
-        let target = Disjoint::new(&mut out);
-        tasks.into_par_iter().for_each(|(group, rows, columns)| {
-            let inputs: Vec<&[f32]> = rows
-                .clone()
-                .map(|row| {
-                    let source = self.source.map_or(row, |source| source[row] as usize);
-                    &self.x[source * self.k..(source + 1) * self.k]
-                })
-                .collect();
-            let size = weight_rows * self.k;
-            let weights = &self.weights[group.matrix * size..(group.matrix + 1) * size];
-            run_task(self.isa, &inputs, weights, self.k, columns, epilogue, &mut |row, column, value| {
-                // SAFETY: tasks have disjoint (row, column) ranges: their groups are disjoint, as checked above.
-                unsafe { target.write((rows.start + row) * n + column, value) }
-            });
-        });
-        out
+    /// [`Form::Pairs`] of one task.
+    pub(super) fn pairs(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+        assert!(Bf16Unit::detect() != Bf16Unit::None);
+        // SAFETY: the CPU has AVX512-BF16, says the assertion.
+        unsafe { pairs_task(weights, x, rows, columns, pair, sink) }
     }
 
-    /// (group, rows, columns) of each task. How work is cut does not change any result.
-    fn tasks(&self, n: usize) -> Vec<(&Group, Range<usize>, Range<usize>)> {
-        let threads = rayon::current_num_threads();
-        let total: usize = self.groups.iter().map(|group| group.rows.len() * n * self.k).sum();
-        let products = (total / (threads * 4)).max(TASK_PRODUCTS);
-        let mut tasks = Vec::new();
-        for group in self.groups {
-            for start in group.rows.clone().step_by(TASK_ROWS) {
-                let rows = start..group.rows.end.min(start + TASK_ROWS);
-                let columns = (products / (rows.len() * self.k).max(1)).max(1).next_multiple_of(TILE_COLS);
-                for column in (0..n).step_by(columns) {
-                    tasks.push((group, rows.clone(), column..n.min(column + columns)));
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn pairs_task(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+        let (k, blocks) = (weights.k(), rows.div_ceil(BLOCK));
+        let lines = Format::Bf16.block_lines(k);
+        assert!(x.len() >= blocks * lines && k.is_multiple_of(2), "less input than rows: this is a bug");
+        let (per_tile, step) = if pair.is_some() { (MAX_ROWS / 2, STRIP / 2) } else { (MAX_ROWS, STRIP) };
+        let mut buffer = STRIP_BUFFER.take();
+        for start in columns.clone().step_by(step) {
+            let end = columns.end.min(start + step);
+            let tiles = (end - start).div_ceil(per_tile);
+            let strip = strip(&mut buffer, weights, (start, end), tiles, MAX_ROWS, pair);
+            for block in (0..blocks).step_by(MAX_BLOCKS) {
+                let count = MAX_BLOCKS.min(blocks - block);
+                let inputs: [*const f32; MAX_BLOCKS] =
+                    std::array::from_fn(|b| x[(block + b.min(count - 1)) * lines..][..lines].as_ptr().cast::<f32>());
+                for tile in 0..tiles {
+                    let column = start + tile * per_tile;
+                    let w = std::array::from_fn(|slot| strip.row(tile, slot).cast::<u32>());
+                    let mut out = [[Line::ZERO; MAX_BLOCKS]; MAX_ROWS];
+                    // SAFETY: rows have k elements, an even number; blocks have `lines`.
+                    unsafe { panel::bf16_pairs::products(w, &inputs[..count], k / 2, &mut out) };
+                    finish(&out, MAX_ROWS, per_tile.min(end - column), count, pair, |b, values| sink.block(block + b, column, values));
                 }
             }
         }
-        tasks
+        STRIP_BUFFER.set(buffer);
     }
-}
 
-/// `x [m, k]` times `weights [n, k]` transposed: `[m, n]`.
-pub(crate) fn linear<W: Weight>(isa: Isa, x: &[f32], weights: &[W], k: usize, n: usize) -> Vec<f32> {
-    let groups = [Group { rows: 0..x.len() / k, matrix: 0 }];
-    Grouped { isa, x, source: None, groups: &groups, weights, k }.linear(n)
+    /// [`Form::Tiles`] of one task.
+    pub(super) fn tiles(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+        assert!(Bf16Unit::detect() == Bf16Unit::Amx);
+        // SAFETY: the CPU has AMX and AVX-512, says the assertion.
+        unsafe { tiles_task(weights, x, rows, columns, pair, sink) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn tiles_task(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
+        let (k, blocks) = (weights.k(), rows.div_ceil(BLOCK));
+        let lines = Format::Bf16.block_lines(k);
+        assert!(x.len() >= blocks * lines && k.is_multiple_of(amx::DEPTH), "less input than rows: this is a bug");
+        let (per_tile, step) = if pair.is_some() { (16, TILE_STRIP / 2) } else { (32, TILE_STRIP) };
+        // SAFETY: the CPU has AMX; a task does not start another on its thread.
+        let _tiles = unsafe { amx::Tiles::configure() };
+        let steps = k / amx::DEPTH;
+        let mut buffer = STRIP_BUFFER.take();
+        for start in columns.clone().step_by(step) {
+            let end = columns.end.min(start + step);
+            let count = (end - start).div_ceil(per_tile);
+            let strip = strip(&mut buffer, weights, (start, end), count, 32, pair);
+            for block in (0..blocks).step_by(2) {
+                for tile in 0..count {
+                    let column = start + tile * per_tile;
+                    // A last tile of 16 rows repeats them: the second half is not used.
+                    let second = if pair.is_none() && end - column <= 16 { 0 } else { 16 };
+                    let left = [0, second].map(|slot| {
+                        let row = strip.row(tile, slot);
+                        let half = 16 * k;
+                        let ahead = if pair.is_some() { half } else { 2 * half };
+                        amx::Left { start: row.cast(), stride: 2 * k, next: row.wrapping_add(ahead).cast() }
+                    });
+                    let input = |b: usize| x[b * lines..][..lines].as_ptr().cast::<u8>();
+                    let mut out = [Line::ZERO; 64];
+                    let (to, two) = (out.as_mut_ptr().cast::<f32>(), block + 1 < blocks);
+                    // SAFETY: 16 rows of k elements each, blocks of `steps` tiles, room for four tiles.
+                    unsafe {
+                        match (two, block) {
+                            (false, _) => amx::two_by_one(left, input(block), steps, to),
+                            (true, 0) => amx::two_by_two_ahead(left, [input(0), input(1)], steps, to),
+                            (true, _) => amx::two_by_two(left, [input(block), input(block + 1)], steps, to),
+                        }
+                    }
+                    let width = if two { 2 } else { 1 };
+                    for b in 0..width {
+                        let (upper, lower) = (&out[16 * b..16 * b + 16], &out[16 * (width + b)..16 * (width + b) + 16]);
+                        if pair.is_some() {
+                            let mut values = [Line::ZERO; 16];
+                            values.iter_mut().zip(upper.iter().zip(lower)).for_each(|(to, (gate, up))| *to = gated(gate, up));
+                            sink.block(block + b, column, &values[..16.min(end - column)]);
+                        } else {
+                            sink.block(block + b, column, upper);
+                            if second > 0 {
+                                sink.block(block + b, column + 16, lower);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        STRIP_BUFFER.set(buffer);
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The writes are unchecked: what is not a partition of the rows must not get to them.
-    #[test]
-    fn groups_that_do_not_partition_the_rows_are_refused() {
-        for ranges in [[0..2, 1..3], [0..1, 2..4], [2..3, 0..2]] {
-            let groups: Vec<Group> = ranges.clone().map(|rows| Group { rows, matrix: 0 }).into();
-            let run = || Grouped { isa: Isa::Portable, x: &[1.0; 12], source: None, groups: &groups, weights: &[1f32; 6], k: 3 }.linear(2);
-            assert!(std::panic::catch_unwind(run).is_err(), "{ranges:?}");
-        }
-    }
-}
+mod tests;

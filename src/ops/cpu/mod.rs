@@ -1,13 +1,31 @@
 //! CPU loops over plain slices: what the fast forms of [`crate::ops`] and the expert kernel are made of.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
+mod dot;
 mod exp;
 mod matmul;
+mod matrix;
+mod pack;
+mod panel;
 mod simd;
+mod sink;
 
-pub use self::simd::Isa;
 pub(crate) use self::{
     attention::{AttentionShape, KeyLayout, KeyValue, attention},
     exp::exp,
-    matmul::{Group, Grouped, Weight, linear, silu},
+    matmul::{Expert, Input, Output, Product, Scratch, parallel},
+    matrix::{Data, Matrix, Q8_BLOCK, quantize_q8},
+    sink::{Disjoint, Store},
 };
+pub use self::{
+    matmul::{Arithmetic, Reduction},
+    simd::{Bf16Unit, Isa},
+};
+
+/// `x · sigmoid(x)`.
+#[inline(always)]
+pub(crate) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}

@@ -1,12 +1,12 @@
 //! The few vector operations that the CPU kernels need, once per instruction set, chosen at run time.
 //!
-//! `std::arch` rather than a crate: five operations are needed, all stable, and the register tiles must be explicit.
+//! `std::arch` rather than a crate: a dozen operations are needed, all stable, and the register tiles must be explicit.
 
 use std::sync::OnceLock;
 
 use half::bf16;
 
-/// Instruction sets that the kernels are compiled for.
+/// Vector instructions that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// Plain Rust, any CPU.
@@ -14,9 +14,22 @@ pub enum Isa {
     /// AVX2 and FMA: 8 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX-512F: 16 lanes.
+    /// AVX-512 F, BW and VL: 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+}
+
+/// Instructions that multiply bf16 by bf16 into f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bf16Unit {
+    /// None: bf16 is widened.
+    None,
+    /// AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AMX tiles.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 impl Isa {
@@ -26,7 +39,7 @@ impl Isa {
         *ISA.get_or_init(|| {
             #[cfg(target_arch = "x86_64")]
             {
-                if is_x86_feature_detected!("avx512f") {
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") {
                     return Self::Avx512;
                 }
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -34,6 +47,20 @@ impl Isa {
                 }
             }
             Self::Portable
+        })
+    }
+}
+
+impl Bf16Unit {
+    /// The best that this CPU has, and that the system lets this process use.
+    pub fn detect() -> Self {
+        static UNIT: OnceLock<Bf16Unit> = OnceLock::new();
+        *UNIT.get_or_init(|| {
+            #[cfg(target_arch = "x86_64")]
+            if Isa::detect() == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") {
+                return if super::amx::enable() { Self::Amx } else { Self::Avx512 };
+            }
+            Self::None
         })
     }
 }
@@ -47,8 +74,12 @@ pub(crate) trait Simd: Copy {
     const LANES: usize;
 
     unsafe fn zero() -> Self::Vector;
+    unsafe fn splat(value: f32) -> Self::Vector;
     unsafe fn load(from: *const f32) -> Self::Vector;
     unsafe fn load_bf16(from: *const bf16) -> Self::Vector;
+    unsafe fn load_i8(from: *const i8) -> Self::Vector;
+    unsafe fn store(vector: Self::Vector, to: *mut f32);
+    unsafe fn mul(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a * b + c`.
     unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// Sum of the lanes, in an order that depends on nothing.
@@ -69,6 +100,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn splat(value: f32) -> Self::Vector {
+        [value; 8]
+    }
+
+    #[inline(always)]
     unsafe fn load(from: *const f32) -> Self::Vector {
         // SAFETY: readable for LANES elements, by the contract of the trait.
         unsafe { from.cast::<[f32; 8]>().read_unaligned() }
@@ -78,6 +114,23 @@ impl Simd for Portable {
     unsafe fn load_bf16(from: *const bf16) -> Self::Vector {
         // SAFETY: readable for LANES elements, by the contract of the trait.
         unsafe { from.cast::<[bf16; 8]>().read_unaligned() }.map(bf16::to_f32)
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self::Vector {
+        // SAFETY: readable for LANES elements, by the contract of the trait.
+        unsafe { from.cast::<[i8; 8]>().read_unaligned() }.map(f32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn store(vector: Self::Vector, to: *mut f32) {
+        // SAFETY: writable for LANES elements, by the contract of the trait.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(vector) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        std::array::from_fn(|i| a[i] * b[i])
     }
 
     #[inline(always)]
@@ -120,6 +173,12 @@ pub(crate) mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn splat(value: f32) -> __m256 {
+            // SAFETY: AVX2 is there, by the contract of the trait.
+            unsafe { _mm256_set1_ps(value) }
+        }
+
+        #[inline(always)]
         unsafe fn load(from: *const f32) -> __m256 {
             // SAFETY: readable for LANES elements, by the contract of the trait.
             unsafe { _mm256_loadu_ps(from) }
@@ -132,6 +191,24 @@ pub(crate) mod x86 {
                 let half = _mm_loadu_si128(from.cast());
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> __m256 {
+            // SAFETY: readable for LANES elements, by the contract of the trait.
+            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(vector: __m256, to: *mut f32) {
+            // SAFETY: writable for LANES elements, by the contract of the trait.
+            unsafe { _mm256_storeu_ps(to, vector) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+            // SAFETY: AVX2 is there, by the contract of the trait.
+            unsafe { _mm256_mul_ps(a, b) }
         }
 
         #[inline(always)]
@@ -162,6 +239,12 @@ pub(crate) mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn splat(value: f32) -> __m512 {
+            // SAFETY: AVX-512F is there, by the contract of the trait.
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
         unsafe fn load(from: *const f32) -> __m512 {
             // SAFETY: readable for LANES elements, by the contract of the trait.
             unsafe { _mm512_loadu_ps(from) }
@@ -174,6 +257,24 @@ pub(crate) mod x86 {
                 let half = _mm256_loadu_si256(from.cast());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> __m512 {
+            // SAFETY: readable for LANES elements, by the contract of the trait.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(vector: __m512, to: *mut f32) {
+            // SAFETY: writable for LANES elements, by the contract of the trait.
+            unsafe { _mm512_storeu_ps(to, vector) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: AVX-512F is there, by the contract of the trait.
+            unsafe { _mm512_mul_ps(a, b) }
         }
 
         #[inline(always)]

@@ -1,0 +1,261 @@
+//! What this machine can do at best, read in the same run as what is compared with it: other tenants come and go.
+//!
+//! Bandwidth: every thread sums a share of a buffer larger than the last-level cache, with the widest loads of the CPU
+//! and nothing written. That is the pattern of decoding. Operations: the fastest of the matrix products that this
+//! program has, on one large square problem.
+
+use std::{fs, hint::black_box, path::Path, time::Instant};
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::stats::Sample;
+use crate::{
+    error::{Error, Result},
+    ops::{self, cpu::Isa},
+};
+
+/// Words that one thread sums before it takes the next piece: 4 MiB.
+const PIECE: usize = 1 << 19;
+
+/// How limits are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitConfig {
+    /// Bytes of the buffer that is read.
+    pub buffer_bytes: usize,
+    /// Rows and columns of the matrices that are multiplied.
+    pub gemm_size: usize,
+    /// Element type of the weights: whose products count.
+    pub dtype: DType,
+}
+
+/// Buffers to measure with, and the readings so far.
+#[derive(Debug)]
+pub struct Limits {
+    config: LimitConfig,
+    words: Vec<u64>,
+    routines: Vec<Routine>,
+    readings: Readings,
+}
+
+/// Everything that was read, in order.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Readings {
+    /// Bytes per second.
+    pub bandwidth: Sample,
+    /// Operations per second of the best routine of each reading.
+    pub flops: Sample,
+}
+
+/// Medians of readings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Limit {
+    /// Bytes per second.
+    pub bandwidth: f64,
+    /// Operations per second.
+    pub flops: f64,
+}
+
+/// A way to multiply matrices.
+#[derive(Debug)]
+struct Routine {
+    name: &'static str,
+    left: Tensor,
+    right: Tensor,
+    run: fn(&Tensor, &Tensor) -> Result<Tensor>,
+}
+
+impl Limits {
+    /// Allocates, fills, and finds out which routine is fastest. Takes a second or two.
+    pub fn new(config: LimitConfig) -> Result<Self> {
+        let mut words = vec![0u64; (config.buffer_bytes / size_of::<u64>()).max(1)];
+        // Pages that were never written are all the same one.
+        words.par_chunks_mut(PIECE).enumerate().for_each(|(index, piece)| piece.fill(index as u64 + 1));
+        let mut routines = routines(config)?;
+        let mut speeds = Vec::with_capacity(routines.len());
+        for routine in &routines {
+            routine.flops()?;
+            speeds.push(routine.flops()?);
+        }
+        let best = (0..speeds.len()).max_by(|&a, &b| speeds[a].total_cmp(&speeds[b]));
+        let best = best.ok_or_else(|| Error::Internal("no matrix product to measure".into()))?;
+        tracing::debug!(routines = ?routines.iter().map(|r| r.name).zip(&speeds).collect::<Vec<_>>(), "matrix products");
+        routines.swap(0, best);
+        routines.truncate(1);
+        Ok(Self { config, words, routines, readings: Readings::default() })
+    }
+
+    /// Takes one reading of both limits, and returns it.
+    pub fn read(&mut self) -> Result<Limit> {
+        let start = Instant::now();
+        black_box(sum(&self.words));
+        let bandwidth = (self.words.len() * size_of::<u64>()) as f64 / start.elapsed().as_secs_f64();
+        let flops = self.routines.iter().map(Routine::flops).try_fold(0f64, |best, flops| flops.map(|flops| best.max(flops)))?;
+        self.readings.bandwidth.push(bandwidth);
+        self.readings.flops.push(flops);
+        Ok(Limit { bandwidth, flops })
+    }
+
+    /// All readings.
+    pub fn readings(&self) -> &Readings {
+        &self.readings
+    }
+
+    /// Size of the buffer that is read.
+    pub fn buffer_bytes(&self) -> usize {
+        self.config.buffer_bytes
+    }
+
+    /// Rows and columns of the matrices.
+    pub fn gemm_size(&self) -> usize {
+        self.config.gemm_size
+    }
+
+    /// The routine whose speed is the limit.
+    pub fn routine(&self) -> &'static str {
+        self.routines.first().map_or("", |routine| routine.name)
+    }
+}
+
+impl Readings {
+    /// Medians; 0 where there is no reading.
+    pub fn limit(&self) -> Limit {
+        Limit { bandwidth: self.bandwidth.median().unwrap_or(0.0), flops: self.flops.median().unwrap_or(0.0) }
+    }
+
+    /// One reading more.
+    pub fn push(&mut self, limit: Limit) {
+        self.bandwidth.push(limit.bandwidth);
+        self.flops.push(limit.flops);
+    }
+}
+
+impl Routine {
+    fn flops(&self) -> Result<f64> {
+        let start = Instant::now();
+        black_box((self.run)(&self.left, &self.right)?);
+        let size = self.left.dim(0)? as f64;
+        Ok(2.0 * size.powi(3) / start.elapsed().as_secs_f64())
+    }
+}
+
+/// All matrix products of the program for weights of a dtype: candle's, and its own for activations in f32.
+fn routines(config: LimitConfig) -> Result<Vec<Routine>> {
+    let (size, single) = (config.gemm_size, config.dtype == DType::F32);
+    let values: Vec<f32> = (0..size * size).map(|i| ((i * 7919) % 997) as f32 / 997.0 - 0.5).collect();
+    let left = Tensor::from_vec(values, (size, size), &Device::Cpu)?;
+    let candle = Routine { name: "candle f32 matmul", left: left.clone(), right: left.clone(), run: |a, b| Ok(a.matmul(b)?) };
+    let name = if single { "hardmax f32 linear" } else { "hardmax bf16 linear" };
+    let right = if single { left.clone() } else { left.to_dtype(DType::BF16)? };
+    Ok(vec![candle, Routine { name, left, right, run: ops::linear }])
+}
+
+/// The sum of all words, by all threads.
+fn sum(words: &[u64]) -> u64 {
+    let isa = Isa::detect();
+    words.par_chunks(PIECE).map(|piece| sum_piece(isa, piece)).reduce(|| 0, u64::wrapping_add)
+}
+
+fn sum_piece(isa: Isa, words: &[u64]) -> u64 {
+    match isa {
+        // SAFETY: `Isa::detect` has seen AVX-512F.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { sum_avx512(words) },
+        // SAFETY: `Isa::detect` has seen AVX2.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { sum_avx2(words) },
+        _ => sum_lanes::<8>(words),
+    }
+}
+
+/// Independent sums side by side, which compilers turn into vector registers.
+#[inline(always)]
+fn sum_lanes<const LANES: usize>(words: &[u64]) -> u64 {
+    let (rows, rest) = words.as_chunks::<LANES>();
+    let mut lanes = [0u64; LANES];
+    for row in rows {
+        for (lane, word) in lanes.iter_mut().zip(row) {
+            *lane = lane.wrapping_add(*word);
+        }
+    }
+    lanes.iter().chain(rest).fold(0, |sum, word| sum.wrapping_add(*word))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_avx2(words: &[u64]) -> u64 {
+    sum_lanes::<32>(words)
+}
+
+/// Four registers of eight words.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn sum_avx512(words: &[u64]) -> u64 {
+    use std::arch::x86_64::{_mm512_add_epi64, _mm512_loadu_si512, _mm512_reduce_add_epi64, _mm512_setzero_si512};
+    let (rows, rest) = words.as_chunks::<32>();
+    let mut sums = [_mm512_setzero_si512(); 4];
+    for row in rows {
+        for (sum, part) in sums.iter_mut().zip(row.as_chunks::<8>().0) {
+            // SAFETY: `part` is 8 words.
+            let part = unsafe { _mm512_loadu_si512(part.as_ptr().cast()) };
+            *sum = _mm512_add_epi64(*sum, part);
+        }
+    }
+    let vectors = sums.into_iter().map(|sum| _mm512_reduce_add_epi64(sum) as u64);
+    vectors.chain(rest.iter().copied()).fold(0, u64::wrapping_add)
+}
+
+/// Bytes of the largest cache of the first CPU, as Linux tells; `None` where it does not.
+pub fn last_level_cache() -> Option<usize> {
+    let folder = Path::new("/sys/devices/system/cpu/cpu0/cache");
+    let sizes = fs::read_dir(folder).ok()?.filter_map(|entry| {
+        let text = fs::read_to_string(entry.ok()?.path().join("size")).ok()?;
+        cache_size(text.trim())
+    });
+    sizes.max()
+}
+
+fn cache_size(text: &str) -> Option<usize> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit = match unit {
+        "" => 1,
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        _ => return None,
+    };
+    number.parse::<usize>().ok()?.checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_reads_every_word() {
+        let words: Vec<u64> = (0..1003).map(|i| i * i + (1 << 40)).collect();
+        let expected = words.iter().sum::<u64>();
+        assert_eq!(sum_piece(Isa::Portable, &words), expected);
+        assert_eq!(sum_piece(Isa::detect(), &words), expected);
+        assert_eq!(sum_lanes::<32>(&words), expected);
+        assert_eq!(sum(&words), expected);
+    }
+
+    #[test]
+    fn limits_are_medians_of_readings() {
+        let mut readings = Readings::default();
+        assert_eq!(readings.limit(), Limit::default());
+        for (bandwidth, flops) in [(1.0, 30.0), (9.0, 10.0), (2.0, 20.0)] {
+            readings.push(Limit { bandwidth, flops });
+        }
+        assert_eq!(readings.limit(), Limit { bandwidth: 2.0, flops: 20.0 });
+    }
+
+    #[test]
+    fn sizes_of_caches() {
+        assert_eq!(cache_size("307200K"), Some(300 << 20));
+        assert_eq!(cache_size("2M"), Some(2 << 20));
+        assert_eq!(cache_size("48T"), None);
+    }
+}

@@ -1,0 +1,374 @@
+//! The result of a run, as tables for people and as JSON for machines.
+
+use std::{fmt, fs, path::Path};
+
+use serde::Serialize;
+
+use super::{
+    cost::ElementSizes,
+    experiment::{ExpertsRow, PrefixReport, SoftRow},
+    grpc::GrpcMeasurement,
+    limits::{Limits, Readings, last_level_cache},
+    soak::SoakReport,
+    stats::Latency,
+    steps::{Measurement, Work},
+    subject::Subject,
+    table::{Table, milliseconds, number, percent},
+    target::Facts,
+};
+use crate::{
+    error::{Error, Result},
+    ops::cpu::Isa,
+};
+
+/// Of the JSON; a change that breaks readers makes a new number.
+const FORMAT: u32 = 1;
+
+/// Everything that a run found. Parts that were not asked for are absent.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    format: u32,
+    version: &'static str,
+    git: &'static str,
+    machine: Machine,
+    model: Option<ModelFacts>,
+    limits: Option<LimitFacts>,
+    /// Model-level runs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<Measurement>,
+    /// Runs through gRPC.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub grpc: Vec<GrpcMeasurement>,
+    /// A soak.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub soak: Option<SoakReport>,
+    /// The experiment with numbers of experts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertsRow>,
+    /// The experiment with soft routing.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub soft: Vec<SoftRow>,
+    /// The experiment with a shared prefix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<PrefixReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct Machine {
+    cpu: String,
+    cores: usize,
+    threads: usize,
+    instruction_set: String,
+    last_level_cache_bytes: Option<usize>,
+    /// Of one, five and fifteen minutes, at the start.
+    load_average: Option<[f64; 3]>,
+}
+
+#[derive(Debug, Serialize)]
+struct ModelFacts {
+    name: String,
+    family: Option<String>,
+    dtype: String,
+    parameters: Option<u64>,
+    active_parameters: Option<u64>,
+    element_bytes: Option<ElementSizes>,
+}
+
+#[derive(Debug, Serialize)]
+struct LimitFacts {
+    buffer_bytes: usize,
+    gemm_size: usize,
+    routine: &'static str,
+    bandwidth: f64,
+    flops: f64,
+    readings: Readings,
+}
+
+impl Report {
+    /// An empty report about this machine.
+    pub fn new() -> Self {
+        Self {
+            format: FORMAT,
+            version: env!("CARGO_PKG_VERSION"),
+            git: env!("HARDMAX_GIT"),
+            machine: Machine {
+                cpu: cpu_name(),
+                cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+                threads: rayon::current_num_threads(),
+                instruction_set: format!("{:?}", Isa::detect()),
+                last_level_cache_bytes: last_level_cache(),
+                load_average: load_average(),
+            },
+            model: None,
+            limits: None,
+            steps: Vec::new(),
+            grpc: Vec::new(),
+            soak: None,
+            experts: Vec::new(),
+            soft: Vec::new(),
+            prefix: None,
+        }
+    }
+
+    /// What is measured.
+    pub fn subject(&mut self, subject: &Subject) {
+        let (parameters, active) = subject.spec.parameters();
+        self.model = Some(ModelFacts {
+            name: subject.name.clone(),
+            family: Some(subject.spec.family.clone()),
+            dtype: subject.dtype.to_owned(),
+            parameters: Some(parameters),
+            active_parameters: Some(active),
+            element_bytes: Some(subject.sizes),
+        });
+    }
+
+    /// What is measured, of a server elsewhere.
+    pub fn facts(&mut self, facts: Facts) {
+        let (name, dtype) = (facts.model, facts.dtype);
+        self.model = Some(ModelFacts { name, dtype, family: None, parameters: None, active_parameters: None, element_bytes: None });
+    }
+
+    /// All readings of the limits.
+    pub fn limits(&mut self, limits: &Limits) {
+        let (buffer_bytes, gemm_size) = (limits.buffer_bytes(), limits.gemm_size());
+        let (readings, limit) = (limits.readings().clone(), limits.readings().limit());
+        self.limits = Some(LimitFacts {
+            buffer_bytes,
+            gemm_size,
+            routine: limits.routine(),
+            bandwidth: limit.bandwidth,
+            flops: limit.flops,
+            readings,
+        });
+    }
+
+    /// Writes the report as JSON.
+    pub fn write_json(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).map_err(|error| Error::Internal(format!("the report as JSON: {error}")))?;
+        fs::write(path, text + "\n").map_err(|error| Error::io(path, error))
+    }
+
+    /// What should not be, in words; nothing if all is well.
+    pub fn violations(&self) -> Vec<String> {
+        let mut violations = self.soak.as_ref().map(|soak| soak.violations.clone()).unwrap_or_default();
+        if let Some(prefix) = self.prefix.as_ref().filter(|prefix| prefix.different > 0) {
+            violations.push(format!("{} outputs after a cached prefix differ", prefix.different));
+        }
+        violations
+    }
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let machine = &self.machine;
+        writeln!(f, "{}, {} cores, {} threads, {}", machine.cpu, machine.cores, machine.threads, machine.instruction_set)?;
+        if let Some(model) = &self.model {
+            write!(f, "{}, {}", model.name, model.dtype)?;
+            if let (Some(all), Some(active)) = (model.parameters, model.active_parameters) {
+                write!(f, ", {} M parameters, {} M active", all / 1_000_000, active / 1_000_000)?;
+            }
+            writeln!(f)?;
+        }
+        if let Some(limits) = &self.limits {
+            let (gigabytes, gigaflops) = (number(limits.bandwidth / 1e9), number(limits.flops / 1e9));
+            let mib = limits.buffer_bytes >> 20;
+            let count = limits.readings.bandwidth.values().len();
+            writeln!(
+                f,
+                "limits, medians of {count} readings: {gigabytes} GB/s read from {mib} MiB, {gigaflops} GFLOP/s by {} of {} × {}",
+                limits.routine, limits.gemm_size, limits.gemm_size
+            )?;
+        }
+        writeln!(f)?;
+        self.write_steps(f)?;
+        self.write_grpc(f)?;
+        self.write_experiments(f)?;
+        self.soak.as_ref().map_or(Ok(()), |soak| write_soak(f, soak))
+    }
+}
+
+impl Report {
+    fn write_steps(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.steps.is_empty() {
+            return Ok(());
+        }
+        let columns = [
+            "work",
+            "routing",
+            "batch",
+            "prompt",
+            "context",
+            "tok/s",
+            "prefill tok/s",
+            "decode tok/s",
+            "step p50 ms",
+            "p99 ms",
+            "MB/tok",
+            "GFLOP/tok",
+            "experts/layer",
+            "of read",
+            "of GEMM",
+            "in attention",
+            "in experts",
+        ];
+        let mut table = Table::new("Model, without a server. Rates are medians over runs.", &columns);
+        for m in &self.steps {
+            let length = |shown: bool, tokens: usize| if shown { tokens.to_string() } else { "-".into() };
+            let mixed = m.setting.work == Work::Mixed;
+            table.row([
+                m.setting.work.to_string(),
+                m.setting.routing.to_string(),
+                m.setting.batch.to_string(),
+                length(m.setting.work != Work::Decode, m.setting.prompt_tokens),
+                length(m.setting.work != Work::Prefill, m.setting.context),
+                number(m.tokens_per_second),
+                number(mixed.then_some(m.prefill_tokens_per_second)),
+                number(mixed.then_some(m.decode_tokens_per_second)),
+                milliseconds(m.step_seconds.p50),
+                milliseconds(m.step_seconds.p99),
+                number(m.bytes_per_token / 1e6),
+                number(m.flops_per_token / 1e9),
+                number(m.experts_per_layer),
+                percent(m.bandwidth_share),
+                percent(m.flops_share),
+                percent(m.attention_share),
+                percent(m.experts_share),
+            ]);
+        }
+        writeln!(f, "{table}")
+    }
+
+    fn write_grpc(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.grpc.is_empty() {
+            return Ok(());
+        }
+        let columns =
+            ["routing", "clients", "prompt", "generate", "tok/s", "first token ms p50", "p90", "p99", "next token ms p50", "p90", "p99"];
+        let mut table = Table::new("Through gRPC.", &columns);
+        let latency = |l: &Latency| [l.p50, l.p90, l.p99].map(milliseconds);
+        for m in &self.grpc {
+            let head = [
+                m.routing.clone(),
+                m.clients.to_string(),
+                m.prompt_tokens.to_string(),
+                m.generate.to_string(),
+                number(m.tokens_per_second),
+            ];
+            table.row(head.into_iter().chain(latency(&m.time_to_first_token)).chain(latency(&m.inter_token)));
+        }
+        writeln!(f, "{table}")?;
+        let columns = ["routing", "clients", "client ms", "engine forward ms", "model alone ms", "over engine", "over model"];
+        let title =
+            "A decode step with all clients in it: as clients see it, its forward inside the engine, and the same step of the model alone.";
+        let mut table = Table::new(title, &columns);
+        let mut any = false;
+        for m in &self.grpc {
+            let Some(steps) = m.steps else { continue };
+            any = true;
+            table.row([
+                m.routing.clone(),
+                m.clients.to_string(),
+                milliseconds(steps.client),
+                milliseconds(steps.engine),
+                milliseconds(steps.model),
+                percent(steps.overhead_in_engine()),
+                percent(steps.overhead()),
+            ]);
+        }
+        if any { writeln!(f, "{table}") } else { Ok(()) }
+    }
+
+    fn write_experiments(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.experts.is_empty() {
+            let columns = ["experts", "tokens", "us/token", "us/token in experts", "largest load / mean", "against the fewest"];
+            let mut table =
+                Table::new("Cost per token against the number of experts: top-1, experts of one size, equal rows per expert.", &columns);
+            for row in &self.experts {
+                table.row([
+                    row.experts.to_string(),
+                    row.tokens.to_string(),
+                    number(row.seconds_per_token * 1e6),
+                    number(row.experts_seconds_per_token * 1e6),
+                    number(row.imbalance),
+                    percent(row.relative),
+                ]);
+            }
+            writeln!(f, "{table}")?;
+        }
+        if !self.soft.is_empty() {
+            let columns = ["work", "tokens per step", "native us/token", "soft us/token", "E/k", "soft / (E/k native)"];
+            let mut table = Table::new("Time in experts under soft routing.", &columns);
+            for row in &self.soft {
+                table.row([
+                    row.work.to_owned(),
+                    row.tokens.to_string(),
+                    number(row.native_seconds_per_token * 1e6),
+                    number(row.soft_seconds_per_token * 1e6),
+                    number(row.experts_over_k),
+                    percent(row.relative),
+                ]);
+            }
+            writeln!(f, "{table}")?;
+        }
+        if let Some(prefix) = &self.prefix {
+            writeln!(
+                f,
+                "A shared prefix of {} tokens: first token after {} ms, for the second request after {} ms, {}. Outputs: {} equal, {} after a near \
+                 tie, {} different.\n",
+                prefix.prefix_tokens,
+                milliseconds(prefix.first),
+                milliseconds(prefix.second),
+                percent(prefix.relative),
+                prefix.equal,
+                prefix.near_ties,
+                prefix.different
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn write_soak(f: &mut fmt::Formatter<'_>, soak: &SoakReport) -> fmt::Result {
+    let mut table = Table::new(format!("Soak: {} clients for {} s.", soak.clients, number(soak.seconds)), &["what", "value"]);
+    let mut row = |what: &str, value: String| table.row([what.to_owned(), value]);
+    for (end, count) in &soak.ends {
+        row(&format!("requests {end}"), count.to_string());
+    }
+    row("tokens/s", number(soak.tokens_per_second));
+    row(
+        "first token ms p50, p99",
+        format!("{}, {}", milliseconds(soak.time_to_first_token.p50), milliseconds(soak.time_to_first_token.p99)),
+    );
+    row("next token ms p50, p99", format!("{}, {}", milliseconds(soak.inter_token.p50), milliseconds(soak.inter_token.p99)));
+    row("streams compared with solo runs", format!("{}, {} of them finished", soak.compared, soak.compared_finished));
+    row("equal, near ties, different", format!("{}, {}, {}", soak.equal, soak.near_ties, soak.different));
+    row("largest gap at a difference, nats", number(soak.largest_gap));
+    if let (Some(first), Some(last)) = (soak.resident_bytes.first(), soak.resident_bytes.last()) {
+        row("resident MB at start and end", format!("{}, {}", first / 1_000_000, last / 1_000_000));
+        row("growth after warm-up, MB", number(soak.resident_growth.map(|bytes| bytes / 1e6)));
+    }
+    for (name, value) in &soak.server {
+        row(name, value.to_string());
+    }
+    writeln!(f, "{table}")?;
+    soak.violations.iter().try_for_each(|violation| writeln!(f, "VIOLATED: {violation}"))
+}
+
+fn cpu_name() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")).and_then(|rest| rest.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+fn load_average() -> Option<[f64; 3]> {
+    let text = fs::read_to_string("/proc/loadavg").ok()?;
+    let values: Vec<f64> = text.split_whitespace().take(3).map(str::parse).collect::<std::result::Result<_, _>>().ok()?;
+    values.try_into().ok()
+}

@@ -1,0 +1,195 @@
+//! The forward of the CPU: plain slices, one buffer for each kind of value, everything of a layer in a handful of parallel loops.
+//!
+//! What [`Decoder`](super::Decoder) computes with tensors, for serving only: no gradients, f32 activations, weights f32, bf16 or 8-bit.
+//! The tensor path stays the reference that the tests compare with.
+
+mod layer;
+mod matrix;
+mod rows;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use self::{
+    layer::{Layer, Step},
+    matrix::{HostMatrix, vector},
+};
+use super::{
+    Batch, CacheShape, Forward, ForwardTime, LanguageModel, LogitRows, ModelSpec, decoder::check_batch, kv_cache::KvCache, rope::Rope,
+    weights::ModelWeights,
+};
+use crate::{
+    error::{Error, Result},
+    ops::cpu::{Arithmetic, Input, Output, Product, Reduction, Scratch, Store},
+};
+
+/// How weights are held and products computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostOptions {
+    /// Large weights in blocks of 32 8-bit integers with a scale, made of the loaded ones: 8.5 bits per weight.
+    pub quantize: bool,
+    /// Order of sums.
+    pub reduction: Reduction,
+}
+
+/// A decoder on the CPU, with the cache of the sequences it serves.
+#[derive(Debug)]
+pub struct HostDecoder {
+    weights: Arc<HostWeights>,
+    cache: KvCache,
+    buffers: Buffers,
+}
+
+/// The weights of a [`HostDecoder`]. Decoders may share them.
+#[derive(Debug)]
+pub struct HostWeights {
+    spec: Arc<ModelSpec>,
+    arithmetic: Arithmetic,
+    embedding: HostMatrix,
+    layers: Vec<Layer>,
+    final_norm: Vec<f32>,
+    head: HostMatrix,
+    rope: Rope,
+}
+
+/// Values of a step. They grow to the largest step.
+#[derive(Debug, Default)]
+struct Buffers {
+    /// Residual stream, `[T, D]`.
+    x: Vec<f32>,
+    /// What a norm makes of it, `[T, D]`.
+    normed: Vec<f32>,
+    /// Queries, keys and values, `[T, (H + 2 KV) · hd]`.
+    qkv: Vec<f32>,
+    /// `[T, H · hd]`, twice: queries in a row, and what attention makes of them.
+    queries: Vec<f32>,
+    attended: Vec<f32>,
+    /// `[T, hd / 2]` each.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// `[T, E]`.
+    router_logits: Vec<f32>,
+    /// Outputs of experts, `[R, D]`.
+    routed: Vec<f32>,
+    scratch: Scratch,
+}
+
+impl HostWeights {
+    /// Puts `weights` in their places. Weights are those of the CPU and have the shapes of `spec`, as those of [`crate::checkpoint`] do.
+    pub fn new(spec: Arc<ModelSpec>, weights: ModelWeights, options: HostOptions) -> Result<Self> {
+        if spec.layers.len() != weights.layers.len() {
+            return Err(Error::Internal(format!("{} layers of weights for {} of spec", weights.layers.len(), spec.layers.len())));
+        }
+        let embedding = HostMatrix::new(&weights.embedding, options.quantize)?;
+        let head = match weights.head {
+            Some(head) => HostMatrix::new(&head, options.quantize)?,
+            None => embedding.clone(),
+        };
+        let layers = weights.layers.into_iter().enumerate().map(|(index, layer)| Layer::new(index, &spec, layer, options.quantize));
+        Ok(Self {
+            arithmetic: Arithmetic::detect(options.reduction),
+            embedding,
+            layers: layers.collect::<Result<_>>()?,
+            final_norm: vector(&weights.final_norm)?,
+            head,
+            rope: Rope::new(&spec.rope, spec.head_dim),
+            spec,
+        })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &Arc<ModelSpec> {
+        &self.spec
+    }
+
+    /// Bytes of all large weights in memory.
+    pub fn bytes(&self) -> usize {
+        let own_head = if self.spec.tied_head { 0 } else { self.head.bytes() };
+        self.embedding.bytes() + own_head + self.layers.iter().map(Layer::bytes).sum::<usize>()
+    }
+}
+
+impl HostDecoder {
+    /// With an empty cache.
+    pub fn new(weights: Arc<HostWeights>, shape: CacheShape) -> Result<Self> {
+        let cache = KvCache::new(&weights.spec, shape, DType::F32, &Device::Cpu)?;
+        Ok(Self { weights, cache, buffers: Buffers::default() })
+    }
+
+    fn run(&mut self, batch: &Batch) -> Result<Forward> {
+        let Self { weights, cache, buffers } = self;
+        let (spec, arithmetic) = (&weights.spec, &weights.arithmetic);
+        check_batch(spec, batch, Some(cache.shape()))?;
+        let d = spec.hidden_size;
+        embed(&weights.embedding, &batch.tokens, d, &mut buffers.x)?;
+        weights.rope.fill(batch.spans.iter().flat_map(|span| span.past..span.past + span.new), &mut buffers.cos, &mut buffers.sin);
+
+        let mut step = Step { spec, arithmetic, batch, cache, buffers, time: ForwardTime::default() };
+        let mut layers = Vec::with_capacity(weights.layers.len());
+        for layer in &weights.layers {
+            layers.extend(layer.forward(&mut step)?);
+        }
+        let time = step.time;
+        Ok(Forward { logits: weights.logits(batch, buffers)?, layers, time })
+    }
+}
+
+impl HostWeights {
+    /// `[R, V]` of the rows that the batch asks for.
+    fn logits(&self, batch: &Batch, buffers: &mut Buffers) -> Result<Tensor> {
+        let (spec, d) = (&self.spec, self.spec.hidden_size);
+        let rows: usize = batch
+            .spans
+            .iter()
+            .map(|span| match span.logits {
+                LogitRows::None => 0,
+                LogitRows::Last => 1,
+                LogitRows::All => span.new,
+            })
+            .sum();
+        let mut logits = vec![0f32; rows * spec.vocab_size];
+        if rows > 0 {
+            let picked = batch.logit_rows();
+            rows::grow(&mut buffers.normed, rows * d);
+            for (row, normed) in picked.iter().zip(buffers.normed.chunks_exact_mut(d)) {
+                rows::rms_norm(&buffers.x[*row as usize * d..][..d], &self.final_norm, spec.rms_norm_eps as f32, normed);
+            }
+            let head = self.head.lend();
+            let product = Product { weights: head.matrix()?, rows: 0..rows, column: 0 };
+            let output = Output { values: &mut logits, stride: spec.vocab_size, store: Store::Set };
+            self.arithmetic.linear(&mut buffers.scratch, Input { x: &buffers.normed, k: d, source: None }, &[product], output);
+        }
+        Ok(Tensor::from_vec(logits, (rows, spec.vocab_size), &Device::Cpu)?)
+    }
+}
+
+/// The embeddings of `tokens`, `[T, D]`.
+fn embed(embedding: &HostMatrix, tokens: &[u32], d: usize, x: &mut Vec<f32>) -> Result<()> {
+    rows::grow(x, tokens.len() * d);
+    let embedding = embedding.lend();
+    let matrix = embedding.matrix()?;
+    tokens.iter().zip(x.chunks_exact_mut(d)).for_each(|(&token, x)| matrix.widen(token as usize, x));
+    Ok(())
+}
+
+impl LanguageModel for HostDecoder {
+    fn spec(&self) -> &ModelSpec {
+        &self.weights.spec
+    }
+
+    fn cache(&self) -> CacheShape {
+        self.cache.shape()
+    }
+
+    /// Runs on the threads of rayon's pool, from the first operation to the last: handing loops from outside into the pool would cost
+    /// two wake-ups each.
+    fn forward(&mut self, batch: &Batch) -> Result<Forward> {
+        let mut result = Err(Error::Internal("the forward did not run".into()));
+        rayon::scope(|_| result = self.run(batch));
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests;
