@@ -7,13 +7,14 @@
 use std::{fs, hint::black_box, path::Path, time::Instant};
 
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::stats::Sample;
 use crate::{
     error::{Error, Result},
-    ops::{self, cpu::Isa},
+    ops::cpu::{Arithmetic, Data, Input, Isa, Matrix, Output, Product, Reduction, Scratch, Store},
 };
 
 /// Words that one thread sums before it takes the next piece: 4 MiB.
@@ -57,13 +58,23 @@ pub struct Limit {
     pub flops: f64,
 }
 
-/// A way to multiply matrices.
+/// A way to multiply two square matrices.
 #[derive(Debug)]
 struct Routine {
     name: &'static str,
-    left: Tensor,
-    right: Tensor,
-    run: fn(&Tensor, &Tensor) -> Result<Tensor>,
+    size: usize,
+    operands: Operands,
+}
+
+/// Whose product it is, and of what.
+#[derive(Debug)]
+enum Operands {
+    /// candle's, through the `gemm` crate.
+    Candle(Tensor),
+    /// The kernels of this program.
+    F32(Vec<f32>),
+    /// As above, with narrow weights.
+    Bf16(Vec<f32>, Vec<bf16>),
 }
 
 impl Limits {
@@ -132,23 +143,40 @@ impl Readings {
 }
 
 impl Routine {
+    /// Operations per second of one product.
     fn flops(&self) -> Result<f64> {
         let start = Instant::now();
-        black_box((self.run)(&self.left, &self.right)?);
-        let size = self.left.dim(0)? as f64;
-        Ok(2.0 * size.powi(3) / start.elapsed().as_secs_f64())
+        match &self.operands {
+            Operands::Candle(matrix) => drop(black_box(matrix.matmul(matrix)?)),
+            Operands::F32(x) => own_product(x, Data::F32(x), self.size),
+            Operands::Bf16(x, weights) => own_product(x, Data::Bf16(weights), self.size),
+        }
+        Ok(2.0 * (self.size as f64).powi(3) / start.elapsed().as_secs_f64())
     }
 }
 
-/// All matrix products of the program for weights of a dtype: candle's, and its own for activations in f32.
+/// `[size, size]` activations times as many weights, with the fastest instructions of this CPU.
+fn own_product(x: &[f32], weights: Data<'_>, size: usize) {
+    let product = Product { weights: Matrix::new(weights, size, size), rows: 0..size, column: 0 };
+    let mut values = vec![0f32; size * size];
+    let output = Output { values: &mut values, stride: size, store: Store::Set };
+    let input = Input { x, k: size, source: None };
+    Arithmetic::detect(Reduction::default()).linear(&mut Scratch::default(), input, &[product], output);
+    black_box(values);
+}
+
+/// All matrix products of the program for weights of a dtype.
 fn routines(config: LimitConfig) -> Result<Vec<Routine>> {
-    let (size, single) = (config.gemm_size, config.dtype == DType::F32);
+    let size = config.gemm_size;
     let values: Vec<f32> = (0..size * size).map(|i| ((i * 7919) % 997) as f32 / 997.0 - 0.5).collect();
-    let left = Tensor::from_vec(values, (size, size), &Device::Cpu)?;
-    let candle = Routine { name: "candle f32 matmul", left: left.clone(), right: left.clone(), run: |a, b| Ok(a.matmul(b)?) };
-    let name = if single { "hardmax f32 linear" } else { "hardmax bf16 linear" };
-    let right = if single { left.clone() } else { left.to_dtype(DType::BF16)? };
-    Ok(vec![candle, Routine { name, left, right, run: ops::linear }])
+    let candle = Operands::Candle(Tensor::from_slice(&values, (size, size), &Device::Cpu)?);
+    let (name, own) = if config.dtype == DType::F32 {
+        ("hardmax f32 product", Operands::F32(values))
+    } else {
+        let narrow = values.iter().map(|&value| bf16::from_f32(value)).collect();
+        ("hardmax bf16 product", Operands::Bf16(values, narrow))
+    };
+    Ok(vec![Routine { name: "candle f32 matmul", size, operands: candle }, Routine { name, size, operands: own }])
 }
 
 /// The sum of all words, by all threads.

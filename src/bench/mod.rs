@@ -10,6 +10,7 @@ pub mod cost;
 pub mod experiment;
 pub mod grpc;
 pub mod limits;
+pub mod micro;
 pub mod report;
 pub mod soak;
 pub mod stats;

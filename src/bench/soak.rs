@@ -32,6 +32,9 @@ use crate::{
 /// How long a client waits after it was refused.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
+/// Requests that every client sends at least, however slow the server is.
+const LEAST_REQUESTS: usize = 4;
+
 /// How often memory is read.
 const MEMORY_PERIOD: Duration = Duration::from_secs(1);
 
@@ -223,8 +226,9 @@ async fn load(target: &Target, config: &SoakConfig, cases: &[Ask]) -> Result<Tal
         let (cases, seed) = (cases.clone(), config.seed.wrapping_add(1 + index as u64));
         clients.spawn(async move {
             let mut rng = StdRng::seed_from_u64(seed);
-            let mut tally = Tally::default();
-            while Instant::now() < until {
+            let (mut tally, mut requests) = (Tally::default(), 0);
+            while Instant::now() < until || requests < LEAST_REQUESTS {
+                requests += 1;
                 let case = rng.random_range(0..cases.len());
                 let ask = fate(&cases[case], &mut rng);
                 let answer = ask.send(&mut connection, || ()).await;

@@ -153,8 +153,8 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
         dtype: subject.dtype.to_owned(),
         routing: RoutingChoice::Native,
         sampling: SamplingDefaults::default(),
-        max_tokenize_bytes: 1 << 20,
         max_receive_bytes: MESSAGE_BYTES,
+        max_tokenize_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
     };
     let engine = EngineConfig {

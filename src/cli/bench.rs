@@ -152,7 +152,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value = "48", requires = "soak")]
     pub prompts: NonZeroUsize,
     /// How far apart the log-probabilities of two tokens may be, in nats, where a stream differs from its solo run; 0 demands equal streams.
-    /// Default: 0.001 for f32, else 0.05.
+    /// Default: 0 with --deterministic, else 0.001 for f32 and 0.05 for the others.
     #[arg(long, value_name = "NATS", requires = "mode", conflicts_with = "grpc")]
     pub tie_tolerance: Option<f64>,
     /// Tokens per expert in the experiment with numbers of experts.
@@ -347,7 +347,11 @@ impl BenchArgs {
 
     /// Differences that rounding explains.
     fn tolerance(&self, dtype: &str) -> f64 {
-        self.tie_tolerance.unwrap_or(if dtype == "f32" { 0.001 } else { 0.05 })
+        self.tie_tolerance.unwrap_or(match dtype {
+            _ if self.deterministic => 0.0,
+            "f32" => 0.001,
+            _ => 0.05,
+        })
     }
 
     /// Limits of the server in this process, for requests of at most `longest` tokens.
@@ -414,6 +418,8 @@ mod tests {
         assert!(args.soak_config(Duration::ZERO, args.lengths(100), "f32").is_err());
         let config = parse("--soak 1").unwrap().soak_config(Duration::ZERO, args.lengths(100), "bf16").unwrap();
         assert_eq!((config.clients, config.tie_tolerance), (200, 0.05));
+        let exact = parse("--soak 1 --deterministic").unwrap().soak_config(Duration::ZERO, args.lengths(100), "bf16").unwrap();
+        assert_eq!(exact.tie_tolerance, 0.0);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use clap::{
 use crate::{
     engine::{EngineConfig, PrefixCache},
     error::Result,
-    model::{CacheShape, Decoder, kv_cache::KvCache},
+    model::{CacheShape, kv_cache::KvCache, load::ServingModel},
 };
 
 /// Most bytes that the cache takes unless it is told to.
@@ -41,10 +41,10 @@ fn block_tokens() -> ValueParser {
 }
 
 impl CacheArgs {
-    /// The blocks for `decoder`. Fails only where there are more than can be numbered.
-    pub(super) fn shape(&self, decoder: &Decoder, engine: &EngineConfig) -> Result<CacheShape> {
-        let spec = decoder.spec();
-        let bytes = KvCache::token_bytes(spec, decoder.activations()) as u64;
+    /// The blocks for `model`. Fails only where there are more than can be numbered.
+    pub(super) fn shape(&self, model: &ServingModel, engine: &EngineConfig) -> Result<CacheShape> {
+        let spec = model.spec();
+        let bytes = KvCache::token_bytes(spec, model.cache_dtype()) as u64;
         let tokens = match self.kv_cache_tokens {
             Some(tokens) => tokens.get(),
             None => default_tokens(spec.max_context, engine.max_batch_requests, bytes, memory().unwrap_or(ASSUMED_MEMORY)),

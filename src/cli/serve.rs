@@ -24,11 +24,12 @@ use crate::{
     engine::EngineConfig,
     error::{Error, Result},
     model::{
-        self, CachedDecoder, ModelSpec,
+        ModelSpec,
         kv_cache::KvCache,
-        load::{DeviceKind, WeightType},
+        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::policy::RoutingChoice,
+    ops::cpu::Reduction,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
 };
@@ -100,7 +101,8 @@ pub struct ServeArgs {
     /// Largest request message. Larger ones are refused with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_RECEIVE_MESSAGE_BYTES", value_name = "BYTES", default_value = "4194304")]
     pub max_receive_message_bytes: NonZeroUsize,
-    /// Longest text of a Tokenize, which keeps a core busy for a time in proportion. Prompts are bounded by the model's context.
+    /// Longest text of a Tokenize, and as many tokens of a Detokenize. Either keeps a core busy for a time in proportion.
+    /// Prompts are bounded by the model's context.
     #[arg(long, env = "HARDMAX_MAX_TOKENIZE_BYTES", value_name = "BYTES", default_value = "262144")]
     pub max_tokenize_bytes: NonZeroUsize,
     /// Largest response message. A Score with many alternatives is the only large one.
@@ -113,6 +115,11 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
+    /// Sum every product in an order that does not depend on the batch, so that a request gets exactly the tokens that it gets alone.
+    /// Without it, a near-tie between two tokens may be decided otherwise in another batch. CPU only; docs/performance.md says what
+    /// it costs.
+    #[arg(long, env = "HARDMAX_DETERMINISTIC")]
+    pub deterministic: bool,
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -292,14 +299,16 @@ impl fmt::Display for MetricsListen {
 
 /// Loads the checkpoint and puts together what the server needs of it.
 fn load_model(args: &ServeArgs) -> Result<Loaded> {
-    let model::load::Loaded { checkpoint, decoder, dtype } = model::load::load(&args.model, args.device, args.dtype, true)?;
+    let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
+    let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
+    let (checkpoint, weights) = load_to_serve(&args.model, options, true)?;
     let tokenizer = Arc::new(tokenizer(&checkpoint)?);
     let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
     spec.check_routing(routing)?;
     let service = ServiceConfig {
         model_name: args.served_name(),
         device: args.device.to_string(),
-        dtype: dtype.as_str().to_owned(),
+        dtype: weights.dtype().to_owned(),
         routing,
         sampling: SamplingDefaults::from(checkpoint.generation()),
         max_receive_bytes: args.max_receive_message_bytes.get(),
@@ -330,16 +339,16 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         "limits"
     );
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
-    let cache = args.cache.shape(&decoder, &engine)?;
+    let cache = args.cache.shape(&weights, &engine)?;
     tracing::info!(
         tokens = cache.tokens(),
         blocks = cache.num_blocks,
         block_tokens = cache.block_tokens,
-        mebibytes = (cache.tokens() * KvCache::token_bytes(spec, decoder.activations())) >> 20,
+        mebibytes = (cache.tokens() * KvCache::token_bytes(spec, weights.cache_dtype())) >> 20,
         prefix_cache = ?engine.prefix_cache,
         "key-value cache"
     );
-    let model = Box::new(CachedDecoder::new(decoder, cache)?);
+    let model = weights.start(cache)?;
     Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
 }
 

@@ -159,6 +159,9 @@ impl ServingModel {
         if options.weights == WeightType::Q8 {
             return Err(Error::FailedPrecondition("8-bit weights are for the CPU: use --device cpu, or --dtype bf16".into()));
         }
+        if options.reduction == Reduction::BatchInvariant {
+            return Err(Error::FailedPrecondition("--deterministic is for the CPU: use --device cpu".into()));
+        }
         let dtype = weights.embedding.dtype().as_str();
         let decoder = Decoder::new(spec, weights, &kernel::for_device(&device))?;
         Ok(Self { place: Place::Device(Box::new(decoder)), dtype })
@@ -175,6 +178,14 @@ impl ServingModel {
     /// Element type of the large weights, for people.
     pub fn dtype(&self) -> &'static str {
         self.dtype
+    }
+
+    /// Element type of cached keys and values.
+    pub fn cache_dtype(&self) -> DType {
+        match &self.place {
+            Place::Host(_) => DType::F32,
+            Place::Device(decoder) => decoder.activations(),
+        }
     }
 
     /// A model over these weights with an empty cache. Fails as [`KvCache::new`](super::kv_cache::KvCache::new) does.

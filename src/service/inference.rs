@@ -55,7 +55,7 @@ pub struct ServiceConfig {
     pub sampling: SamplingDefaults,
     /// Largest request message, in bytes; larger ones are refused before they are read.
     pub max_receive_bytes: usize,
-    /// Longest text of a Tokenize, in bytes.
+    /// Longest text of a Tokenize, in bytes, and most tokens of a Detokenize.
     pub max_tokenize_bytes: usize,
     /// Largest response message, in bytes.
     pub max_send_bytes: usize,
@@ -320,6 +320,11 @@ impl InferenceService {
     async fn detokenize_request(&self, request: proto::DetokenizeRequest) -> Result<proto::DetokenizeResponse> {
         self.check_model(&request.model)?;
         let vocabulary = self.engine.spec().vocab_size;
+        let (count, limit) = (request.token_ids.len(), self.config.max_tokenize_bytes);
+        if count > limit {
+            let message = format!("{count} tokens are more than {limit}, the limit of this server: send them in parts");
+            return Err(Error::out_of_range("token_ids", message));
+        }
         if let Some((at, id)) = request.token_ids.iter().enumerate().find(|(_, id)| **id as usize >= vocabulary) {
             return Err(Error::invalid(format!("token_ids[{at}]"), format!("{id} is not below {vocabulary}, the size of the vocabulary")));
         }

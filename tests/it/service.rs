@@ -605,6 +605,10 @@ async fn a_long_text_is_tokenised_in_parts() {
     assert_eq!(soon(client.tokenize(request(MAX_TOKENIZE))).await.unwrap().into_inner().tokens.len(), MAX_TOKENIZE);
     let status = soon(client.tokenize(request(MAX_TOKENIZE + 1))).await.unwrap_err();
     assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "text"));
+    let request = |count| DetokenizeRequest { token_ids: vec![97; count], ..Default::default() };
+    assert_eq!(soon(client.detokenize(request(MAX_TOKENIZE))).await.unwrap().into_inner().text.len(), MAX_TOKENIZE);
+    let status = soon(client.detokenize(request(MAX_TOKENIZE + 1))).await.unwrap_err();
+    assert_eq!((status.code(), field(&status).as_str()), (Code::OutOfRange, "token_ids"));
 }
 
 #[tokio::test]

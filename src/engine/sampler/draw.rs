@@ -57,7 +57,7 @@ impl Draw {
     }
 
     /// A token of the whole vocabulary.
-    pub(super) fn from_row(&mut self, row: &Row<'_>) -> Result<u32> {
+    pub(super) fn of_row(&mut self, row: &Row<'_>) -> Result<u32> {
         let filtered = self.min_p > 0.0 || (1..row.values.len()).contains(&self.top_k) || self.top_p < 1.0;
         if !filtered {
             return Ok(self.pick(row.values, row.max)? as u32);
@@ -67,7 +67,7 @@ impl Draw {
     }
 
     /// A token of these, the largest value of which is `max`; finite, and not empty.
-    pub(super) fn from_some(&mut self, mut keys: Vec<Key>, max: f32) -> Result<u32> {
+    pub(super) fn of_keys(&mut self, mut keys: Vec<Key>, max: f32) -> Result<u32> {
         let floor = self.floor();
         keys.retain(|key| key.value() - max >= floor);
         self.narrow(&mut keys, max);

@@ -78,7 +78,7 @@ impl Sampler {
                     return Err(Error::NonFinite);
                 }
                 check_left(peak)?;
-                draw.from_row(&Row { values: logits, max: peak.value, maxima: &maxima })
+                draw.of_row(&Row { values: logits, max: peak.value, maxima: &maxima })
             }
         }
     }
@@ -92,7 +92,7 @@ impl Sampler {
         let largest = *keys.iter().max().ok_or_else(nothing_left)?;
         match &mut self.rule {
             Rule::Greedy => Ok(largest.index()),
-            Rule::Random(draw) => draw.from_some(keys, largest.value()),
+            Rule::Random(draw) => draw.of_keys(keys, largest.value()),
         }
     }
 }

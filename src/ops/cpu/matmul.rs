@@ -18,10 +18,10 @@ use half::bf16;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx;
+use super::{amx, dot_q8};
 use super::{
     dot::{self, Emit, FEW_ROWS},
-    matrix::{Data, Matrix, Q8Rows, Row, Rows},
+    matrix::{Data, Matrix, Q8_BLOCK, Q8Rows, Row, Rows},
     pack::{self, BLOCK, Format, Line},
     panel::{self, MAX_BLOCKS, MAX_ROWS, TileShape},
     silu,
@@ -37,6 +37,9 @@ const TASK_PRODUCTS: usize = 1 << 16;
 
 /// Tasks per thread, so that threads end at about the same time.
 const TASKS_PER_THREAD: usize = 6;
+
+/// As below, of 8-bit weights, which cost more to narrow than to multiply as integers.
+const FEW_Q8_BEFORE_TILES: usize = 3;
 
 /// Rows up to which [`dot`] is not slower than AMX tiles that are mostly empty, and loses nothing to rounding.
 const FEW_BEFORE_TILES: usize = 4;
@@ -297,7 +300,8 @@ impl Arithmetic {
         if weights.is_narrow() {
             match self.bf16 {
                 Bf16Unit::Amx if weights.k().is_multiple_of(amx::DEPTH) && weights.rows().is_multiple_of(16) => {
-                    return if few(FEW_BEFORE_TILES) { Form::Few } else { Form::Tiles };
+                    let limit = if matches!(weights.data(), Data::Bf16(_)) { FEW_BEFORE_TILES } else { FEW_Q8_BEFORE_TILES };
+                    return if few(limit) { Form::Few } else { Form::Tiles };
                 }
                 _ if few(FEW_ROWS) => return Form::Few,
                 Bf16Unit::Amx | Bf16Unit::Avx512 if weights.k().is_multiple_of(2) => return Form::Pairs,
@@ -423,6 +427,11 @@ impl Arithmetic {
                 match weights.data() {
                     Data::F32(w) => self.few(x, w, input.k, columns, pair, sink),
                     Data::Bf16(w) => self.few(x, w, input.k, columns, pair, sink),
+                    // SAFETY: the CPU has AVX-512, says `isa`.
+                    #[cfg(target_arch = "x86_64")]
+                    Data::Q8 { values, scales } if self.isa == Isa::Avx512 => unsafe {
+                        dot_q8::run(x, Q8Rows { values, scales }, input.k, columns, pair, sink);
+                    },
                     Data::Q8 { values, scales } => self.few(x, Q8Rows { values, scales }, input.k, columns, pair, sink),
                 }
             }
@@ -689,7 +698,7 @@ mod narrow {
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     fn strip<'a>(
         buffer: &mut Vec<Line>,
         weights: &Matrix<'a>,
@@ -709,18 +718,9 @@ mod narrow {
                 // SAFETY: a line holds 32 bf16.
                 let out = unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast::<bf16>(), rows * k) };
                 for (slot, out) in out.chunks_exact_mut(k).enumerate() {
-                    let row = Q8Rows { values, scales };
-                    let row = row.row(weight_row(slot % tile_rows, tile_rows, first + slot / tile_rows * per_tile, end, pair), k);
-                    let whole = k / 16 * 16;
-                    // SAFETY: the CPU has AVX-512; offsets stay below k.
-                    unsafe {
-                        use std::arch::x86_64::{_mm256_storeu_si256, _mm512_cvtepi32_epi16};
-                        for at in (0..whole).step_by(16) {
-                            let narrow = pack::x86::round(row.load::<super::super::simd::x86::Avx512>(at));
-                            _mm256_storeu_si256(out.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi16(narrow));
-                        }
-                        (whole..k).for_each(|at| out[at] = bf16::from_f32(row.get(at)));
-                    }
+                    let row = weight_row(slot % tile_rows, tile_rows, first + slot / tile_rows * per_tile, end, pair);
+                    let blocks = k.div_ceil(Q8_BLOCK);
+                    dot_q8::narrow(&values[row * k..(row + 1) * k], &scales[row * blocks..(row + 1) * blocks], out);
                 }
                 strip.start = buffer.as_ptr().cast();
             }
@@ -776,7 +776,9 @@ mod narrow {
         let (k, blocks) = (weights.k(), rows.div_ceil(BLOCK));
         let lines = Format::Bf16.block_lines(k);
         assert!(x.len() >= blocks * lines && k.is_multiple_of(amx::DEPTH), "less input than rows: this is a bug");
-        let (per_tile, step) = if pair.is_some() { (16, TILE_STRIP / 2) } else { (32, TILE_STRIP) };
+        // With few tokens nothing is gained by a long strip, and a short one stays in the first caches.
+        let strip_rows = if blocks <= 2 { 32 } else { TILE_STRIP };
+        let (per_tile, step) = if pair.is_some() { (16, strip_rows / 2) } else { (32, strip_rows) };
         // SAFETY: the CPU has AMX; a task does not start another on its thread.
         let _tiles = unsafe { amx::Tiles::configure() };
         let steps = k / amx::DEPTH;

@@ -4,6 +4,8 @@
 mod amx;
 mod attention;
 mod dot;
+#[cfg(target_arch = "x86_64")]
+mod dot_q8;
 mod exp;
 mod matmul;
 mod matrix;
