@@ -20,6 +20,9 @@ use crate::{
 /// Words that one thread sums before it takes the next piece: 4 MiB.
 const PIECE: usize = 1 << 19;
 
+/// Sweeps and products of one reading: they are short, and the machine is not the same from moment to moment.
+const SAMPLES: usize = 3;
+
 /// How limits are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LimitConfig {
@@ -97,15 +100,18 @@ impl Limits {
         Ok(Self { config, words, routines, readings: Readings::default() })
     }
 
-    /// Takes one reading of both limits, and returns it.
-    pub fn read(&mut self) -> Result<Limit> {
-        let start = Instant::now();
-        black_box(sum(&self.words));
-        let bandwidth = (self.words.len() * size_of::<u64>()) as f64 / start.elapsed().as_secs_f64();
-        let flops = self.routines.iter().map(Routine::flops).try_fold(0f64, |best, flops| flops.map(|flops| best.max(flops)))?;
-        self.readings.bandwidth.push(bandwidth);
-        self.readings.flops.push(flops);
-        Ok(Limit { bandwidth, flops })
+    /// Takes a reading of both limits, and returns it.
+    pub fn read(&mut self) -> Result<Readings> {
+        let mut reading = Readings::default();
+        for _ in 0..SAMPLES {
+            let start = Instant::now();
+            black_box(sum(&self.words));
+            let bandwidth = (self.words.len() * size_of::<u64>()) as f64 / start.elapsed().as_secs_f64();
+            let flops = self.routines.iter().map(Routine::flops).try_fold(0f64, |best, flops| flops.map(|flops| best.max(flops)))?;
+            reading.push(Limit { bandwidth, flops });
+        }
+        self.readings.extend(&reading);
+        Ok(reading)
     }
 
     /// All readings.
@@ -135,7 +141,13 @@ impl Readings {
         Limit { bandwidth: self.bandwidth.median().unwrap_or(0.0), flops: self.flops.median().unwrap_or(0.0) }
     }
 
-    /// One reading more.
+    /// All values of another reading.
+    pub fn extend(&mut self, other: &Self) {
+        self.bandwidth.extend(&other.bandwidth);
+        self.flops.extend(&other.flops);
+    }
+
+    /// One value more of each.
     pub fn push(&mut self, limit: Limit) {
         self.bandwidth.push(limit.bandwidth);
         self.flops.push(limit.flops);

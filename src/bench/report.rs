@@ -172,7 +172,7 @@ impl fmt::Display for Report {
         if let Some(model) = &self.model {
             write!(f, "{}, {}", model.name, model.dtype)?;
             if let (Some(all), Some(active)) = (model.parameters, model.active_parameters) {
-                write!(f, ", {} M parameters, {} M active", all / 1_000_000, active / 1_000_000)?;
+                write!(f, ", {:.0} M parameters, {:.0} M active", all as f64 / 1e6, active as f64 / 1e6)?;
             }
             writeln!(f)?;
         }

@@ -113,8 +113,15 @@ pub struct SoakReport {
 }
 
 /// Values of the last page that are told, and whether they must be 0.
-const SERVER_VALUES: &[(&str, bool)] =
-    &[("hardmax_requests_running", true), ("hardmax_requests_waiting", true), ("hardmax_engine_panics_total", true)];
+const SERVER_VALUES: &[(&str, bool)] = &[
+    ("hardmax_requests_running", true),
+    ("hardmax_requests_waiting", true),
+    ("hardmax_kv_cache_usage_ratio", true),
+    ("hardmax_engine_panics_total", true),
+    ("hardmax_preemptions_total", false),
+    ("hardmax_prefix_cache_queries_total", false),
+    ("hardmax_prefix_cache_hits_total", false),
+];
 
 /// Counts and times of one client, or of all.
 #[derive(Debug, Default)]

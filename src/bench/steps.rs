@@ -305,7 +305,7 @@ impl<'a> Runner<'a> {
         let (mut runs, mut readings) = (Vec::with_capacity(config.repeats), Readings::default());
         for _ in 0..config.repeats {
             if let Some(limits) = limits.as_deref_mut() {
-                readings.push(limits.read()?);
+                readings.extend(&limits.read()?);
             }
             runs.push(match setting.work {
                 Work::Prefill => self.prefill(&mut lanes, setting.prompt_tokens, setting.routing)?,
@@ -314,7 +314,7 @@ impl<'a> Runner<'a> {
             });
         }
         if let Some(limits) = limits {
-            readings.push(limits.read()?);
+            readings.extend(&limits.read()?);
         }
         summary(setting, &runs, readings)
     }

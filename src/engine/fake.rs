@@ -81,7 +81,7 @@ pub(super) fn config() -> EngineConfig {
         max_queue_requests: 8,
         max_step_tokens: 64,
         max_new_tokens: 32,
-        max_choices: 4,
+        max_choices: 8,
         event_buffer: 64,
         reader_timeout: PATIENCE,
         ..EngineConfig::default()
