@@ -41,7 +41,7 @@ const TASKS_PER_THREAD: usize = 6;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 const FEW_Q8_BEFORE_TILES: usize = 3;
 
-/// Rows up to which [`dot`] is not slower than AMX tiles that are mostly empty, and loses nothing to rounding.
+/// Rows up to which [`dot`] is not slower than AMX tiles that are mostly empty.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 const FEW_BEFORE_TILES: usize = 4;
 
@@ -458,6 +458,24 @@ impl Arithmetic {
                 let x = &x[..rows];
                 match weights.data() {
                     Data::F32(w) => self.few(x, w, input.k, columns, pair, sink),
+                    // Many rows would be rounded to bf16: few are as well, so that the two differ by the order of sums only.
+                    #[cfg(target_arch = "x86_64")]
+                    Data::Bf16(w) if self.bf16 != Bf16Unit::None => {
+                        let mut buffer = STRIP_BUFFER.take();
+                        let lines = input.k.div_ceil(BLOCK);
+                        grow(&mut buffer, x.len() * lines, Line::ZERO);
+                        for (row, out) in x.iter().zip(buffer.chunks_exact_mut(lines.max(1))) {
+                            // SAFETY: the CPU has AVX-512, as it has a bf16 unit.
+                            unsafe { pack::x86::round_row(row, out) };
+                        }
+                        let mut rounded: [&[f32]; FEW_ROWS] = [&[]; FEW_ROWS];
+                        for (to, lines) in rounded.iter_mut().take(x.len()).zip(buffer.chunks_exact(lines.max(1))) {
+                            // SAFETY: a line is 16 f32, without padding; there are enough for k.
+                            *to = unsafe { std::slice::from_raw_parts(lines.as_ptr().cast::<f32>(), input.k) };
+                        }
+                        self.few(&rounded[..x.len()], w, input.k, columns, pair, sink);
+                        STRIP_BUFFER.set(buffer);
+                    }
                     Data::Bf16(w) => self.few(x, w, input.k, columns, pair, sink),
                     // SAFETY: the CPU has AVX-512, says `isa`.
                     #[cfg(target_arch = "x86_64")]

@@ -151,6 +151,19 @@ pub(crate) mod x86 {
         _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32::<16>(odd)))
     }
 
+    /// `row` rounded to bf16, as f32; zeros up to the end of the last line.
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn round_row(row: &[f32], out: &mut [Line]) {
+        for (chunk, line) in row.chunks(16).zip(out) {
+            let mask = ((1u32 << chunk.len()) - 1) as u16;
+            // SAFETY: the mask keeps what is beyond the row from being read; a line holds one vector, aligned.
+            unsafe {
+                let rounded = _mm512_slli_epi32::<16>(round(_mm512_maskz_loadu_ps(mask, chunk.as_ptr())));
+                _mm512_store_ps(line.0.as_mut_ptr(), _mm512_castsi512_ps(rounded));
+            }
+        }
+    }
+
     /// The bf16 nearest to each element, in the lower half of its lane. Not a number stays that.
     #[inline]
     #[target_feature(enable = "avx512f")]
