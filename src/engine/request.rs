@@ -161,7 +161,7 @@ pub struct Finished {
     pub reason: FinishReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Those of them that another request had computed before.
+    /// Those of them that were in the cache: computed for another request, or for an earlier choice of this one.
     pub cached_prompt_tokens: usize,
     /// Tokens generated, the one that stopped it included.
     pub generated_tokens: usize,
