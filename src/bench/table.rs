@@ -49,7 +49,7 @@ impl fmt::Display for Table {
 pub(super) fn number(value: impl Into<Option<f64>>) -> String {
     match value.into() {
         None => "-".into(),
-        Some(value) if value == 0.0 => "0".into(),
+        Some(0.0) => "0".into(),
         Some(value) => {
             let decimals = (2 - value.abs().log10().floor() as i32).clamp(0, 6) as usize;
             format!("{value:.decimals$}")

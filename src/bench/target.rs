@@ -127,7 +127,7 @@ impl LocalServer {
         let target = &self.target;
         let ended = self.runtime.block_on(async {
             tokio::select! {
-                facts = target.facts() => return facts.map(|_| None),
+                facts = target.facts() => facts.map(|_| None),
                 ended = running => Ok(Some(ended)),
             }
         })?;
