@@ -290,7 +290,8 @@ impl Scheduler {
     pub(super) fn plan(&mut self, sequences: &impl Sequences, shares: &mut Vec<Share>) {
         shares.clear();
         let (mut decoding, mut prefilling) = (std::mem::take(&mut self.decoding), std::mem::take(&mut self.prefilling));
-        (decoding.clear(), prefilling.clear());
+        decoding.clear();
+        prefilling.clear();
         for &rank in &self.running {
             let tokens = self.entries.get(&rank.1).map_or(0, |entry| entry.length.saturating_sub(entry.computed));
             if tokens == 0 || sequences.readiness(rank.1) != Readiness::Ready {

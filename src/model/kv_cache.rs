@@ -81,7 +81,7 @@ impl KvCache {
 
     /// Empty, and stored as on other devices.
     #[cfg(test)]
-    pub(super) fn as_on_a_device(mut self) -> Self {
+    pub(super) fn into_device_store(mut self) -> Self {
         let rows = self.shape.tokens() * self.kv_heads;
         for layer in &mut self.layers {
             let zeros = || Tensor::zeros((rows, self.head_dim), DType::F32, &Device::Cpu).unwrap();
@@ -194,7 +194,7 @@ mod tests {
         let spec = super::super::tests::spec();
         let shape = CacheShape { block_tokens: 4, num_blocks: 6 };
         let mut host = KvCache::new(&spec, shape, DType::F32, &Device::Cpu).unwrap();
-        let mut device = KvCache::new(&spec, shape, DType::F32, &Device::Cpu).unwrap().as_on_a_device();
+        let mut device = KvCache::new(&spec, shape, DType::F32, &Device::Cpu).unwrap().into_device_store();
         let mut batch = Batch::default();
         batch.push(&[5, 0], &[1; 7], 0, RoutingChoice::Native, LogitRows::None);
         batch.push(&[3], &[1; 2], 0, RoutingChoice::Native, LogitRows::None);

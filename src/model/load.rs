@@ -124,6 +124,18 @@ pub struct ServingOptions {
     pub reduction: Reduction,
 }
 
+impl ServingOptions {
+    fn check(&self, device: &Device) -> Result<()> {
+        if !device.is_cpu() && self.weights == WeightType::Q8 {
+            return Err(Error::FailedPrecondition("8-bit weights are for the CPU: use --device cpu, or --dtype bf16".into()));
+        }
+        if !device.is_cpu() && self.reduction == Reduction::BatchInvariant {
+            return Err(Error::FailedPrecondition("--deterministic is for the CPU: use --device cpu".into()));
+        }
+        Ok(())
+    }
+}
+
 /// Weights that are ready to serve. Cheap to clone: they are shared.
 #[derive(Clone, Debug)]
 pub struct ServingModel {
@@ -142,6 +154,7 @@ enum Place {
 pub fn load_to_serve(dir: &Path, options: ServingOptions, progress: bool) -> Result<(Checkpoint, ServingModel)> {
     let checkpoint = Checkpoint::open(dir)?;
     let device = options.device.open()?;
+    options.check(&device)?;
     let loaded = checkpoint.load(&LoadOptions { dtype: options.weights.dtype(&device), device, progress })?;
     let model = ServingModel::new(Arc::new(checkpoint.spec().clone()), loaded, options)?;
     Ok((checkpoint, model))
@@ -151,16 +164,11 @@ impl ServingModel {
     /// Puts `weights`, which are on the device of the options, in their places.
     pub fn new(spec: Arc<ModelSpec>, weights: ModelWeights, options: ServingOptions) -> Result<Self> {
         let device = weights.embedding.device().clone();
+        options.check(&device)?;
         if device.is_cpu() {
             let host = HostOptions { quantize: options.weights == WeightType::Q8, reduction: options.reduction };
             let dtype = if host.quantize { "q8" } else { weights.embedding.dtype().as_str() };
             return Ok(Self { place: Place::Host(Arc::new(HostWeights::new(spec, weights, host)?)), dtype });
-        }
-        if options.weights == WeightType::Q8 {
-            return Err(Error::FailedPrecondition("8-bit weights are for the CPU: use --device cpu, or --dtype bf16".into()));
-        }
-        if options.reduction == Reduction::BatchInvariant {
-            return Err(Error::FailedPrecondition("--deterministic is for the CPU: use --device cpu".into()));
         }
         let dtype = weights.embedding.dtype().as_str();
         let decoder = Decoder::new(spec, weights, &kernel::for_device(&device))?;

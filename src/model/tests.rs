@@ -153,7 +153,7 @@ fn the_block_table_changes_no_bit() {
 fn gathered_blocks_give_the_same_logits() {
     let decoder = decoder();
     let cache = || KvCache::new(decoder.spec(), CACHE, decoder.activations(), &Device::Cpu).unwrap();
-    let (mut host, mut device) = (cache(), cache().as_on_a_device());
+    let (mut host, mut device) = (cache(), cache().into_device_store());
     let requests = &requests()[4..];
     for chunk in 0..4 {
         let mut batch = Batch::default();

@@ -30,8 +30,8 @@ fn untracked_linear(x: &Tensor, weight: &Tensor, arithmetic: Arithmetic) -> Resu
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let mut out = vec![0f32; t * n];
     cpu_slice::<f32, _>(&x, |x| match weight.dtype() {
-        DType::F32 => cpu_slice::<f32, _>(&weight, |w| Ok(host_linear(arithmetic, x, Data::F32(w), k, &mut out, n))),
-        DType::BF16 => cpu_slice::<bf16, _>(&weight, |w| Ok(host_linear(arithmetic, x, Data::Bf16(w), k, &mut out, n))),
+        DType::F32 => cpu_slice::<f32, _>(&weight, |w| host_linear(arithmetic, x, Data::F32(w), k, &mut out, n)),
+        DType::BF16 => cpu_slice::<bf16, _>(&weight, |w| host_linear(arithmetic, x, Data::Bf16(w), k, &mut out, n)),
         other => Err(Error::Internal(format!("linear: no {other:?} weights on the CPU"))),
     })?;
     Ok(Tensor::from_vec(out, (t, n), x.device())?)
@@ -42,10 +42,11 @@ pub fn linear_with(x: &Tensor, weight: &Tensor, arithmetic: cpu::Arithmetic) -> 
     untracked_linear(x, weight, arithmetic)
 }
 
-fn host_linear(arithmetic: Arithmetic, x: &[f32], weights: Data<'_>, k: usize, out: &mut [f32], n: usize) {
+fn host_linear(arithmetic: Arithmetic, x: &[f32], weights: Data<'_>, k: usize, out: &mut [f32], n: usize) -> Result<()> {
     let product = Product { weights: Matrix::new(weights, n, k), rows: 0..x.len() / k, column: 0 };
     let output = Output { values: out, stride: n, store: Store::Set };
     arithmetic.linear(&mut Scratch::default(), Input { x, k, source: None }, &[product], output);
+    Ok(())
 }
 
 /// RMSNorm over the last dimension, `x / sqrt(mean(x²) + eps) · weight`, in f32, returned in the dtype of `x`.

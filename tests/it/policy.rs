@@ -105,7 +105,7 @@ fn the_scanner_reads_rust() {
     assert_eq!(crate_paths(&tokens), expected.map(str::to_owned).into());
 }
 
-/// A file of `src/` other than the unit tests (`tests.rs`), which may use what they like. As code: words, `::` and other signs, without comments and without what stands in quotes.
+/// A file of `src/` other than the unit tests (`tests.rs` and what is in `tests/`), which may use what they like. As code: words, `::` and other signs, without comments and without what stands in quotes.
 struct Source {
     /// For messages, from the root of the repository.
     path: String,
@@ -122,7 +122,7 @@ fn sources() -> Vec<Source> {
         for entry in fs::read_dir(&folder).expect("src is readable") {
             let path: PathBuf = entry.expect("src is readable").path();
             if path.is_dir() {
-                folders.push(path);
+                folders.extend((!path.ends_with("tests")).then_some(path));
             } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
                 found.push(path);
             }

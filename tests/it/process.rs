@@ -31,7 +31,7 @@ struct Server {
 }
 
 impl Server {
-    /// Starts and waits until the model is loaded.
+    /// Starts and waits until it serves.
     async fn start(model: PathBuf, flags: &'static [&str]) -> Self {
         soon(spawn_blocking(move || Self::spawn(&model, flags))).await.unwrap()
     }
@@ -52,6 +52,7 @@ impl Server {
         let grpc = until("starting")["grpc"].as_str().unwrap().to_owned();
         assert_eq!(until("security posture")["grpc_open_to"], "this machine");
         let loaded = until("model loaded");
+        until("serving");
         Self { child, log: Some(log), grpc, loaded }
     }
 

@@ -121,7 +121,7 @@ async fn the_first_choice_is_what_a_single_one_would_be() {
 #[tokio::test]
 async fn more_choices_than_places_take_turns() {
     let metrics = metrics();
-    let config = EngineConfig { max_batch_requests: 2, event_buffer: 2, ..fake::config() };
+    let config = EngineConfig { max_batch_requests: 2, event_buffer: 2, max_choices: 16, ..fake::config() };
     let engine = start_with(FakeModel::sum(), config, metrics.clone());
     let answers = collect_choices(engine.submit(generate(&[3; 9], |p| (p.n, p.max_new_tokens) = (7, Some(5)))).unwrap(), 7).await;
     assert!(answers.iter().all(|answer| answer.ids == sums(&[3; 9], 5)));

@@ -5,10 +5,19 @@ use super::*;
 use crate::{
     model::{
         CacheShape, CachedDecoder,
-        load::{DeviceKind, WeightType, load},
+        load::{DeviceKind, ServingOptions, WeightType, load, load_to_serve},
     },
     moe::policy::RoutingChoice,
+    ops::cpu::Reduction,
 };
+
+/// Which of the forwards computes.
+#[derive(Clone, Copy, Debug)]
+enum Forward {
+    Tensors,
+    /// The one that serves on the CPU, with `--deterministic`.
+    Host(WeightType),
+}
 
 const ROUTINGS: [RoutingChoice; 4] = [
     RoutingChoice::Native,
@@ -17,10 +26,18 @@ const ROUTINGS: [RoutingChoice; 4] = [
     RoutingChoice::Soft { temperature: None },
 ];
 
-fn start_decoder(case: &str, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
+fn start_decoder(case: &str, forward: Forward, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
-    let loaded = load(&folder, DeviceKind::Cpu, WeightType::F32, false).unwrap();
-    let model = Box::new(CachedDecoder::new(loaded.decoder, cache).unwrap());
+    let model: Box<dyn LanguageModel> = match forward {
+        Forward::Tensors => {
+            let loaded = load(&folder, DeviceKind::Cpu, WeightType::F32, false).unwrap();
+            Box::new(CachedDecoder::new(loaded.decoder, cache).unwrap())
+        }
+        Forward::Host(weights) => {
+            let options = ServingOptions { device: DeviceKind::Cpu, weights, reduction: Reduction::BatchInvariant };
+            load_to_serve(&folder, options, false).unwrap().1.start(cache).unwrap()
+        }
+    };
     Engine::start(EngineParts { model, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics }).unwrap()
 }
 
@@ -41,9 +58,18 @@ fn requests() -> Vec<(Request, usize)> {
 #[tokio::test]
 async fn in_any_company_and_any_blocks() {
     let (mut preempted, mut hits) = (0.0, 0.0);
-    for case in ["mixtral_gqa", "olmoe_clip", "qwen2_shared_sparse_step", "qwen3_yarn_tied"] {
+    let cases = [
+        ("mixtral_gqa", Forward::Tensors),
+        ("mixtral_gqa", Forward::Host(WeightType::Bf16)),
+        ("mixtral_gqa", Forward::Host(WeightType::Q8)),
+        ("olmoe_clip", Forward::Host(WeightType::F32)),
+        ("qwen2_shared_sparse_step", Forward::Host(WeightType::F32)),
+        ("qwen2_shared_sparse_step", Forward::Tensors),
+        ("qwen3_yarn_tied", Forward::Host(WeightType::Bf16)),
+    ];
+    for (case, forward) in cases {
         let roomy = CacheShape { block_tokens: 16, num_blocks: 64 };
-        let engine = start_decoder(case, roomy, EngineConfig { prefix_cache: PrefixCache::Off, ..fake::config() }, metrics());
+        let engine = start_decoder(case, forward, roomy, EngineConfig { prefix_cache: PrefixCache::Off, ..fake::config() }, metrics());
         let mut alone = Vec::new();
         for (request, choices) in requests() {
             alone.push(collect_choices(engine.submit(request).unwrap(), choices).await);
@@ -51,13 +77,13 @@ async fn in_any_company_and_any_blocks() {
         for (block_tokens, num_blocks, max_step_tokens) in [(4, 12, 5), (4, 26, 64), (8, 200, 7)] {
             let metrics = metrics();
             let config = EngineConfig { max_step_tokens, max_batch_requests: 6, max_queue_requests: 20, ..fake::config() };
-            let engine = start_decoder(case, CacheShape { block_tokens, num_blocks }, config, metrics.clone());
+            let engine = start_decoder(case, forward, CacheShape { block_tokens, num_blocks }, config, metrics.clone());
             // Twice, so that the second time prefixes are known.
             for round in 0..2 {
                 let streams: Vec<_> = requests().into_iter().map(|(r, choices)| (engine.submit(r).unwrap(), choices)).collect();
                 for ((stream, choices), alone) in streams.into_iter().zip(&alone) {
                     for (together, alone) in collect_choices(stream, choices).await.iter().zip(alone) {
-                        let what = format!("{case}, {num_blocks} blocks, {max_step_tokens} tokens per step, round {round}");
+                        let what = format!("{case}, {forward:?}, {num_blocks} blocks, {max_step_tokens} tokens per step, round {round}");
                         assert_eq!(together.ids, alone.ids, "{what}");
                         assert_eq!(together.logprobs, alone.logprobs, "{what}");
                     }

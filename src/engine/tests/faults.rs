@@ -71,7 +71,7 @@ async fn a_choice_that_fails_ends_its_request() {
         }
         row
     });
-    let engine = start_with(model, fake::config(), metrics.clone());
+    let engine = start_with(model, EngineConfig { max_choices: 8, ..fake::config() }, metrics.clone());
     let several = generate(&[1, 2, 3], |p| (p.n, p.temperature, p.seed, p.max_new_tokens, p.ignore_eos) = (8, 2.0, 1, Some(20), true));
     let mut stream = engine.submit(several).unwrap();
     let mut ends = Vec::new();

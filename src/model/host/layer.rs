@@ -28,6 +28,8 @@ pub(super) struct Step<'a> {
     pub(super) cache: &'a mut KvCache,
     pub(super) buffers: &'a mut Buffers,
     pub(super) time: ForwardTime,
+    /// The most elements of `routed` that a layer needed.
+    pub(super) routed: usize,
 }
 
 #[derive(Debug)]
@@ -273,6 +275,7 @@ impl Step<'_> {
     fn dense(&mut self, mlp: &SwiGlu, gates: Option<&[f32]>) -> Result<()> {
         let (t, d) = (self.batch.tokens.len(), self.spec.hidden_size);
         let Buffers { x, normed, routed, scratch, .. } = &mut *self.buffers;
+        self.routed = self.routed.max(t * d);
         grow(routed, t * d);
         let (gate_up, down) = (mlp.gate_up.lend(), mlp.down.lend());
         let expert = Expert { gate_up: gate_up.matrix()?, down: down.matrix()?, rows: 0..t };
@@ -303,6 +306,7 @@ impl Step<'_> {
         let runs = self.batch.spans.iter().map(|span| (span.routing, span.new));
         let Routed { routing, plan, stats, non_finite } = route_layer(&moe.spec, self.spec.reference, logits, runs)?;
         {
+            self.routed = self.routed.max(plan.tokens.len() * d);
             grow(routed, plan.tokens.len() * d);
             let (gate_up, down) = (moe.experts.gate_up.lend(), moe.experts.down.lend());
             let (gate_up, down) = (gate_up.matrix()?, down.matrix()?);

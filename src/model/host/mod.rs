@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    ops::cpu::{Arithmetic, Input, Output, Product, Reduction, Scratch, Store},
+    ops::cpu::{Arithmetic, Input, Output, Product, Reduction, Scratch, Store, trim},
 };
 
 /// How weights are held and products computed.
@@ -125,13 +125,16 @@ impl HostDecoder {
         embed(&weights.embedding, &batch.tokens, d, &mut buffers.x)?;
         weights.rope.fill(batch.spans.iter().flat_map(|span| span.past..span.past + span.new), &mut buffers.cos, &mut buffers.sin);
 
-        let mut step = Step { spec, arithmetic, batch, cache, buffers, time: ForwardTime::default() };
+        let mut step = Step { spec, arithmetic, batch, cache, buffers, time: ForwardTime::default(), routed: 0 };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
             layers.extend(layer.forward(&mut step)?);
         }
-        let time = step.time;
-        Ok(Forward { logits: weights.logits(batch, buffers)?, layers, time })
+        let (time, routed) = (step.time, step.routed);
+        let logits = weights.logits(batch, buffers)?;
+        buffers.scratch.trim();
+        trim(&mut buffers.routed, routed);
+        Ok(Forward { logits, layers, time })
     }
 }
 

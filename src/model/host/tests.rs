@@ -106,6 +106,7 @@ fn logits(model: &mut dyn LanguageModel, batch: &Batch) -> Vec<Vec<f32>> {
 
 fn furthest(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len());
+    assert!(a.iter().chain(b).flatten().all(|x| x.is_finite()));
     let scale = b.iter().flatten().fold(0f32, |scale, x| scale.max(x.abs()));
     a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / scale
 }

@@ -85,6 +85,7 @@ pub(crate) fn attention(isa: Isa, q: &[f32], sequences: &[KeyValue<'_>], shape: 
         q.len() == tokens * heads * head_dim && out.len() == q.len() && heads.is_multiple_of(kv_heads),
         "attention of other sizes: this is a bug"
     );
+    assert!(isa.is_available(), "this CPU has no {isa:?}");
     let out = Disjoint::new(out);
     let lanes = BLOCK * if isa_lanes(isa) == BLOCK { MAX_BLOCKS } else { 1 };
     let groups = |sequence: &KeyValue<'_>| (sequence.new * (heads / kv_heads)).div_ceil(lanes);
@@ -103,7 +104,7 @@ pub(crate) fn attention(isa: Isa, q: &[f32], sequences: &[KeyValue<'_>], shape: 
             let total = sequence.new * (heads / kv_heads);
             let task = Task { q, out: &out, sequence, shape, kv_head, first_token, queries: group * lanes..total.min((group + 1) * lanes) };
             match isa {
-                // SAFETY: `Isa` values other than Portable are made by `Isa::detect` (or tests that ask it first); so below.
+                // SAFETY: the assertion above has seen that the CPU has it; so below.
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 => unsafe { run_avx512(&task) },
                 // SAFETY: as above.
@@ -199,7 +200,7 @@ unsafe fn run<S: Simd>(task: &Task<'_>) {
         buffer.resize(blocks * lines, Line::ZERO);
     }
     let Buffers { queries, scores, sums } = &mut buffers;
-    // Lanes without a query see one key, and nobody sees them.
+    // Lanes without a query see the past, and nobody sees them.
     let mut positions = [[sequence.past; BLOCK]; MAX_BLOCKS];
     let scale = 1.0 / (hd as f32).sqrt();
     for (lane, query) in task.queries.clone().enumerate() {
@@ -238,7 +239,8 @@ unsafe fn run<S: Simd>(task: &Task<'_>) {
             }
         }
         // Where a lane must not look.
-        if end > oldest + 1 || start < seen_from(newest) {
+        let masked = end > oldest + 1 || start < seen_from(newest);
+        if masked {
             for b in 0..blocks {
                 for (line, position) in scores[b * CHUNK..b * CHUNK + row].iter_mut().zip(start..) {
                     for lane in 0..BLOCK {
@@ -262,8 +264,13 @@ unsafe fn run<S: Simd>(task: &Task<'_>) {
         let mut row = 0;
         for (first, stride, count) in sequence.layout.runs(start..end, task.kv_head, shape) {
             let values = &sequence.values[first..first + (count - 1) * stride + hd];
-            // SAFETY: the CPU has `S`; `values` has `count` rows of hd elements, scores at least as many lines.
-            unsafe { add_values::<S>(values, stride, count, &scores[row..], sums, hd, blocks) };
+            if masked && !values.iter().all(|value| value.is_finite()) {
+                // SAFETY: as below.
+                unsafe { add_seen::<S>(values, stride, count, &scores[row..], sums, hd, blocks) };
+            } else {
+                // SAFETY: the CPU has `S`; `values` has `count` rows of hd elements, scores at least as many lines.
+                unsafe { add_values::<S>(values, stride, count, &scores[row..], sums, hd, blocks) };
+            }
             row += count;
         }
         start += CHUNK;
@@ -311,6 +318,28 @@ fn soften(scores: &mut [Line], largest: &mut Line, total: &mut Line) -> Line {
     }
     *largest = max;
     factor
+}
+
+/// [`add_values`] row by row, where some are not finite and some lanes must not see them: 0 times such a value is not 0. Rows that are
+/// not finite make NaN of the lanes that see them, and are nothing to the others.
+///
+/// # Safety
+/// As [`add_values`].
+#[inline(always)]
+unsafe fn add_seen<S: Simd>(values: &[f32], stride: usize, count: usize, scores: &[Line], sums: &mut [Line], hd: usize, blocks: usize) {
+    for i in 0..count {
+        let row = &values[i * stride..][..hd];
+        if row.iter().all(|value| value.is_finite()) {
+            // SAFETY: the CPU has `S` (the caller's contract); one row of hd elements, and a line of scores for each block.
+            unsafe { add_values::<S>(row, hd, 1, &scores[i..], sums, hd, blocks) };
+            continue;
+        }
+        for (b, lane) in (0..blocks).flat_map(|b| (0..BLOCK).map(move |lane| (b, lane))) {
+            if scores[b * CHUNK + i].0[lane] != 0.0 {
+                sums[b * hd..(b + 1) * hd].iter_mut().for_each(|line| line.0[lane] = f32::NAN);
+            }
+        }
+    }
 }
 
 /// `sums[b][d] += Σ_row values[row][d] · scores[b][row]`, in order of rows.
@@ -386,6 +415,7 @@ mod tests {
     use super::*;
 
     fn isas() -> Vec<Isa> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
         let mut isas = vec![Isa::Portable, Isa::detect()];
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -450,9 +480,9 @@ mod tests {
                     let sequence = KeyValue { past: 0, new: tokens, keys: &keys, values: &values, layout: KeyLayout::Flat };
                     attention(isa, &q, &[sequence], shape, &mut whole);
                     let worst = whole.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
-                    assert!(worst < 3e-6, "{isa:?} {shape:?} {tokens}: {worst}");
+                    assert!(whole.iter().all(|x| x.is_finite()) && worst < 3e-6, "{isa:?} {shape:?} {tokens}: {worst}");
                     // The same tokens in two pieces, over blocks of a cache, in a batch with another sequence.
-                    for (block_tokens, cut) in [(8, tokens / 2), (16, tokens - 1)] {
+                    for (block_tokens, cut) in [(8, tokens / 2), (16, tokens - 1), (24, tokens / 3), (256, tokens / 2)] {
                         let ((keys, key_table), (values, table)) =
                             (paged(&keys, block_tokens, shape, 3), paged(&values, block_tokens, shape, 3));
                         assert_eq!(key_table, table);
@@ -464,6 +494,34 @@ mod tests {
                         attention(isa, &queries, &[piece(0, 1), piece(0, cut), piece(cut, tokens - cut)].map(|s| s), shape, &mut pieces);
                         assert_eq!(pieces[row..], whole, "{isa:?} {shape:?} {tokens} {block_tokens} {cut}");
                     }
+                }
+            }
+        }
+    }
+
+    /// One bad value makes nothing of what cannot see it: neither of earlier tokens of its prompt, nor of those whose window has passed.
+    #[test]
+    fn what_is_not_finite_reaches_only_who_sees_it() {
+        let mut rng = StdRng::seed_from_u64(2);
+        for (window, bad) in [(None, f32::NAN), (Some(9), f32::NAN), (Some(9), f32::INFINITY)] {
+            let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 16, window };
+            let (tokens, at) = (150, 70);
+            let (keys, mut values) = (random(tokens * 16, &mut rng), random(tokens * 16, &mut rng));
+            let q = random(tokens * 32, &mut rng);
+            for isa in isas() {
+                let run = |values: &[f32]| {
+                    let mut out = vec![0.0; q.len()];
+                    let sequence = KeyValue { past: 0, new: tokens, keys: &keys, values, layout: KeyLayout::Flat };
+                    attention(isa, &q, &[sequence], shape, &mut out);
+                    out
+                };
+                values[at * 16 + 3] = 0.5;
+                let clean = run(&values);
+                values[at * 16 + 3] = bad;
+                for (token, (found, clean)) in run(&values).chunks_exact(32).zip(clean.chunks_exact(32)).enumerate() {
+                    let sees = token >= at && window.is_none_or(|window| token < at + window);
+                    assert_eq!(found.iter().any(|x| !x.is_finite()), sees, "{isa:?} {window:?} {token}");
+                    assert!(sees || found == clean, "{isa:?} {window:?} {token}");
                 }
             }
         }

@@ -36,7 +36,7 @@ unsafe fn tile<S: Simd, W: Row, const M: usize, const N: usize>(x: [*const f32; 
         let mut at = 0;
         while at < whole {
             for j in 0..N {
-                // The next tile's row lies N rows further.
+                // The next tile's row lies N rows further (the one after the next if gate and up are paired).
                 w[j].prefetch(at + N * k);
                 let weights = w[j].load::<S>(at);
                 for i in 0..M {

@@ -1,8 +1,8 @@
 //! Few rows times 8-bit weights with AVX-512, in integers.
 //!
 //! Widening 8-bit weights to f32 costs more than reading them. Here a block of 32 activations becomes 16-bit integers with a scale of its
-//! own (an error of 2^-16 of the largest of the block, less than that of f32 sums matters for 8-bit weights), a block of products is
-//! summed exactly in 32 bits, and only that sum is scaled in f32.
+//! own (an error of 2^-16 of the largest of the block), pairs of products are summed exactly in 32 bits, and only those sums are scaled
+//! and added in f32.
 
 use std::{arch::x86_64::*, cell::RefCell, ops::Range};
 
@@ -151,7 +151,7 @@ fn tile<const M: usize, const N: usize>(x: &Rows, weights: Q8Rows<'_>, k: usize,
                     activations[i] = _mm512_loadu_si512(x.integers.as_ptr().add(i * stride * Q8_BLOCK + at).cast());
                 }
                 for j in 0..N {
-                    // The next tile's row lies N rows further.
+                    // The next tile's row lies N rows further, or one after the next if they are paired.
                     _mm_prefetch::<_MM_HINT_T0>(values[j].wrapping_add(at + N * k));
                     let weights = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, values[j].add(at)));
                     for i in 0..M {

@@ -14,14 +14,13 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use half::bf16;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::{amx, dot_q8};
 use super::{
     dot::{self, Emit, FEW_ROWS},
-    matrix::{Data, Matrix, Q8_BLOCK, Q8Rows, Row, Rows},
+    matrix::{Data, Matrix, Q8Rows, Row, Rows},
     pack::{self, BLOCK, Format, Line},
     panel::{self, MAX_BLOCKS, MAX_ROWS, TileShape},
     silu,
@@ -39,9 +38,11 @@ const TASK_PRODUCTS: usize = 1 << 16;
 const TASKS_PER_THREAD: usize = 6;
 
 /// As below, of 8-bit weights, which cost more to narrow than to multiply as integers.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 const FEW_Q8_BEFORE_TILES: usize = 3;
 
 /// Rows up to which [`dot`] is not slower than AMX tiles that are mostly empty, and loses nothing to rounding.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 const FEW_BEFORE_TILES: usize = 4;
 
 /// The order in which products are summed.
@@ -132,6 +133,8 @@ pub(crate) struct Scratch {
     plans: Vec<Plan>,
     packs: Vec<Pack>,
     tasks: Vec<Task>,
+    /// The most that calls needed since [`Scratch::trim`]: elements of `packed`, `packed_hidden` and `hidden`.
+    used: [usize; 3],
 }
 
 /// How a product is computed.
@@ -227,6 +230,14 @@ impl Scratch {
         self.tasks.clear();
     }
 
+    /// Gives back what the calls since the last time did not need by far.
+    pub(crate) fn trim(&mut self) {
+        let [packed, packed_hidden, hidden] = std::mem::take(&mut self.used);
+        trim(&mut self.packed, packed);
+        trim(&mut self.packed_hidden, packed_hidden);
+        trim(&mut self.hidden, hidden);
+    }
+
     /// Plans the packing of `rows`, unless they are packed already; the first line.
     fn pack(&mut self, rows: &Range<usize>, format: Format, k: usize) -> usize {
         if let Some(same) = self.packs.iter().find(|pack| pack.rows == *rows && pack.format == format) {
@@ -241,9 +252,8 @@ impl Scratch {
     fn run_packs(&mut self, isa: Isa, input: Input<'_>) {
         let Some(last) = self.packs.last() else { return };
         let lines = last.start + last.rows.len().div_ceil(BLOCK) * last.format.block_lines(input.k);
-        if self.packed.len() < lines {
-            self.packed.resize(lines, Line::ZERO);
-        }
+        self.used[0] = self.used[0].max(lines);
+        grow(&mut self.packed, lines, Line::ZERO);
         let out = Disjoint::new(&mut self.packed);
         // Blocks of tokens are numbered through; most calls have one pack.
         let blocks = |pack: &Pack| pack.rows.len().div_ceil(BLOCK);
@@ -284,6 +294,18 @@ impl Scratch {
     }
 }
 
+/// Buffers that are larger than this are given back when a step needs less than a fourth of them: soft routing of one long prompt
+/// should not cost memory for ever.
+const KEPT_BYTES: usize = 64 << 20;
+
+/// Gives memory back that a step which needed `used` elements did not need.
+pub(crate) fn trim<T>(buffer: &mut Vec<T>, used: usize) {
+    if buffer.len() * size_of::<T>() > KEPT_BYTES && used < buffer.len() / 4 {
+        buffer.truncate(used);
+        buffer.shrink_to_fit();
+    }
+}
+
 impl<'a> Input<'a> {
     #[inline(always)]
     fn row(&self, row: usize) -> &'a [f32] {
@@ -293,6 +315,11 @@ impl<'a> Input<'a> {
 }
 
 impl Arithmetic {
+    /// What makes it sound to run the instructions.
+    fn check(&self) {
+        assert!(self.isa.is_available(), "this CPU has no {:?}", self.isa);
+    }
+
     /// The form for `rows` rows of `weights`.
     fn form(&self, rows: usize, weights: &Matrix<'_>) -> Form {
         let few = |limit: usize| rows <= limit && self.reduction == Reduction::Fastest;
@@ -308,6 +335,8 @@ impl Arithmetic {
                 _ => {}
             }
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = weights;
         if few(FEW_ROWS) { Form::Few } else { Form::Panel }
     }
 
@@ -321,6 +350,7 @@ impl Arithmetic {
     /// Each row times its weights.
     pub(crate) fn linear(&self, scratch: &mut Scratch, input: Input<'_>, products: &[Product<'_>], output: Output<'_>) {
         check(input, products, &output);
+        self.check();
         scratch.clear();
         for product in products {
             assert_eq!(product.weights.k(), input.k, "weights of another width than their input: this is a bug");
@@ -350,6 +380,7 @@ impl Arithmetic {
         let Some(f) = experts.first().map(|expert| expert.down.k()) else { return };
         let d = input.k;
         check_experts(input, experts, out, f);
+        self.check();
         scratch.clear();
         let (mut hidden_rows, mut hidden_lines) = (0, 0);
         for expert in experts {
@@ -365,6 +396,7 @@ impl Arithmetic {
             scratch.plans.push(Plan { form, input: start, hidden });
         }
         scratch.run_packs(self.isa, input);
+        scratch.used = [scratch.used[0], scratch.used[1].max(hidden_lines), scratch.used[2].max(hidden_rows * f)];
         grow(&mut scratch.hidden, hidden_rows * f, 0.0);
         grow(&mut scratch.packed_hidden, hidden_lines, Line::ZERO);
 
@@ -446,7 +478,7 @@ impl Arithmetic {
 
     fn few<W: Rows>(&self, x: &[&[f32]], w: W, k: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Emit) {
         match self.isa {
-            // SAFETY: `Isa` values other than Portable are made by `Isa::detect` (or tests that ask it first); so below.
+            // SAFETY: `check` has seen that the CPU has it; so below.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => unsafe { few_avx512(x, w, k, columns, pair, sink) },
             // SAFETY: as above.
@@ -476,7 +508,9 @@ fn check(input: Input<'_>, products: &[Product<'_>], output: &Output<'_>) {
     for (index, product) in products.iter().enumerate() {
         let columns = product.column..product.column + product.weights.rows();
         assert!(
-            product.rows.end * output.stride <= output.values.len() && columns.end <= output.stride,
+            product.rows.start <= product.rows.end
+                && product.rows.end * output.stride <= output.values.len()
+                && columns.end <= output.stride,
             "a product outside of its output: this is a bug"
         );
         assert!(input.source.is_none_or(|source| product.rows.end <= source.len()), "a product without input: this is a bug");
@@ -611,6 +645,7 @@ unsafe fn panel_task<S: Simd>(
 /// Hands the products of a tile to `emit`, block by block; gated if paired.
 #[inline(always)]
 fn finish(out: &panel::Products, tile_rows: usize, made: usize, blocks: usize, pair: Option<usize>, mut emit: impl FnMut(usize, &[Line])) {
+    #[expect(clippy::needless_range_loop, reason = "the index names a block")]
     for b in 0..blocks {
         let mut values = [Line::ZERO; MAX_ROWS];
         for (r, value) in values.iter_mut().enumerate().take(made) {
@@ -635,15 +670,15 @@ fn gated(gate: &Line, up: &Line) -> Line {
 
 /// The rows of a strip as f32, in the order of tiles.
 #[inline(always)]
-fn widen<'a, S: Simd, W: Rows>(
-    buffer: &'a mut Vec<Line>,
+fn widen<S: Simd, W: Rows>(
+    buffer: &mut Vec<Line>,
     weights: W,
     k: usize,
     (start, end): (usize, usize),
     tiles: usize,
     tile_rows: usize,
     pair: Option<usize>,
-) -> &'a [f32] {
+) -> &[f32] {
     let per_tile = if pair.is_some() { tile_rows / 2 } else { tile_rows };
     let rows = tiles * tile_rows;
     grow(buffer, (rows * k).div_ceil(16), Line::ZERO);
@@ -665,7 +700,9 @@ fn widen<'a, S: Simd, W: Rows>(
 mod narrow {
     //! Products in bf16.
 
-    use super::*;
+    use half::bf16;
+
+    use super::{super::matrix::Q8_BLOCK, *};
 
     /// Weight rows of a strip of [`tiles`]: as many bytes as [`STRIP`] rows of f32.
     const TILE_STRIP: usize = 128;
@@ -775,7 +812,7 @@ mod narrow {
     fn tiles_task(weights: &Matrix<'_>, x: &[Line], rows: usize, columns: Range<usize>, pair: Option<usize>, sink: &mut impl Sink) {
         let (k, blocks) = (weights.k(), rows.div_ceil(BLOCK));
         let lines = Format::Bf16.block_lines(k);
-        assert!(x.len() >= blocks * lines && k.is_multiple_of(amx::DEPTH), "less input than rows: this is a bug");
+        assert!(x.len() >= blocks * lines && k > 0 && k.is_multiple_of(amx::DEPTH), "less input than rows: this is a bug");
         // With few tokens nothing is gained by a long strip, and a short one stays in the first caches.
         let strip_rows = if blocks <= 2 { 32 } else { TILE_STRIP };
         let (per_tile, step) = if pair.is_some() { (16, strip_rows / 2) } else { (32, strip_rows) };

@@ -55,6 +55,7 @@ impl<'a> Matrix<'a> {
 
     /// One row as f32. Panics if there is no such row, or `out` is not as long.
     pub(crate) fn widen(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.k, "a row of another length: this is a bug");
         let range = row * self.k..(row + 1) * self.k;
         match self.data {
             Data::F32(values) => out.copy_from_slice(&values[range]),
@@ -82,6 +83,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// bf16 or coarser: multiplying in bf16 loses little that is not lost already.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn is_narrow(&self) -> bool {
         !matches!(self.data, Data::F32(_))
     }
@@ -230,8 +232,10 @@ pub(crate) fn quantize_q8(weights: &[f32], k: usize, values: &mut [i8], scales: 
     for ((row, values), scales) in weights.chunks_exact(k).zip(values.chunks_exact_mut(k)).zip(scales.chunks_exact_mut(blocks)) {
         for ((block, values), scale) in row.chunks(Q8_BLOCK).zip(values.chunks_mut(Q8_BLOCK)).zip(scales) {
             let largest = block.iter().fold(0f32, |largest, w| largest.max(w.abs()));
-            *scale = round_up(largest / 127.0);
-            let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
+            // What is no number stays none: `max` drops it, and as an integer it would be 0.
+            let finite = block.iter().all(|w| w.is_finite());
+            *scale = if finite { round_up(largest / 127.0) } else { bf16::NAN };
+            let inverse = if scale.to_f32() >= f32::MIN_POSITIVE { 1.0 / scale.to_f32() } else { 0.0 };
             values.iter_mut().zip(block).for_each(|(value, w)| *value = (w * inverse).round_ties_even().clamp(-127.0, 127.0) as i8);
         }
     }

@@ -2,9 +2,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[expect(clippy::needless_range_loop, reason = "indices name lanes and registers")]
 mod attention;
 mod dot;
 #[cfg(target_arch = "x86_64")]
+#[expect(clippy::needless_range_loop, reason = "indices name lanes and registers")]
 mod dot_q8;
 mod exp;
 mod matmul;
@@ -17,7 +19,7 @@ mod sink;
 pub(crate) use self::{
     attention::{AttentionShape, KeyLayout, KeyValue, attention},
     exp::exp,
-    matmul::{Expert, Input, Output, Product, Scratch, parallel},
+    matmul::{Expert, Input, Output, Product, Scratch, parallel, trim},
     matrix::{Data, Matrix, Q8_BLOCK, quantize_q8},
     sink::{Disjoint, Store},
 };

@@ -51,6 +51,19 @@ impl Isa {
     }
 }
 
+impl Isa {
+    /// Whether this CPU has it. Kernels ask before they run it: the values are public.
+    pub(crate) fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Self::detect() == Self::Avx512,
+        }
+    }
+}
+
 impl Bf16Unit {
     /// The best that this CPU has, and that the system lets this process use.
     pub fn detect() -> Self {

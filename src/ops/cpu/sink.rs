@@ -51,6 +51,7 @@ pub(crate) trait Sink: Emit {
 
 /// Rows of a row-major matrix.
 pub(crate) struct RowSink<'a> {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(crate) isa: Isa,
     pub(crate) out: &'a Disjoint<'a, f32>,
     /// Elements from one row to the next.
@@ -62,21 +63,13 @@ pub(crate) struct RowSink<'a> {
     pub(crate) store: Store,
 }
 
-impl RowSink<'_> {
-    /// The place of `count` columns of a row.
-    #[inline(always)]
-    fn place(&self, row: usize, column: usize, count: usize) -> &mut [f32] {
-        debug_assert!(row < self.rows.len());
-        let start = (self.rows.start + row) * self.stride + self.column + column;
-        // SAFETY: products have disjoint rectangles of the output, and tasks disjoint columns of a product.
-        unsafe { self.out.slice(start..start + count) }
-    }
-}
-
 impl Emit for RowSink<'_> {
     #[inline(always)]
     fn emit(&mut self, row: usize, column: usize, products: &[f32]) {
-        let place = self.place(row, column, products.len());
+        debug_assert!(row < self.rows.len());
+        let start = (self.rows.start + row) * self.stride + self.column + column;
+        // SAFETY: products have disjoint rectangles of the output, and tasks disjoint columns of a product.
+        let place = unsafe { self.out.slice(start..start + products.len()) };
         match self.store {
             Store::Set => place.copy_from_slice(products),
             Store::Add => place.iter_mut().zip(products).for_each(|(to, product)| *to += product),
@@ -126,6 +119,7 @@ fn transposed(values: &[Line]) -> [Line; 16] {
 
 /// Activations for the next product, packed. Takes blocks only.
 pub(crate) struct PackedSink<'a> {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(crate) isa: Isa,
     pub(crate) format: Format,
     pub(crate) out: &'a Disjoint<'a, Line>,
