@@ -23,7 +23,6 @@ use super::{
     matrix::{Data, Matrix, Q8Rows, Row, Rows},
     pack::{self, BLOCK, Format, Line},
     panel::{self, MAX_BLOCKS, MAX_ROWS, TileShape},
-    silu,
     simd::{Bf16Unit, Isa, Portable, Simd},
     sink::{Disjoint, PackedSink, RowSink, Sink, Store},
 };
@@ -653,7 +652,12 @@ unsafe fn panel_task<S: Simd>(
                 let mut out = [[Line::ZERO; MAX_BLOCKS]; MAX_ROWS];
                 // SAFETY: the CPU has `S`; the slices above have k elements, or k lines.
                 unsafe { panel::products::<S>(w, &inputs[..count], k, &mut out) };
-                finish(&out, shape.rows, per_tile.min(end - column), count, pair, |b, values| sink.block(block + b, column, values));
+                // SAFETY: the CPU has `S`.
+                unsafe {
+                    finish::<S>(&out, shape.rows, per_tile.min(end - column), count, pair, |b, values| {
+                        sink.block(block + b, column, values);
+                    });
+                }
             }
         }
     }
@@ -661,15 +665,26 @@ unsafe fn panel_task<S: Simd>(
 }
 
 /// Hands the products of a tile to `emit`, block by block; gated if paired.
+///
+/// # Safety
+/// The CPU has `S`.
 #[inline(always)]
-fn finish(out: &panel::Products, tile_rows: usize, made: usize, blocks: usize, pair: Option<usize>, mut emit: impl FnMut(usize, &[Line])) {
+unsafe fn finish<S: Simd>(
+    out: &panel::Products,
+    tile_rows: usize,
+    made: usize,
+    blocks: usize,
+    pair: Option<usize>,
+    mut emit: impl FnMut(usize, &[Line]),
+) {
     #[expect(clippy::needless_range_loop, reason = "the index names a block")]
     for b in 0..blocks {
         let mut values = [Line::ZERO; MAX_ROWS];
         for (r, value) in values.iter_mut().enumerate().take(made) {
             *value = match pair {
                 None => out[r][b],
-                Some(_) => gated(&out[r][b], &out[r + tile_rows / 2][b]),
+                // SAFETY: the caller's contract.
+                Some(_) => unsafe { gated::<S>(&out[r][b], &out[r + tile_rows / 2][b]) },
             };
         }
         emit(b, &values[..made]);
@@ -677,13 +692,13 @@ fn finish(out: &panel::Products, tile_rows: usize, made: usize, blocks: usize, p
 }
 
 /// `silu(gate) · up`.
+///
+/// # Safety
+/// The CPU has `S`.
 #[inline(always)]
-fn gated(gate: &Line, up: &Line) -> Line {
-    let mut out = Line::ZERO;
-    for t in 0..16 {
-        out.0[t] = silu(gate.0[t]) * up.0[t];
-    }
-    out
+unsafe fn gated<S: Simd>(gate: &Line, up: &Line) -> Line {
+    // SAFETY: the caller's contract.
+    Line(unsafe { S::swiglu(&gate.0, &up.0) })
 }
 
 /// The rows of a strip as f32, in the order of tiles.
@@ -720,10 +735,13 @@ mod narrow {
 
     use half::bf16;
 
-    use super::{super::matrix::Q8_BLOCK, *};
+    use super::{
+        super::{matrix::Q8_BLOCK, simd::x86::Avx512},
+        *,
+    };
 
-    /// Weight rows of a strip of [`tiles`]: as many bytes as [`STRIP`] rows of f32.
-    const TILE_STRIP: usize = 128;
+    /// Bytes of a strip of [`tiles`]: about a fourth of a second-level cache.
+    const STRIP_BYTES: usize = 512 << 10;
 
     /// The rows of a strip as bf16: as they are, or rounded from 8-bit blocks into the buffer. Row `slot` of the strip is `weight_row`
     /// of tiles of `tile_rows`.
@@ -812,7 +830,12 @@ mod narrow {
                     let mut out = [[Line::ZERO; MAX_BLOCKS]; MAX_ROWS];
                     // SAFETY: rows have k elements, an even number; blocks have `lines`.
                     unsafe { panel::bf16_pairs::products(w, &inputs[..count], k / 2, &mut out) };
-                    finish(&out, MAX_ROWS, per_tile.min(end - column), count, pair, |b, values| sink.block(block + b, column, values));
+                    // SAFETY: the CPU has AVX-512.
+                    unsafe {
+                        finish::<Avx512>(&out, MAX_ROWS, per_tile.min(end - column), count, pair, |b, values| {
+                            sink.block(block + b, column, values);
+                        });
+                    }
                 }
             }
         }
@@ -832,7 +855,7 @@ mod narrow {
         let lines = Format::Bf16.block_lines(k);
         assert!(x.len() >= blocks * lines && k > 0 && k.is_multiple_of(amx::DEPTH), "less input than rows: this is a bug");
         // With few tokens nothing is gained by a long strip, and a short one stays in the first caches.
-        let strip_rows = if blocks <= 2 { 32 } else { TILE_STRIP };
+        let strip_rows = if blocks <= 2 { 32 } else { (STRIP_BYTES / (2 * k) / 32).clamp(1, 16) * 32 };
         let (per_tile, step) = if pair.is_some() { (16, strip_rows / 2) } else { (32, strip_rows) };
         // SAFETY: the CPU has AMX; a task does not start another on its thread.
         let _tiles = unsafe { amx::Tiles::configure() };
@@ -869,7 +892,10 @@ mod narrow {
                         let (upper, lower) = (&out[16 * b..16 * b + 16], &out[16 * (width + b)..16 * (width + b) + 16]);
                         if pair.is_some() {
                             let mut values = [Line::ZERO; 16];
-                            values.iter_mut().zip(upper.iter().zip(lower)).for_each(|(to, (gate, up))| *to = gated(gate, up));
+                            for (to, (gate, up)) in values.iter_mut().zip(upper.iter().zip(lower)) {
+                                // SAFETY: the CPU has AVX-512.
+                                *to = unsafe { gated::<Avx512>(gate, up) };
+                            }
                             sink.block(block + b, column, &values[..16.min(end - column)]);
                         } else {
                             sink.block(block + b, column, upper);
