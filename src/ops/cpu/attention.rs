@@ -10,6 +10,7 @@ use std::{cell::RefCell, ops::Range};
 use super::{
     exp::exp,
     matmul::parallel,
+    matrix::prefetch,
     pack::{BLOCK, Line},
     panel::{self, MAX_BLOCKS, MAX_ROWS},
     simd::{Isa, Portable, Simd},
@@ -158,6 +159,16 @@ impl Task<'_> {
     }
 }
 
+/// Rows of keys or values at equal distances.
+#[derive(Clone, Copy, Debug, Default)]
+struct Run {
+    /// First element.
+    first: usize,
+    /// Elements from row to row.
+    stride: usize,
+    rows: usize,
+}
+
 /// Buffers of a task, by block of lanes.
 #[derive(Default)]
 struct Buffers {
@@ -220,9 +231,21 @@ unsafe fn run<S: Simd>(task: &Task<'_>) {
         let end = (newest + 1).min(start + CHUNK);
         // Scores of all lanes with the keys of this chunk.
         let mut row = 0;
-        for (first, stride, count) in sequence.layout.runs(start..end, task.kv_head, shape) {
+        let mut runs = [Run::default(); CHUNK];
+        let mut run_count = 0;
+        for (first, stride, rows) in sequence.layout.runs(start..end, task.kv_head, shape) {
+            runs[run_count] = Run { first, stride, rows };
+            run_count += 1;
+        }
+        let runs = &runs[..run_count];
+        for &Run { first, stride, rows: count } in runs {
             for tile in (0..count).step_by(MAX_ROWS / (BLOCK / S::LANES)) {
                 let rows = (count - tile).min(MAX_ROWS / (BLOCK / S::LANES));
+                // Values are read in strips across rows, which no hardware foresees: asked for here.
+                for row in 0..rows {
+                    let from = first + (tile + row) * stride;
+                    (0..hd).step_by(BLOCK).for_each(|at| prefetch(sequence.values.as_ptr().wrapping_add(from + at)));
+                }
                 let w: [*const f32; MAX_ROWS] =
                     std::array::from_fn(|r| sequence.keys[first + (tile + r.min(rows - 1)) * stride..][..hd].as_ptr());
                 let inputs: [*const f32; MAX_BLOCKS] =
@@ -242,12 +265,12 @@ unsafe fn run<S: Simd>(task: &Task<'_>) {
         let masked = end > oldest + 1 || start < seen_from(newest);
         if masked {
             for b in 0..blocks {
-                for (line, position) in scores[b * CHUNK..b * CHUNK + row].iter_mut().zip(start..) {
+                let last = positions[b].map(|position| position as u32);
+                let first = positions[b].map(|position| seen_from(position) as u32);
+                for (line, position) in scores[b * CHUNK..b * CHUNK + row].iter_mut().zip(start as u32..) {
                     for lane in 0..BLOCK {
-                        let query = positions[b][lane];
-                        if position > query || position < seen_from(query) {
-                            line.0[lane] = f32::NEG_INFINITY;
-                        }
+                        let hidden = (position > last[lane]) | (position < first[lane]);
+                        line.0[lane] = if hidden { f32::NEG_INFINITY } else { line.0[lane] };
                     }
                 }
             }
@@ -261,17 +284,20 @@ unsafe fn run<S: Simd>(task: &Task<'_>) {
             }
         }
         // Values of this chunk, added in order of position.
-        let mut row = 0;
-        for (first, stride, count) in sequence.layout.runs(start..end, task.kv_head, shape) {
-            let values = &sequence.values[first..first + (count - 1) * stride + hd];
-            if masked && !values.iter().all(|value| value.is_finite()) {
-                // SAFETY: as below.
-                unsafe { add_seen::<S>(values, stride, count, &scores[row..], sums, hd, blocks) };
-            } else {
-                // SAFETY: the CPU has `S`; `values` has `count` rows of hd elements, scores at least as many lines.
-                unsafe { add_values::<S>(values, stride, count, &scores[row..], sums, hd, blocks) };
+        let values = |run: &Run| &sequence.values[run.first..run.first + (run.rows - 1) * run.stride + hd];
+        if masked && !runs.iter().all(|run| all_finite(values(run))) {
+            let mut row = 0;
+            for &Run { first, stride, rows } in runs {
+                for i in 0..rows {
+                    // SAFETY: the CPU has `S`; a row of hd elements, and a line of scores for each block.
+                    unsafe { add_seen::<S>(&sequence.values[first + i * stride..][..hd], &scores[row..], sums, hd, blocks) };
+                    row += 1;
+                }
             }
-            row += count;
+        } else {
+            runs.iter().for_each(|run| assert!(values(run).len() >= hd));
+            // SAFETY: the CPU has `S`; runs lie within the values, and scores have as many lines as the runs have rows.
+            unsafe { add_values::<S>(sequence.values, runs, scores, sums, hd, blocks) };
         }
         start += CHUNK;
     }
@@ -320,44 +346,48 @@ fn soften(scores: &mut [Line], largest: &mut Line, total: &mut Line) -> Line {
     factor
 }
 
-/// [`add_values`] row by row, where some are not finite and some lanes must not see them: 0 times such a value is not 0. Rows that are
-/// not finite make NaN of the lanes that see them, and are nothing to the others.
+/// Whether all are numbers.
+#[inline(always)]
+fn all_finite(values: &[f32]) -> bool {
+    const INFINITY: u32 = 0x7F80_0000;
+    values.iter().fold(0, |largest, value| largest.max(value.to_bits() & 0x7FFF_FFFF)) < INFINITY
+}
+
+/// [`add_values`] of one row, where some are not finite and some lanes must not see them: 0 times such a value is not 0. A row that is
+/// not finite makes NaN of the lanes that see it, and is nothing to the others.
 ///
 /// # Safety
-/// As [`add_values`].
+/// The CPU has `S`; `row` has `hd` elements, scores a line for each block.
 #[inline(always)]
-unsafe fn add_seen<S: Simd>(values: &[f32], stride: usize, count: usize, scores: &[Line], sums: &mut [Line], hd: usize, blocks: usize) {
-    for i in 0..count {
-        let row = &values[i * stride..][..hd];
-        if row.iter().all(|value| value.is_finite()) {
-            // SAFETY: the CPU has `S` (the caller's contract); one row of hd elements, and a line of scores for each block.
-            unsafe { add_values::<S>(row, hd, 1, &scores[i..], sums, hd, blocks) };
-            continue;
-        }
-        for (b, lane) in (0..blocks).flat_map(|b| (0..BLOCK).map(move |lane| (b, lane))) {
-            if scores[b * CHUNK + i].0[lane] != 0.0 {
-                sums[b * hd..(b + 1) * hd].iter_mut().for_each(|line| line.0[lane] = f32::NAN);
-            }
+unsafe fn add_seen<S: Simd>(row: &[f32], scores: &[Line], sums: &mut [Line], hd: usize, blocks: usize) {
+    if all_finite(row) {
+        // SAFETY: the caller's contract.
+        unsafe { add_values::<S>(row, &[Run { first: 0, stride: hd, rows: 1 }], scores, sums, hd, blocks) };
+        return;
+    }
+    for (b, lane) in (0..blocks).flat_map(|b| (0..BLOCK).map(move |lane| (b, lane))) {
+        if scores[b * CHUNK].0[lane] != 0.0 {
+            sums[b * hd..(b + 1) * hd].iter_mut().for_each(|line| line.0[lane] = f32::NAN);
         }
     }
 }
 
-/// `sums[b][d] += Σ_row values[row][d] · scores[b][row]`, in order of rows.
+/// `sums[b][d] += Σ_row values[row][d] · scores[b][row]`, in order of the rows of `runs`.
 ///
 /// # Safety
-/// The CPU has `S`; `values` has `count` rows of `hd` elements, `stride` apart; scores of each block, [`CHUNK`] apart, as many lines.
+/// The CPU has `S`; runs of rows of `hd` elements lie within `values`; scores of each block, [`CHUNK`] apart, have as many lines.
 #[inline(always)]
-unsafe fn add_values<S: Simd>(values: &[f32], stride: usize, count: usize, scores: &[Line], sums: &mut [Line], hd: usize, blocks: usize) {
+unsafe fn add_values<S: Simd>(values: &[f32], runs: &[Run], scores: &[Line], sums: &mut [Line], hd: usize, blocks: usize) {
     // SAFETY: the caller's contract.
     unsafe {
         if S::LANES == BLOCK {
             match blocks {
-                3 => value_tiles::<S, 8, 3>(values, stride, count, scores, sums, hd),
-                2 => value_tiles::<S, 8, 2>(values, stride, count, scores, sums, hd),
-                _ => value_tiles::<S, 8, 1>(values, stride, count, scores, sums, hd),
+                3 => value_tiles::<S, 8, 3>(values, runs, scores, sums, hd),
+                2 => value_tiles::<S, 8, 2>(values, runs, scores, sums, hd),
+                _ => value_tiles::<S, 8, 1>(values, runs, scores, sums, hd),
             }
         } else {
-            value_tiles::<S, 4, 2>(values, stride, count, scores, sums, hd);
+            value_tiles::<S, 4, 2>(values, runs, scores, sums, hd);
         }
     }
 }
@@ -367,8 +397,7 @@ unsafe fn add_values<S: Simd>(values: &[f32], stride: usize, count: usize, score
 #[inline(always)]
 unsafe fn value_tiles<S: Simd, const R: usize, const V: usize>(
     values: &[f32],
-    stride: usize,
-    count: usize,
+    runs: &[Run],
     scores: &[Line],
     sums: &mut [Line],
     hd: usize,
@@ -386,16 +415,22 @@ unsafe fn value_tiles<S: Simd, const R: usize, const V: usize>(
                     tile[r][v] = S::load(sums.as_ptr().add(v / halves * hd + row(r)).cast::<f32>().add(v % halves * S::LANES));
                 }
             }
-            for i in 0..count {
-                let mut weights = [S::zero(); V];
-                for v in 0..V {
-                    weights[v] = S::load(scores.as_ptr().add(v / halves * CHUNK + i).cast::<f32>().add(v % halves * S::LANES));
-                }
-                for r in 0..R {
-                    let value = S::splat(*values.as_ptr().add(i * stride + row(r)));
+            let mut line = scores.as_ptr();
+            for run in runs {
+                let mut value = values.as_ptr().add(run.first);
+                for _ in 0..run.rows {
+                    let mut weights = [S::zero(); V];
                     for v in 0..V {
-                        tile[r][v] = S::mul_add(value, weights[v], tile[r][v]);
+                        weights[v] = S::load(line.add(v / halves * CHUNK).cast::<f32>().add(v % halves * S::LANES));
                     }
+                    for r in 0..R {
+                        let value = S::splat(*value.add(row(r)));
+                        for v in 0..V {
+                            tile[r][v] = S::mul_add(value, weights[v], tile[r][v]);
+                        }
+                    }
+                    line = line.add(1);
+                    value = value.wrapping_add(run.stride);
                 }
             }
             for r in 0..R {

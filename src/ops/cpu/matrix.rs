@@ -107,8 +107,9 @@ pub(crate) trait Rows: Copy + Sync {
     fn row(self, row: usize, k: usize) -> Self::Row;
 }
 
+/// Asks for the cache line of an address, which need not be readable.
 #[inline(always)]
-fn prefetch<T>(address: *const T) {
+pub(crate) fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint; no address is wrong. SSE is part of x86-64.
     unsafe {
