@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     client::{Answer, Ask, End},
     grpc::describe,
-    stats::{Latency, Sample},
+    stats::{BoundedSample, Latency, Sample},
     subject::resident_memory,
     target::{Facts, Page, Target},
     verify::{Verdict, judge},
@@ -129,8 +129,9 @@ struct Tally {
     ends: BTreeMap<&'static str, u64>,
     failures: Vec<String>,
     tokens: usize,
-    first: Sample,
-    gaps: Sample,
+    /// Of each client that was merged.
+    first: Vec<BoundedSample>,
+    gaps: Vec<BoundedSample>,
     /// By prompt, what was delivered: how often, and how often to the end.
     outputs: HashMap<usize, HashMap<Vec<u32>, (u64, u64)>>,
 }
@@ -200,8 +201,8 @@ pub async fn soak(target: &Target, config: &SoakConfig, in_process: bool) -> Res
         seconds,
         clients: config.clients,
         tokens_per_second: tally.tokens as f64 / seconds,
-        time_to_first_token: tally.first.latency(),
-        inter_token: tally.gaps.latency(),
+        time_to_first_token: BoundedSample::latency(tally.first.iter()),
+        inter_token: BoundedSample::latency(tally.gaps.iter()),
         compared: 0,
         compared_finished: 0,
         equal: 0,
@@ -310,8 +311,10 @@ impl Tally {
         };
         *self.ends.entry(end).or_default() += 1;
         self.tokens += answer.tokens.len();
-        answer.time_to_first_token().into_iter().for_each(|seconds| self.first.push(seconds));
-        answer.gaps().for_each(|seconds| self.gaps.push(seconds));
+        self.first.resize_with(self.first.len().max(1), BoundedSample::default);
+        self.gaps.resize_with(self.gaps.len().max(1), BoundedSample::default);
+        answer.time_to_first_token().into_iter().for_each(|seconds| self.first[0].push(seconds));
+        answer.gaps().for_each(|seconds| self.gaps[0].push(seconds));
         if !answer.tokens.is_empty() {
             let finished = u64::from(matches!(answer.end, End::Finished));
             let (count, to_the_end) = self.outputs.entry(case).or_default().entry(answer.tokens).or_default();
@@ -330,8 +333,8 @@ impl Tally {
             }
         }
         self.tokens += other.tokens;
-        self.first.extend(&other.first);
-        self.gaps.extend(&other.gaps);
+        self.first.extend(other.first);
+        self.gaps.extend(other.gaps);
         for (case, outputs) in other.outputs {
             let mine = self.outputs.entry(case).or_default();
             for (tokens, (count, finished)) in outputs {

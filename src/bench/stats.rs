@@ -64,6 +64,55 @@ impl Sample {
     }
 }
 
+/// Values of which a bounded number is kept: every one at first, then every second, fourth and so on. For runs of any length, whose own
+/// memory must not grow.
+#[derive(Clone, Debug)]
+pub struct BoundedSample {
+    kept: Vec<f64>,
+    stride: usize,
+    count: usize,
+    max: f64,
+}
+
+/// Values that a [`BoundedSample`] keeps, at most.
+const MOST_KEPT: usize = 1024;
+
+impl Default for BoundedSample {
+    fn default() -> Self {
+        Self { kept: Vec::new(), stride: 1, count: 0, max: 0.0 }
+    }
+}
+
+impl BoundedSample {
+    /// One more value.
+    pub fn push(&mut self, value: f64) {
+        if self.count.is_multiple_of(self.stride) {
+            self.kept.push(value);
+        }
+        self.count += 1;
+        self.max = self.max.max(value);
+        if self.kept.len() == MOST_KEPT {
+            let mut index = 0;
+            self.kept.retain(|_| {
+                index += 1;
+                index % 2 == 1
+            });
+            self.stride *= 2;
+        }
+    }
+
+    /// Percentiles over samples that were taken alike; count and maximum are exact.
+    pub fn latency<'a>(all: impl Iterator<Item = &'a Self>) -> Latency {
+        let (mut kept, mut count, mut max) = (Sample::default(), 0, 0f64);
+        for sample in all {
+            sample.kept.iter().for_each(|&value| kept.push(value));
+            count += sample.count;
+            max = max.max(sample.max);
+        }
+        Latency { count, max, ..kept.latency() }
+    }
+}
+
 impl FromIterator<f64> for Sample {
     fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
         Self(values.into_iter().collect())
@@ -81,6 +130,17 @@ fn percentile_of_sorted(sorted: &[f64], percent: f64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bounded_sample_keeps_its_shape() {
+        let mut samples = [BoundedSample::default(), BoundedSample::default()];
+        (0..200_000).for_each(|i| samples[i % 2].push(f64::from((i as u32 * 7919) % 100_000)));
+        let latency = BoundedSample::latency(samples.iter());
+        assert_eq!((latency.count, latency.max), (200_000, 99_999.0));
+        assert!((latency.p50 - 50_000.0).abs() < 3000.0 && (latency.p99 - 99_000.0).abs() < 1000.0, "{latency:?}");
+        assert!(samples.iter().all(|sample| sample.kept.len() < MOST_KEPT));
+        assert_eq!(BoundedSample::latency(std::iter::empty()), Latency::default());
+    }
 
     #[test]
     fn percentiles_lie_between_neighbours() {
