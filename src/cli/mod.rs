@@ -34,7 +34,7 @@ pub struct Cli {
 }
 
 /// The commands. Help shows the documentation of their arguments.
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "a comment on a variant would replace the help of its arguments")]
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Serve(serve::ServeArgs),

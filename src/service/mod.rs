@@ -19,7 +19,7 @@ pub use self::{
 };
 
 /// Messages, clients and server traits generated from `proto/hardmax/v1`.
-#[allow(missing_docs, unreachable_pub, clippy::all, rustdoc::all)]
+#[allow(missing_docs, unreachable_pub, clippy::all, rustdoc::all, reason = "generated code; the proto files are its documentation")]
 pub mod proto {
     tonic::include_proto!("hardmax.v1");
 }

@@ -1,6 +1,6 @@
 //! Integration tests: one binary, so that it links once. Servers listen on port 0, clients are real, nothing sleeps.
 
-#![allow(unreachable_pub)]
+#![allow(unreachable_pub, reason = "modules of one test binary share helpers, and nothing links against it")]
 
 mod bench;
 mod checkpoint;
