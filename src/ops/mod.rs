@@ -19,10 +19,6 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() || x.dtype() != DType::F32 || x.track_op() || weight.track_op() {
         return Ok(x.matmul(&weight.to_dtype(x.dtype())?.t()?)?);
     }
-    untracked_linear(x, weight, Arithmetic::exact())
-}
-
-fn untracked_linear(x: &Tensor, weight: &Tensor, arithmetic: Arithmetic) -> Result<Tensor> {
     let ((t, k), n) = (x.dims2()?, weight.dim(0)?);
     if weight.dim(1)? != k {
         return Err(Error::Internal(format!("linear: x {:?} and weight {:?} do not fit", x.shape(), weight.shape())));
@@ -30,22 +26,17 @@ fn untracked_linear(x: &Tensor, weight: &Tensor, arithmetic: Arithmetic) -> Resu
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let mut out = vec![0f32; t * n];
     cpu_slice::<f32, _>(&x, |x| match weight.dtype() {
-        DType::F32 => cpu_slice::<f32, _>(&weight, |w| host_linear(arithmetic, x, Data::F32(w), k, &mut out, n)),
-        DType::BF16 => cpu_slice::<bf16, _>(&weight, |w| host_linear(arithmetic, x, Data::Bf16(w), k, &mut out, n)),
+        DType::F32 => cpu_slice::<f32, _>(&weight, |w| host_linear(x, Data::F32(w), k, &mut out, n)),
+        DType::BF16 => cpu_slice::<bf16, _>(&weight, |w| host_linear(x, Data::Bf16(w), k, &mut out, n)),
         other => Err(Error::Internal(format!("linear: no {other:?} weights on the CPU"))),
     })?;
     Ok(Tensor::from_vec(out, (t, n), x.device())?)
 }
 
-/// [`linear`] on the CPU, untracked, with the arithmetic of serving: bf16 weights may round activations to bf16.
-pub fn linear_with(x: &Tensor, weight: &Tensor, arithmetic: cpu::Arithmetic) -> Result<Tensor> {
-    untracked_linear(x, weight, arithmetic)
-}
-
-fn host_linear(arithmetic: Arithmetic, x: &[f32], weights: Data<'_>, k: usize, out: &mut [f32], n: usize) -> Result<()> {
+fn host_linear(x: &[f32], weights: Data<'_>, k: usize, out: &mut [f32], n: usize) -> Result<()> {
     let product = Product { weights: Matrix::new(weights, n, k), rows: 0..x.len() / k, column: 0 };
     let output = Output { values: out, stride: n, store: Store::Set };
-    arithmetic.linear(&mut Scratch::default(), Input { x, k, source: None }, &[product], output);
+    Arithmetic::exact().linear(&mut Scratch::default(), Input { x, k, source: None }, &[product], output);
     Ok(())
 }
 

@@ -92,18 +92,6 @@ impl Layer {
         })
     }
 
-    pub(super) fn bytes(&self) -> usize {
-        let Attention { query, key, value, output, .. } = &self.attention;
-        let attention: usize = [query, key, value, output].into_iter().map(HostMatrix::bytes).sum();
-        attention
-            + match &self.feed_forward {
-                FeedForward::Dense(mlp) => mlp.bytes(),
-                FeedForward::Moe(moe) => {
-                    moe.router.bytes() + moe.experts.bytes() + moe.shared.as_ref().map_or(0, |(expert, _)| expert.bytes())
-                }
-            }
-    }
-
     /// Adds what this layer makes of the residual stream to it; what its router did.
     pub(super) fn forward(&self, step: &mut Step<'_>) -> Result<Option<LayerRouting>> {
         let started = Instant::now();
@@ -127,10 +115,6 @@ impl Layer {
 impl SwiGlu {
     fn new(weights: &SwiGluWeights, quantize: bool) -> Result<Self> {
         Ok(Self { gate_up: HostMatrix::new(&weights.gate_up, quantize)?, down: HostMatrix::new(&weights.down, quantize)? })
-    }
-
-    fn bytes(&self) -> usize {
-        self.gate_up.bytes() + self.down.bytes()
     }
 }
 

@@ -74,14 +74,6 @@ impl HostMatrix {
         };
         Lent { source, rows: self.rows, k: self.k }
     }
-
-    /// Bytes of the weights in memory.
-    pub(super) fn bytes(&self) -> usize {
-        match &self.data {
-            HostData::Float(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
-            HostData::Q8(blocks) => blocks.values.len() + 2 * blocks.scales.len(),
-        }
-    }
 }
 
 impl<G: Deref<Target = Storage>> Lent<'_, G> {

@@ -102,12 +102,6 @@ impl HostWeights {
     pub fn spec(&self) -> &Arc<ModelSpec> {
         &self.spec
     }
-
-    /// Bytes of all large weights in memory.
-    pub fn bytes(&self) -> usize {
-        let own_head = if self.spec.tied_head { 0 } else { self.head.bytes() };
-        self.embedding.bytes() + own_head + self.layers.iter().map(Layer::bytes).sum::<usize>()
-    }
 }
 
 impl HostDecoder {
