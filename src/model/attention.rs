@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     ops::{
         self,
-        cpu::{AttentionShape, Isa, KeyLayout, KeyValue},
+        cpu::{AttentionShape, Bf16Unit, Isa, KeyLayout, KeyValue},
         cpu_slice,
     },
 };
@@ -136,7 +136,7 @@ impl Attention {
         let q = q.contiguous()?;
         let mut out = vec![0f32; q.elem_count()];
         cpu_slice::<f32, _>(&q, |q| {
-            ops::cpu::attention(Isa::detect(), q, sequences, self.shape, &mut out);
+            ops::cpu::attention(Isa::detect(), Bf16Unit::None, q, sequences, self.shape, &mut out);
             Ok(())
         })?;
         Ok(Tensor::from_vec(out, q.shape(), q.device())?)

@@ -17,7 +17,9 @@ use super::{
 use crate::{
     error::{Error, Result},
     moe::{LayerRouting, Routed, Routing, route_layer},
-    ops::cpu::{Arithmetic, AttentionShape, Disjoint, Expert, Input, KeyLayout, KeyValue, Output, Product, Store, attention},
+    ops::cpu::{
+        Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Output, Product, Reduction, Store, attention,
+    },
 };
 
 /// What the layers of a step share.
@@ -195,7 +197,10 @@ impl Attention {
             KeyValue { past: span.past, new: span.new, keys, values, layout }
         };
         let sequences: Vec<KeyValue<'_>> = batch.spans.iter().map(sequence).collect();
-        attention(arithmetic.isa, &queries[..t * q_width], &sequences, self.shape, &mut attended[..t * q_width]);
+        // As its weights, so its products. One form for any number of queries where the batch must not matter.
+        let narrow = self.query.is_narrow() && arithmetic.reduction == Reduction::Fastest;
+        let bf16 = if narrow { arithmetic.bf16 } else { Bf16Unit::None };
+        attention(arithmetic.isa, bf16, &queries[..t * q_width], &sequences, self.shape, &mut attended[..t * q_width]);
 
         let output = self.output.lend();
         let product = Product { weights: output.matrix()?, rows: 0..t, column: 0 };

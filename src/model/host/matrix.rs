@@ -64,6 +64,14 @@ impl HostMatrix {
         Ok(Self { data, rows, k })
     }
 
+    /// Whether its elements are narrower than f32, so that what they multiply is rounded too.
+    pub(super) fn is_narrow(&self) -> bool {
+        match &self.data {
+            HostData::Float(tensor) => tensor.dtype() != DType::F32,
+            HostData::Q8(_) => true,
+        }
+    }
+
     pub(super) fn lend(&self) -> Lent<'_, impl Deref<Target = Storage>> {
         let source = match &self.data {
             HostData::Q8(blocks) => Source::Q8(blocks),

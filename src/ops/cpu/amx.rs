@@ -148,23 +148,19 @@ macro_rules! ask {
     };
 }
 
-/// Two times 16 weight rows by two blocks of 16 tokens. `out[(2 a + b) · 256 ..]` is `[16 weight rows][16 tokens]`.
-///
-/// # Safety
-/// Tiles are configured; both sides are readable for `steps` tiles; `out` is writable for 1024 elements.
-#[inline(always)]
-pub(crate) unsafe fn two_by_two(left: [Left; 2], right: [*const u8; 2], steps: usize, out: *mut f32) {
-    debug_assert!(steps > 0);
-    // SAFETY: the caller's contract.
-    unsafe {
+/// A loop over two tiles of rows by two of tokens: what the sums start from, and what is asked for on the way.
+macro_rules! two_by_two {
+    ($left:ident, $right:ident, $steps:ident, $out:ident, [$($begin:expr),*], [$($ask0:expr, $ask1:expr)?], [$($operands:tt)*]) => {
         asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            $($begin,)*
             "2:",
             "tileloadd tmm4, [{a0} + {stride}]",
             "tileloadd tmm6, [{b0} + {line}]",
+            $($ask0,)?
             "tileloadd tmm7, [{b1} + {line}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm5, [{a1} + {stride}]",
+            $($ask1,)?
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
@@ -178,12 +174,26 @@ pub(crate) unsafe fn two_by_two(left: [Left; 2], right: [*const u8; 2], steps: u
             "tilestored [{out} + {line}], tmm2",
             "add {out}, 1024",
             "tilestored [{out} + {line}], tmm3",
-            a0 = inout(reg) left[0].start => _, a1 = inout(reg) left[1].start => _, stride = in(reg) left[0].stride,
-            b0 = inout(reg) right[0] => _, b1 = inout(reg) right[1] => _, line = in(reg) 64usize,
-            steps = inout(reg) steps => _, out = inout(reg) out => _,
+            a0 = inout(reg) $left[0].start => _, a1 = inout(reg) $left[1].start => _, stride = in(reg) $left[0].stride,
+            b0 = inout(reg) $right[0] => _, b1 = inout(reg) $right[1] => _, line = in(reg) 64usize,
+            steps = inout(reg) $steps => _, out = inout(reg) $out => _,
+            $($operands)*
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack)
-        );
+        )
+    };
+}
+
+/// Two times 16 weight rows by two blocks of 16 tokens. `out[(2 a + b) · 256 ..]` is `[16 weight rows][16 tokens]`.
+///
+/// # Safety
+/// Tiles are configured; both sides are readable for `steps` tiles; `out` is writable for 1024 elements.
+#[inline(always)]
+pub(crate) unsafe fn two_by_two(left: [Left; 2], right: [*const u8; 2], steps: usize, out: *mut f32) {
+    debug_assert!(steps > 0);
+    // SAFETY: the caller's contract.
+    unsafe {
+        two_by_two!(left, right, steps, out, ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"], [], []);
     }
 }
 
@@ -196,35 +206,34 @@ pub(crate) unsafe fn two_by_two_ahead(left: [Left; 2], right: [*const u8; 2], st
     debug_assert!(steps > 0);
     // SAFETY: the caller's contract; prefetching cannot fault.
     unsafe {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{a0} + {stride}]",
-            "tileloadd tmm6, [{b0} + {line}]",
-            ask!("p0"),
-            "tileloadd tmm7, [{b1} + {line}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{a1} + {stride}]",
-            ask!("p1"),
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, 64", "add {a1}, 64", "add {b0}, 1024", "add {b1}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{out} + {line}], tmm0",
-            "add {out}, 1024",
-            "tilestored [{out} + {line}], tmm1",
-            "add {out}, 1024",
-            "tilestored [{out} + {line}], tmm2",
-            "add {out}, 1024",
-            "tilestored [{out} + {line}], tmm3",
-            a0 = inout(reg) left[0].start => _, a1 = inout(reg) left[1].start => _, stride = in(reg) left[0].stride,
-            p0 = inout(reg) left[0].next => _, p1 = inout(reg) left[1].next => _,
-            b0 = inout(reg) right[0] => _, b1 = inout(reg) right[1] => _, line = in(reg) 64usize,
-            steps = inout(reg) steps => _, out = inout(reg) out => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack)
+        two_by_two!(
+            left, right, steps, out,
+            ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+            [ask!("p0"), ask!("p1")],
+            [p0 = inout(reg) left[0].next => _, p1 = inout(reg) left[1].next => _,]
+        );
+    }
+}
+
+/// [`two_by_two`] added to what `out` holds.
+///
+/// # Safety
+/// As [`two_by_two`]; `out` is readable.
+#[inline(always)]
+pub(crate) unsafe fn two_by_two_onto(left: [Left; 2], right: [*const u8; 2], steps: usize, out: *mut f32) {
+    debug_assert!(steps > 0);
+    // SAFETY: the caller's contract.
+    unsafe {
+        two_by_two!(
+            left, right, steps, out,
+            [
+                "tileloadd tmm0, [{out} + {line}]",
+                "tileloadd tmm1, [{out1} + {line}]",
+                "tileloadd tmm2, [{out2} + {line}]",
+                "tileloadd tmm3, [{out3} + {line}]"
+            ],
+            [],
+            [out1 = in(reg) out.add(256), out2 = in(reg) out.add(512), out3 = in(reg) out.add(768),]
         );
     }
 }

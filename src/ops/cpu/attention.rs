@@ -3,7 +3,11 @@
 //! Lanes are queries: up to 48 (token, head) pairs that share a key-value head are worked on at once, and keys and values are read
 //! one element at a time, spread over the lanes, as in [`super::panel`]. Softmax runs on line, in chunks of positions that start at
 //! multiples of [`CHUNK`], and every sum runs in order of position: what a query gets does not depend on the other queries, nor on
-//! how a prompt was cut, nor on the blocks of the cache.
+//! how a prompt was cut, nor on the blocks of the cache. Where the caller allows bf16 and the CPU has AMX, sequences with many new
+//! tokens go over [`tiles`].
+
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::{cell::RefCell, ops::Range};
 
@@ -13,7 +17,7 @@ use super::{
     matrix::prefetch,
     pack::{BLOCK, Line},
     panel::{self, MAX_BLOCKS, MAX_ROWS},
-    simd::{Isa, Portable, Simd},
+    simd::{Bf16Unit, Isa, Portable, Simd},
     sink::Disjoint,
 };
 
@@ -79,7 +83,9 @@ impl KeyLayout<'_> {
 }
 
 /// `q [T, H, hd]`, T the new tokens of all sequences in order: `[T, H, hd]` into `out`.
-pub(crate) fn attention(isa: Isa, q: &[f32], sequences: &[KeyValue<'_>], shape: AttentionShape, out: &mut [f32]) {
+///
+/// `bf16`: what may multiply many queries, rounded to bf16; [`Bf16Unit::None`] keeps all in f32.
+pub(crate) fn attention(isa: Isa, bf16: Bf16Unit, q: &[f32], sequences: &[KeyValue<'_>], shape: AttentionShape, out: &mut [f32]) {
     let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
     let tokens: usize = sequences.iter().map(|sequence| sequence.new).sum();
     assert!(
@@ -88,8 +94,9 @@ pub(crate) fn attention(isa: Isa, q: &[f32], sequences: &[KeyValue<'_>], shape: 
     );
     assert!(isa.is_available(), "this CPU has no {isa:?}");
     let out = Disjoint::new(out);
-    let lanes = BLOCK * if isa_lanes(isa) == BLOCK { MAX_BLOCKS } else { 1 };
-    let groups = |sequence: &KeyValue<'_>| (sequence.new * (heads / kv_heads)).div_ceil(lanes);
+    let queries = |sequence: &KeyValue<'_>| sequence.new * (heads / kv_heads);
+    let form = |sequence: &KeyValue<'_>| Form::of(isa, bf16, queries(sequence));
+    let groups = |sequence: &KeyValue<'_>| queries(sequence).div_ceil(form(sequence).lanes());
     let count = sequences.iter().map(|sequence| groups(sequence) * kv_heads).sum();
     parallel(count, |index| {
         // Late queries see more keys: the largest tasks first.
@@ -101,22 +108,64 @@ pub(crate) fn attention(isa: Isa, q: &[f32], sequences: &[KeyValue<'_>], shape: 
                 first_token += sequence.new;
                 continue;
             }
-            let (group, kv_head) = (rest / kv_heads, rest % kv_heads);
-            let total = sequence.new * (heads / kv_heads);
-            let task = Task { q, out: &out, sequence, shape, kv_head, first_token, queries: group * lanes..total.min((group + 1) * lanes) };
-            match isa {
-                // SAFETY: the assertion above has seen that the CPU has it; so below.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => unsafe { run_avx512(&task) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => unsafe { run_avx2(&task) },
-                // SAFETY: Portable needs nothing.
-                Isa::Portable => unsafe { run::<Portable>(&task) },
-            }
+            let (group, kv_head, form) = (rest / kv_heads, rest % kv_heads, form(sequence));
+            let queries = group * form.lanes()..queries(sequence).min((group + 1) * form.lanes());
+            form.run(&Task { q, out: &out, sequence, shape, kv_head, first_token, queries });
             return;
         }
     });
+}
+
+/// How the queries of a sequence are worked.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    /// In f32.
+    Plain(Isa),
+    /// In bf16.
+    #[cfg(target_arch = "x86_64")]
+    Tiles,
+}
+
+impl Form {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    fn of(isa: Isa, bf16: Bf16Unit, queries: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if bf16 == Bf16Unit::Amx && queries >= tiles::MIN_LANES {
+            return Self::Tiles;
+        }
+        Self::Plain(isa)
+    }
+
+    /// Queries of a task.
+    fn lanes(self) -> usize {
+        match self {
+            Self::Plain(isa) => BLOCK * if isa_lanes(isa) == BLOCK { MAX_BLOCKS } else { 1 },
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles => tiles::LANES,
+        }
+    }
+
+    fn run(self, task: &Task<'_>) {
+        match self {
+            // SAFETY: `attention` has seen that the CPU has it; so below.
+            #[cfg(target_arch = "x86_64")]
+            Self::Plain(Isa::Avx512) => unsafe { run_avx512(task) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Plain(Isa::Avx2) => unsafe { run_avx2(task) },
+            // SAFETY: Portable needs nothing.
+            Self::Plain(Isa::Portable) => unsafe { run::<Portable>(task) },
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles => {
+                if !tiles::run(task) {
+                    let plain = Self::Plain(Isa::detect());
+                    for start in task.queries.clone().step_by(plain.lanes()) {
+                        plain.run(&Task { queries: start..task.queries.end.min(start + plain.lanes()), ..*task });
+                    }
+                }
+            }
+        }
+    }
 }
 
 fn isa_lanes(isa: Isa) -> usize {
@@ -459,6 +508,15 @@ mod tests {
         isas
     }
 
+    /// In f32 on every instruction set, and in bf16 where the CPU has it.
+    fn forms() -> Vec<(Isa, Bf16Unit)> {
+        let mut forms: Vec<_> = isas().into_iter().map(|isa| (isa, Bf16Unit::None)).collect();
+        if Bf16Unit::detect() != Bf16Unit::None {
+            forms.push((Isa::detect(), Bf16Unit::detect()));
+        }
+        forms
+    }
+
     fn random(count: usize, rng: &mut StdRng) -> Vec<f32> {
         (0..count).map(|_| rng.random_range(-2.0..2.0)).collect()
     }
@@ -513,7 +571,7 @@ mod tests {
                 for isa in isas() {
                     let mut whole = vec![0.0; q.len()];
                     let sequence = KeyValue { past: 0, new: tokens, keys: &keys, values: &values, layout: KeyLayout::Flat };
-                    attention(isa, &q, &[sequence], shape, &mut whole);
+                    attention(isa, Bf16Unit::None, &q, &[sequence], shape, &mut whole);
                     let worst = whole.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
                     assert!(whole.iter().all(|x| x.is_finite()) && worst < 3e-6, "{isa:?} {shape:?} {tokens}: {worst}");
                     // The same tokens in two pieces, over blocks of a cache, in a batch with another sequence.
@@ -526,9 +584,60 @@ mod tests {
                         let mut pieces = vec![0.0; q.len() + row];
                         let mut queries = q[..row].to_vec();
                         queries.extend_from_slice(&q);
-                        attention(isa, &queries, &[piece(0, 1), piece(0, cut), piece(cut, tokens - cut)].map(|s| s), shape, &mut pieces);
+                        attention(
+                            isa,
+                            Bf16Unit::None,
+                            &queries,
+                            &[piece(0, 1), piece(0, cut), piece(cut, tokens - cut)].map(|s| s),
+                            shape,
+                            &mut pieces,
+                        );
                         assert_eq!(pieces[row..], whole, "{isa:?} {shape:?} {tokens} {block_tokens} {cut}");
                     }
+                }
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn tiles_agree_with_plain_sums_of_what_is_rounded_and_depend_on_nothing_else() {
+        if Bf16Unit::detect() != Bf16Unit::Amx {
+            eprintln!("skipped: this CPU has no AMX");
+            return;
+        }
+        let mut rng = StdRng::seed_from_u64(3);
+        let isa = Isa::detect();
+        let narrow = |values: Vec<f32>| values.into_iter().map(|x| half::bf16::from_f32(x).to_f32()).collect::<Vec<f32>>();
+        for (heads, kv_heads, head_dim, window) in
+            [(4, 1, 64, None), (6, 2, 10, Some(7)), (8, 1, 128, Some(200)), (3, 3, 34, None), (2, 1, 80, Some(33)), (5, 1, 32, None)]
+        {
+            let shape = AttentionShape { heads, kv_heads, head_dim, window };
+            for tokens in [32, 33, 129, 300] {
+                let count = tokens * kv_heads * head_dim;
+                let (keys, values) = (narrow(random(count, &mut rng)), narrow(random(count, &mut rng)));
+                let q = narrow(random(tokens * heads * head_dim, &mut rng));
+                let wanted = plain(&q, &keys, &values, 0, shape);
+                let mut whole = vec![f32::NAN; q.len()];
+                let sequence = KeyValue { past: 0, new: tokens, keys: &keys, values: &values, layout: KeyLayout::Flat };
+                attention(isa, Bf16Unit::Amx, &q, &[sequence], shape, &mut whole);
+                let worst = whole.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                // Weights of 8 bits, values of at most 2.
+                assert!(whole.iter().all(|x| x.is_finite()) && worst < 8e-3, "{shape:?} {tokens}: {worst}");
+                let row = heads * head_dim;
+                for (block_tokens, cut) in [(16, 32), (8, tokens - 32), (256, tokens / 2)] {
+                    if cut.min(tokens - cut) < 32 {
+                        continue;
+                    }
+                    let ((keys, _), (values, table)) = (paged(&keys, block_tokens, shape, 3), paged(&values, block_tokens, shape, 3));
+                    let layout = KeyLayout::Paged { table: &table, block_tokens };
+                    let piece = |past, new| KeyValue { past, new, keys: &keys, values: &values, layout };
+                    let mut pieces = vec![0.0; q.len() + row];
+                    let mut queries = q[..row].to_vec();
+                    queries.extend_from_slice(&q);
+                    let sequences = [piece(0, 1), piece(0, cut), piece(cut, tokens - cut)];
+                    attention(isa, Bf16Unit::Amx, &queries, &sequences, shape, &mut pieces);
+                    assert_eq!(pieces[row..], whole, "{shape:?} {tokens} {block_tokens} {cut}");
                 }
             }
         }
@@ -543,11 +652,11 @@ mod tests {
             let (tokens, at) = (150, 70);
             let (keys, mut values) = (random(tokens * 16, &mut rng), random(tokens * 16, &mut rng));
             let q = random(tokens * 32, &mut rng);
-            for isa in isas() {
+            for (isa, bf16) in forms() {
                 let run = |values: &[f32]| {
                     let mut out = vec![0.0; q.len()];
                     let sequence = KeyValue { past: 0, new: tokens, keys: &keys, values, layout: KeyLayout::Flat };
-                    attention(isa, &q, &[sequence], shape, &mut out);
+                    attention(isa, bf16, &q, &[sequence], shape, &mut out);
                     out
                 };
                 values[at * 16 + 3] = 0.5;
@@ -555,8 +664,10 @@ mod tests {
                 values[at * 16 + 3] = bad;
                 for (token, (found, clean)) in run(&values).chunks_exact(32).zip(clean.chunks_exact(32)).enumerate() {
                     let sees = token >= at && window.is_none_or(|window| token < at + window);
-                    assert_eq!(found.iter().any(|x| !x.is_finite()), sees, "{isa:?} {window:?} {token}");
-                    assert!(sees || found == clean, "{isa:?} {window:?} {token}");
+                    assert_eq!(found.iter().any(|x| !x.is_finite()), sees, "{isa:?} {bf16:?} {window:?} {token}");
+                    // What tiles cannot work is worked in f32.
+                    let equal = found.iter().zip(clean).all(|(a, b)| (a - b).abs() <= if bf16 == Bf16Unit::None { 0.0 } else { 3e-2 });
+                    assert!(sees || equal, "{isa:?} {bf16:?} {window:?} {token}");
                 }
             }
         }
@@ -567,11 +678,12 @@ mod tests {
         let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 8, window: None };
         for size in [0.0, 1e-30, 1e3, 1e18] {
             let keys: Vec<f32> = (0..80 * 8).map(|i| if i % 3 == 0 { size } else { -size }).collect();
-            for isa in isas() {
+            for (isa, bf16) in forms() {
                 let mut out = vec![0.0; 80 * 8];
                 let sequence = KeyValue { past: 0, new: 80, keys: &keys, values: &vec![1.0; 80 * 8], layout: KeyLayout::Flat };
-                attention(isa, &keys, &[sequence], shape, &mut out);
-                assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5), "{isa:?} {size}");
+                attention(isa, bf16, &keys, &[sequence], shape, &mut out);
+                let tolerance = if bf16 == Bf16Unit::None { 1e-5 } else { 8e-3 };
+                assert!(out.iter().all(|x| (x - 1.0).abs() < tolerance), "{isa:?} {bf16:?} {size}");
             }
         }
     }
