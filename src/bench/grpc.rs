@@ -9,7 +9,6 @@ use std::time::Instant;
 use rand::{SeedableRng as _, rngs::StdRng};
 use serde::Serialize;
 use tokio::sync::watch;
-use tonic::transport::Channel;
 
 use super::{
     client::{Answer, Ask, End},
@@ -22,7 +21,6 @@ use super::{
 use crate::{
     error::{Error, Result},
     moe::policy::RoutingChoice,
-    service::proto::inference_client::InferenceClient,
 };
 
 /// The histogram of forwards.
@@ -221,10 +219,6 @@ impl Setting {
         facts: &Facts,
         rng: &mut StdRng,
     ) -> Result<GrpcMeasurement> {
-        let mut connections = Vec::with_capacity(self.clients);
-        for _ in 0..self.clients {
-            connections.push(target.client().await?);
-        }
         let fits = self.clients <= facts.max_batch_requests;
         let mut alone = match subject.filter(|_| fits) {
             Some(subject) => {
@@ -233,14 +227,14 @@ impl Setting {
             }
             None => None,
         };
-        let warm_up = self.burst(target, &mut connections, facts, config.generate.min(2), rng).await?;
+        let warm_up = self.burst(target, facts, config.generate.min(2), rng).await?;
         if let Some(runner) = &mut alone {
             warm_up.replay(runner, self.routing)?;
         }
         let (mut rates, mut first, mut gaps) = (Sample::default(), Sample::default(), Sample::default());
         let mut steps = StepSamples::default();
         for _ in 0..config.repeats {
-            let burst = self.burst(target, &mut connections, facts, config.generate, rng).await?;
+            let burst = self.burst(target, facts, config.generate, rng).await?;
             rates.push(burst.tokens_per_second().ok_or_else(|| Error::Internal("a burst without tokens".into()))?);
             burst.answers.iter().filter_map(Answer::time_to_first_token).for_each(|seconds| first.push(seconds));
             burst.answers.iter().flat_map(Answer::gaps).for_each(|seconds| gaps.push(seconds));
@@ -265,28 +259,25 @@ impl Setting {
         })
     }
 
-    /// One request of each client, all at once.
-    async fn burst(
-        self,
-        target: &Target,
-        connections: &mut [InferenceClient<Channel>],
-        facts: &Facts,
-        generate: usize,
-        rng: &mut StdRng,
-    ) -> Result<Burst> {
+    /// One request of each client, all at once. Connections are new: while the model runs alone, nobody here would answer the server's pings.
+    async fn burst(self, target: &Target, facts: &Facts, generate: usize, rng: &mut StdRng) -> Result<Burst> {
+        let mut connections = Vec::with_capacity(self.clients);
+        for _ in 0..self.clients {
+            connections.push(target.client().await?);
+        }
         let progress = watch::Sender::new((0usize, 0usize));
         let (mut tasks, mut prompts) = (Vec::with_capacity(connections.len()), Vec::with_capacity(connections.len()));
-        for connection in connections.iter() {
+        for mut connection in connections {
             let ask = Ask::random(rng, facts.vocab_size, self.prompt_tokens, generate, self.routing);
             prompts.push(ask.prompt.clone());
-            let (mut connection, progress) = (connection.clone(), progress.clone());
+            let progress = progress.clone();
             tasks.push(tokio::spawn(async move {
                 let answer = ask.send(&mut connection, || progress.send_modify(|(started, _)| *started += 1)).await;
                 progress.send_modify(|(_, ended)| *ended += 1);
                 answer
             }));
         }
-        let (mut watcher, clients) = (progress.subscribe(), connections.len());
+        let (mut watcher, clients) = (progress.subscribe(), self.clients);
         let readings = async {
             watcher.wait_for(|&(started, ended)| started == clients || ended > 0).await.ok()?;
             let before = Reading { page: target.page().await.ok()??, cpu: CpuTime::now() };

@@ -350,7 +350,8 @@ impl<'a> Runner<'a> {
                 batch.clear();
                 batch.push(&lane.blocks, chunk, lane.past, routing, LogitRows::None);
                 lane.past += chunk.len();
-                self.model.forward(&batch)?;
+                let forward = self.model.forward(&batch)?;
+                self.model.recycle(forward);
             }
         }
         for step in 0..steps {
@@ -466,6 +467,7 @@ impl<'a> Runner<'a> {
         run.experts += forward.time.experts;
         run.cost += Cost::of(&self.subject.spec, self.subject.sizes, batch, forward.layers.iter().map(|layer| &layer.stats));
         run.imbalance = forward.layers.iter().map(|layer| 1.0 / layer.stats.balancedness()).fold(0.0, f64::max);
+        self.model.recycle(forward);
         Ok(())
     }
 }

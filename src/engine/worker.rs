@@ -352,6 +352,7 @@ impl Worker {
                     engine: begun.elapsed().saturating_sub(forward_time),
                     layers: &forward.layers,
                 });
+                self.model.recycle(forward);
             }
             Err(reason) => {
                 for share in shares {
