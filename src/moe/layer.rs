@@ -10,7 +10,7 @@ use super::{
     kernel::{ExpertKernel, Experts},
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy},
-    route,
+    route::{self, RowReport},
 };
 use crate::{
     error::Result,
@@ -86,13 +86,13 @@ impl MoeLayer {
 
     fn serve(&self, x_td: &Tensor, logits_te: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, Routing, RoutingStats)> {
         let host = logits_te.to_device(&candle_core::Device::Cpu)?;
-        let routed = cpu_slice::<f32, _>(&host, |z| route_layer(&self.spec, self.reference, z, runs.iter().copied()))?;
-        let Routed { routing, plan, stats, non_finite } = routed;
-        let mut y_td = self.kernel.grouped(x_td, &plan, &self.experts)?;
-        if !non_finite.is_empty() {
-            y_td = poison(&y_td, &non_finite)?;
+        let mut routed = Routed::default();
+        cpu_slice::<f32, _>(&host, |z| routed.fill(&self.spec, self.reference, z, runs.iter().copied()))?;
+        let mut y_td = self.kernel.grouped(x_td, &routed.plan, &self.experts)?;
+        if !routed.non_finite().is_empty() {
+            y_td = poison(&y_td, routed.non_finite())?;
         }
-        Ok((y_td, Routing::Sparse(routing), stats))
+        Ok((y_td, Routing::Sparse(routed.routing), routed.stats))
     }
 
     /// Every expert on every token, as two matmuls: experts side by side, the weights applied between them.
@@ -108,34 +108,43 @@ impl MoeLayer {
     }
 }
 
-/// The routing of one layer for one forward, ready to be dispatched.
-#[derive(Clone, Debug)]
+/// The routing of one layer for one forward, ready to be dispatched. Used again, it keeps its memory.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Routed {
     pub(crate) routing: SparseRouting,
     pub(crate) plan: DispatchPlan,
     pub(crate) stats: RoutingStats,
-    /// Tokens whose router logits are not finite: they have no route.
-    pub(crate) non_finite: Vec<u32>,
+    report: RowReport,
+    policies: Vec<RoutingPolicy>,
 }
 
-/// Routes `logits [T, E]` by the choices of their sequences: (choice, tokens) runs in order.
-pub(crate) fn route_layer(
-    spec: &MoeSpec,
-    reference: ReferenceRouting,
-    logits: &[f32],
-    runs: impl Iterator<Item = (RoutingChoice, usize)>,
-) -> Result<Routed> {
-    let mut policies = Vec::with_capacity(logits.len() / spec.num_experts);
-    for (choice, tokens) in runs {
-        let policy = spec.resolve(choice, reference)?;
-        policies.resize(policies.len() + tokens, policy);
+impl Routed {
+    /// Routes `logits [T, E]` by the choices of their sequences: (choice, tokens) runs in order.
+    pub(crate) fn fill(
+        &mut self,
+        spec: &MoeSpec,
+        reference: ReferenceRouting,
+        logits: &[f32],
+        runs: impl Iterator<Item = (RoutingChoice, usize)>,
+    ) -> Result<()> {
+        let Self { routing, plan, stats, report, policies } = self;
+        policies.clear();
+        for (choice, tokens) in runs {
+            let policy = spec.resolve(choice, reference)?;
+            policies.resize(policies.len() + tokens, policy);
+        }
+        route::route_rows_into(logits, spec.num_experts, policies.iter().copied(), routing, report);
+        plan.fill(routing, spec.num_experts);
+        plan.load_into(stats);
+        stats.entropy_sum = report.entropy_sum;
+        stats.non_finite = report.non_finite.len() as u64;
+        Ok(())
     }
-    let (routing, report) = route::route_rows(logits, spec.num_experts, policies.into_iter());
-    let plan = DispatchPlan::new(&routing, spec.num_experts);
-    let mut stats = plan.load();
-    stats.entropy_sum = report.entropy_sum;
-    stats.non_finite = report.non_finite.len() as u64;
-    Ok(Routed { routing, plan, stats, non_finite: report.non_finite })
+
+    /// Tokens whose router logits are not finite: they have no route.
+    pub(crate) fn non_finite(&self) -> &[u32] {
+        &self.report.non_finite
+    }
 }
 
 impl SharedExpert {

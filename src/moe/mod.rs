@@ -13,7 +13,7 @@ mod swiglu;
 
 use candle_core::Tensor;
 
-pub(crate) use self::layer::{Routed, route_layer};
+pub(crate) use self::layer::Routed;
 pub use self::{
     layer::{MoeLayer, RoutingMode},
     stats::{LayerRouting, RoutingStats},
