@@ -1,7 +1,5 @@
 //! What a layer's routing did, for telemetry, fidelity and auxiliary losses.
 
-use candle_core::Tensor;
-
 /// Expert load of one layer in one forward.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RoutingStats {
@@ -17,6 +15,9 @@ pub struct RoutingStats {
     pub entropy_sum: f64,
     /// Tokens whose router logits are not finite: they reach no expert, and their logits are NaN.
     pub non_finite: u64,
+    /// Rows that were pushed through an expert, counted where they were. Above `routes` where experts that were not
+    /// chosen run too, for the gradient of the router.
+    pub executed: u64,
 }
 
 impl RoutingStats {
@@ -31,6 +32,7 @@ impl RoutingStats {
         self.routes += other.routes;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
+        self.executed += other.executed;
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(a, b)| *a += b);
         self.expert_weights.iter_mut().zip(&other.expert_weights).for_each(|(a, b)| *a += b);
     }
@@ -60,17 +62,4 @@ impl RoutingStats {
         }
         (utilization.iter().map(|u| (u - 1.0).powi(2)).sum::<f64>() / utilization.len() as f64).sqrt()
     }
-}
-
-/// Routing of one MoE layer in one forward.
-#[derive(Clone, Debug)]
-pub struct LayerRouting {
-    /// Decoder layer, from 0.
-    pub layer: usize,
-    /// `[T, E]` f32; tracked where the router is trained.
-    pub router_logits: Tensor,
-    /// What was chosen.
-    pub routing: super::Routing,
-    /// Load.
-    pub stats: RoutingStats,
 }

@@ -159,6 +159,7 @@ mod tests {
                 expert_weights: expert_tokens.iter().map(|&n| n as f64 / 2.0).collect(),
                 entropy_sum: routes as f64 * 0.25,
                 non_finite: 0,
+                executed: routes,
             },
         }
     }

@@ -7,11 +7,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::schedule::Schedule;
 use crate::{
     error::{Error, Result},
     model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
     moe::policy::WeightForm,
+    schedule::Schedule,
 };
 
 /// Parameters of a model that is no mistake: with gradients and moments 256 GiB.
