@@ -7,6 +7,7 @@ pub mod capacity;
 pub mod collapse;
 pub mod draw;
 pub mod estimator;
+mod execute;
 pub mod explore;
 pub mod kernel;
 mod layer;
