@@ -2,9 +2,14 @@
 //!
 //! Shape legend: T tokens, E experts, k experts per token, R routed rows, D model width, F expert width.
 
+pub mod balance_bias;
+pub mod capacity;
+pub mod choices;
+pub mod explore;
 pub mod kernel;
 mod layer;
 pub mod loss;
+pub mod loss_tensor;
 pub mod plan;
 pub mod policy;
 pub mod route;
