@@ -4,6 +4,7 @@
 
 pub mod balance_bias;
 pub mod capacity;
+pub mod choices;
 pub mod collapse;
 pub mod draw;
 pub mod estimator;
@@ -12,6 +13,7 @@ pub mod explore;
 pub mod kernel;
 mod layer;
 pub mod loss;
+pub mod loss_tensor;
 pub mod plan;
 pub mod policy;
 pub mod remedy;

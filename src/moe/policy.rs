@@ -5,7 +5,7 @@
 
 use std::{fmt, str::FromStr};
 
-use super::estimator::{Combine, Estimator, Execution, Gradient, Noise, NoiseKind, Relaxation, Scope, Selection, Weights};
+use super::estimator::{Combine, Estimator, Execution, Gradient, Noise, Relaxation, Selection, Weights};
 use crate::error::{Error, Result};
 
 /// How the softmax probabilities of the chosen experts become their weights.
@@ -66,7 +66,7 @@ impl RoutingPolicy {
         let softmax = |temperature: f64| Relaxation::Softmax { temperature };
         let plain = Estimator {
             relaxation: softmax(1.0),
-            noise: Noise { kind: NoiseKind::None, scale: 0.0, scope: Scope::Both },
+            noise: Noise::NONE,
             selection: Selection::All,
             weights: Weights::Relaxed,
             gradient: Gradient::Exact,

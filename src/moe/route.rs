@@ -3,6 +3,7 @@
 
 use super::{
     SparseRouting,
+    draw::Draw,
     estimator::{Estimator, StepContext},
     policy::{RoutingPolicy, WeightForm},
 };
@@ -77,7 +78,7 @@ fn route_row(row: &[f32], policy: RoutingPolicy, scratch: &mut Vec<f32>, routing
 /// Appends what `estimator` makes of one row without noise, exploration and capacity.
 fn route_as_in_evaluation(row: &[f32], estimator: &Estimator, routing: &mut SparseRouting) {
     let z: Vec<f64> = row.iter().map(|&z| f64::from(z)).collect();
-    let routed = estimator.route(&z, row.len(), &StepContext::evaluation());
+    let routed = estimator.route(&z, row.len(), &StepContext::evaluate(Draw::new(0, 0, 0)));
     routing.expert_ids.extend_from_slice(&routed.chosen);
     routing.weights.extend(routed.chosen.iter().map(|&e| routed.weights[e as usize] as f32));
 }

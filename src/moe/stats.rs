@@ -9,6 +9,9 @@ pub struct RoutingStats {
     pub routes: u64,
     /// Tokens that each expert received, `[E]`.
     pub expert_tokens: Vec<u64>,
+    /// Rows that were pushed through an expert, counted where that is done: more than `routes` where experts run for the
+    /// router's gradient only, fewer where capacity dropped some. 0 where nobody counts (serving runs what it routes).
+    pub executed: u64,
     /// Sum of the routing weights that each expert received, `[E]`.
     pub expert_weights: Vec<f64>,
     /// Sum over tokens of the entropy of `softmax(router logits)`, in nats.
@@ -30,6 +33,7 @@ impl RoutingStats {
     pub fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.routes += other.routes;
+        self.executed += other.executed;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
         self.executed += other.executed;

@@ -78,7 +78,7 @@ impl TrainState {
     }
 
     fn draw(&self, layer: usize) -> Draw {
-        Draw::new(self.seed, self.step as u64, layer as u64)
+        Draw::new(self.seed, self.step, layer)
     }
 
     fn context(&self, layer: usize) -> StepContext<'_> {

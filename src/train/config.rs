@@ -202,7 +202,7 @@ impl TrainConfig {
         for (field, schedule, positive) in
             [("routing.temperature", Some(routing.temperature), true), ("routing.noise", routing.noise, false)]
         {
-            if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive)) {
+            if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive, run.steps)) {
                 return Err(Error::invalid(field, problem));
             }
         }
