@@ -58,13 +58,12 @@ impl DispatchPlan {
         self.positions[range].iter().map(|&row| (row as usize, self.weights[row as usize]))
     }
 
-    /// The load that this plan puts on each expert, all of whose rows are run. Entropy and non-finite counts are not known here.
+    /// The load that this plan puts on each expert. Entropy and non-finite counts are not known here.
     pub fn load(&self) -> RoutingStats {
         let num_experts = self.offsets.len() - 1;
         let mut stats = RoutingStats::new(num_experts);
         stats.tokens = self.num_tokens() as u64;
         stats.routes = self.tokens.len() as u64;
-        stats.executed = stats.routes;
         for (expert, rows) in self.active() {
             stats.expert_tokens[expert] = rows.len() as u64;
             stats.expert_weights[expert] = self.weights[rows].iter().map(|&w| f64::from(w)).sum();

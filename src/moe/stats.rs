@@ -18,9 +18,6 @@ pub struct RoutingStats {
     pub entropy_sum: f64,
     /// Tokens whose router logits are not finite: they reach no expert, and their logits are NaN.
     pub non_finite: u64,
-    /// Rows that were pushed through an expert, counted where they were. Above `routes` where experts that were not
-    /// chosen run too, for the gradient of the router.
-    pub executed: u64,
 }
 
 impl RoutingStats {
@@ -36,7 +33,6 @@ impl RoutingStats {
         self.executed += other.executed;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
-        self.executed += other.executed;
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(a, b)| *a += b);
         self.expert_weights.iter_mut().zip(&other.expert_weights).for_each(|(a, b)| *a += b);
     }
