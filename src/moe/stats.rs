@@ -1,7 +1,5 @@
 //! What a layer's routing did, for telemetry, fidelity and auxiliary losses.
 
-use candle_core::Tensor;
-
 /// Expert load of one layer in one forward.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RoutingStats {
@@ -11,6 +9,9 @@ pub struct RoutingStats {
     pub routes: u64,
     /// Tokens that each expert received, `[E]`.
     pub expert_tokens: Vec<u64>,
+    /// Rows that were pushed through an expert, counted where that is done: more than `routes` where experts run for the
+    /// router's gradient only, fewer where capacity dropped some. 0 where nobody counts (serving runs what it routes).
+    pub executed: u64,
     /// Sum of the routing weights that each expert received, `[E]`.
     pub expert_weights: Vec<f64>,
     /// Sum over tokens of the entropy of `softmax(router logits)`, in nats.
@@ -29,6 +30,7 @@ impl RoutingStats {
     pub fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.routes += other.routes;
+        self.executed += other.executed;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(a, b)| *a += b);
@@ -60,17 +62,4 @@ impl RoutingStats {
         }
         (utilization.iter().map(|u| (u - 1.0).powi(2)).sum::<f64>() / utilization.len() as f64).sqrt()
     }
-}
-
-/// Routing of one MoE layer in one forward.
-#[derive(Clone, Debug)]
-pub struct LayerRouting {
-    /// Decoder layer, from 0.
-    pub layer: usize,
-    /// `[T, E]` f32; tracked where the router is trained.
-    pub router_logits: Tensor,
-    /// What was chosen.
-    pub routing: super::Routing,
-    /// Load.
-    pub stats: RoutingStats,
 }

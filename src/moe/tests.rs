@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use super::{
     MoeLayer, Routing, RoutingMode, SparseRouting,
     kernel::{CpuKernel, ExpertKernel},
-    loss,
+    loss_tensor as loss,
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy, WeightForm},
     route::{route_dense, route_rows},

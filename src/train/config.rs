@@ -7,11 +7,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::schedule::Schedule;
 use crate::{
     error::{Error, Result},
     model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
     moe::policy::WeightForm,
+    schedule::Schedule,
 };
 
 /// Parameters of a model that is no mistake: with gradients and moments 256 GiB.
@@ -202,7 +202,7 @@ impl TrainConfig {
         for (field, schedule, positive) in
             [("routing.temperature", Some(routing.temperature), true), ("routing.noise", routing.noise, false)]
         {
-            if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive)) {
+            if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive, run.steps)) {
                 return Err(Error::invalid(field, problem));
             }
         }

@@ -9,7 +9,6 @@ pub mod export;
 pub mod log;
 pub mod optimizer;
 pub mod plot;
-pub mod schedule;
 pub mod state;
 pub mod tokenizer;
 pub mod trainable;

@@ -12,7 +12,6 @@ use super::{
     evaluate::{Evaluation, evaluate},
     log::{EvaluationRecord, Log, Record, StepRecord},
     optimizer::{AdamW, Outcome},
-    schedule::learning_rate,
     state::{Lock, Progress, StateDir},
     tokenizer,
     trainable::Trainable,
@@ -24,10 +23,11 @@ use crate::{
     moe::{
         RoutingMode,
         kernel::{self, ExpertKernel},
-        loss,
+        loss_tensor as loss,
         policy::{RoutingChoice, RoutingPolicy},
     },
     ops,
+    schedule::learning_rate,
 };
 
 /// A run: data, weights, optimizer, and how far it has come.
