@@ -5,6 +5,7 @@
 pub mod balance_bias;
 pub mod capacity;
 pub mod choices;
+pub mod collapse;
 pub mod explore;
 pub mod kernel;
 mod layer;
@@ -12,6 +13,7 @@ pub mod loss;
 pub mod loss_tensor;
 pub mod plan;
 pub mod policy;
+pub mod remedy;
 pub mod route;
 mod stats;
 mod swiglu;
