@@ -9,8 +9,15 @@
 //! | [`task`] | data with regions, their optimal routing, the loss |
 //! | [`results`] | what a cell leaves behind; `results.json` |
 
+pub mod adam;
 pub mod arm;
+pub mod expert;
+pub mod metric;
+pub mod net;
 pub mod random;
 pub mod results;
 pub mod spec;
+pub mod step;
 pub mod task;
+#[cfg(test)]
+mod tests;
