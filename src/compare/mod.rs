@@ -11,13 +11,19 @@
 
 pub mod adam;
 pub mod arm;
+pub mod evaluate;
 pub mod expert;
+pub mod files;
+pub mod memory;
 pub mod metric;
 pub mod net;
+pub mod probe;
 pub mod random;
 pub mod results;
 pub mod spec;
 pub mod step;
 pub mod task;
+pub mod teacher;
+pub mod training;
 #[cfg(test)]
 mod tests;
