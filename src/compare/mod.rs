@@ -11,9 +11,11 @@
 
 pub mod adam;
 pub mod arm;
+pub mod cell;
 pub mod evaluate;
 pub mod expert;
 pub mod files;
+pub mod gradient;
 pub mod memory;
 pub mod metric;
 pub mod net;
