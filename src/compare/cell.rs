@@ -17,8 +17,7 @@ use crate::error::{Error, Result};
 pub fn run(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
     let outcome = measure(spec, cells).unwrap_or_else(|error| Outcome::Failed(error.to_string()));
     let record = CellRecord { spec: spec.clone(), outcome };
-    let json = serde_json::to_vec(&record).map_err(|error| Error::Internal(format!("a result has no JSON form: {error}")))?;
-    files::write(&spec.file(cells)?, &json)?;
+    files::write_json(&spec.file(cells)?, &record)?;
     Ok(record.outcome)
 }
 

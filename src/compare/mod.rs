@@ -25,6 +25,7 @@ pub mod plan;
 pub mod probe;
 pub mod random;
 pub mod results;
+pub mod run;
 pub mod spec;
 pub mod step;
 pub mod task;

@@ -36,6 +36,9 @@ pub struct Machine {
     pub jobs: usize,
     /// Version of hardmax.
     pub hardmax: String,
+    /// Commit it was built from, if the build knew.
+    #[serde(default)]
+    pub git: String,
 }
 
 /// A cell and what became of it.
