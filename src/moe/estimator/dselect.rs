@@ -49,7 +49,7 @@ pub(super) fn vjp(z: &[f64], gamma: f64, k: usize, p: &[f64], v: &[f64], dz: &mu
 /// `Σ_s H(r_s)`, and `Σ_s 1 / Σ_e r_se` where E is no power of two: mean over rows, times `weight`. `dz += ∂/∂z`.
 ///
 /// Entropy drives selectors to single experts; the second term keeps them on codes that are experts.
-pub fn regulariser(z: &[f64], experts: usize, gamma: f64, k: usize, weight: f64, dz: &mut [f64]) -> f64 {
+pub(super) fn regulariser(z: &[f64], experts: usize, gamma: f64, k: usize, weight: f64, dz: &mut [f64]) -> f64 {
     let width = bits(experts);
     let columns = k * (1 + width);
     let rows = z.len() / columns.max(1);

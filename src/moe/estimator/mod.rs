@@ -3,7 +3,7 @@
 //! For every estimator the experts' outputs enter the loss through weights, `y_t = Σ_e w_te Y_te`, and the gradient of the
 //! weights is the *credit* `c_te = <∂L/∂y_t, Y_te>`. What remains is a rule from router outputs to weights (the forward)
 //! and a linear map from credit to the gradient of the router outputs (the backward). Both are made of the same few parts,
-//! which [`Estimator`] names.
+//! which [`Estimator`] names; [`catalog`] is the table of the methods with a name.
 //!
 //! Plain f64 on slices: the numbers are T·E per layer, so they cost nothing, and training, laboratory and tests run the
 //! same code. Schedules are resolved before: the maths sees numbers. Noise is a function of its place
@@ -21,15 +21,23 @@
 //! | [`Weights::Corrected`] | `s p̃`, one draw after the other, s 1 or ⅓ | [`Gradient::Corrected`]: `J (c ⊙ m)` of each draw, twice that if `star` |
 //! | any | | [`Gradient::Score`]: as exact, and `advantage · ∇ log π` |
 
+pub mod catalog;
+mod config;
 mod dselect;
 mod entmax;
+mod regulariser;
 mod relax;
 mod route;
 mod select;
 mod soft_topk;
 mod surrogate;
+mod values;
 
-pub use self::{dselect::regulariser as selector_regulariser, route::RoutedBatch};
+pub use self::{
+    config::{EstimatorConfig, EstimatorSpec, Param, Purpose},
+    regulariser::Regulariser,
+    route::RoutedBatch,
+};
 use super::{capacity::Capacity, draw::Draw, explore::Exploration, policy::WeightForm};
 
 /// One way to route and to differentiate it: parts and numbers, schedules already resolved.
