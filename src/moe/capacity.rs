@@ -157,3 +157,76 @@ impl Fill {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn capacity(factor: f64, overflow: Overflow, order: Order) -> Capacity {
+        Capacity { factor, overflow, order }
+    }
+
+    /// Applies to rows of choices; gives the rows after it.
+    fn apply(capacity: Capacity, rows: &[&[u32]], p: &[f64], k: usize) -> (Vec<Vec<u32>>, CapacityReport) {
+        let mut choices = Choices::from_rows(rows);
+        let report = capacity.apply(&mut choices, p, p.len() / rows.len(), k);
+        ((0..rows.len()).map(|t| choices.rows().of(t).to_vec()).collect(), report)
+    }
+
+    #[test]
+    fn rows_of_an_expert() {
+        let rows = |factor, tokens, k, experts| capacity(factor, Overflow::Drop, Order::Position).rows(tokens, k, experts);
+        assert_eq!((rows(1.0, 8, 1, 4), rows(1.25, 8, 1, 4), rows(1.0, 9, 2, 4), rows(0.1, 4, 1, 8)), (2, 3, 5, 1));
+    }
+
+    /// Four tokens want expert 0, with growing probability; the second best is 1, then 2, then 3.
+    const P: [f64; 16] = [0.4, 0.3, 0.2, 0.1, 0.5, 0.3, 0.1, 0.1, 0.6, 0.2, 0.1, 0.1, 0.7, 0.2, 0.1, 0.0];
+
+    #[test]
+    fn overflow_is_dropped_or_rerouted() {
+        let wants: [&[u32]; 4] = [&[0], &[0], &[0], &[0]];
+        let (rows, report) = apply(capacity(2.0, Overflow::Drop, Order::Position), &wants, &P, 1);
+        assert_eq!((rows, report), (vec![vec![0], vec![0], vec![], vec![]], CapacityReport { dropped: 2, rerouted: 0 }));
+        let (rows, report) = apply(capacity(2.0, Overflow::Drop, Order::Probability), &wants, &P, 1);
+        assert_eq!((rows, report.dropped), (vec![vec![], vec![], vec![0], vec![0]], 2));
+        let (rows, report) = apply(capacity(1.0, Overflow::Reroute, Order::Position), &wants, &P, 1);
+        assert_eq!((rows, report), (vec![vec![0], vec![1], vec![2], vec![3]], CapacityReport { dropped: 0, rerouted: 3 }));
+    }
+
+    #[test]
+    fn first_choices_come_before_second_ones() {
+        // Token 0 wants 1 only second: token 1, whose first choice it is, has it.
+        let (rows, report) = apply(capacity(0.5, Overflow::Drop, Order::Position), &[&[0, 1], &[1, 0]], &[0.6, 0.4, 0.4, 0.6], 2);
+        assert_eq!((rows, report.dropped), (vec![vec![0], vec![1]], 2));
+    }
+
+    #[test]
+    fn rerouting_never_gives_a_token_the_same_expert_twice() {
+        let wants: [&[u32]; 4] = [&[0, 1], &[0, 1], &[0, 1], &[0, 1]];
+        let (rows, report) = apply(capacity(1.0, Overflow::Reroute, Order::Position), &wants, &P, 2);
+        assert!(rows.iter().all(|row| row.len() == 2 && row[0] != row[1]), "{rows:?}");
+        assert_eq!(report, CapacityReport { dropped: 0, rerouted: 4 });
+        let counts = Choices::from_rows(&rows).rows().counts(0..4, 4);
+        assert_eq!(counts, [2.0; 4], "as full as can be");
+        // With two experts and room for one each, the second token's choices find no other expert.
+        let (rows, report) = apply(capacity(0.5, Overflow::Reroute, Order::Position), &[&[0, 1], &[0, 1]], &[0.6, 0.4, 0.6, 0.4], 2);
+        assert_eq!((rows, report.dropped), (vec![vec![0, 1], vec![]], 2));
+    }
+
+    #[test]
+    fn room_for_all_changes_nothing() {
+        let wants: [&[u32]; 4] = [&[0, 2], &[3], &[], &[1, 0]];
+        for order in [Order::Position, Order::Probability] {
+            let (rows, report) = apply(capacity(4.0, Overflow::Reroute, order), &wants, &P, 2);
+            assert_eq!((rows, report), (wants.map(<[u32]>::to_vec).to_vec(), CapacityReport::default()));
+        }
+    }
+
+    #[test]
+    fn a_factor_of_zero_is_refused() {
+        for factor in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            let error = capacity(factor, Overflow::Drop, Order::Position).check("routing.capacity").unwrap_err().to_string();
+            assert_eq!(error, "routing.capacity.factor: must be above 0");
+        }
+    }
+}
