@@ -2,8 +2,6 @@
 
 use super::collapse::shape;
 
-use candle_core::Tensor;
-
 /// Expert load of one layer in one forward.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RoutingStats {
@@ -92,19 +90,6 @@ impl RoutingStats {
     fn load(&self) -> Vec<f64> {
         self.expert_tokens.iter().map(|&n| n as f64).collect()
     }
-}
-
-/// Routing of one MoE layer in one forward.
-#[derive(Clone, Debug)]
-pub struct LayerRouting {
-    /// Decoder layer, from 0.
-    pub layer: usize,
-    /// `[T, E]` f32; tracked where the router is trained.
-    pub router_logits: Tensor,
-    /// What was chosen.
-    pub routing: super::Routing,
-    /// Load.
-    pub stats: RoutingStats,
 }
 
 #[cfg(test)]
