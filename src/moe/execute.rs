@@ -140,8 +140,11 @@ impl LayerState {
     /// `Ê ← decay · Ê + (1 - decay) · mean of the expert's rows`; its first rows set it. `rows` are sorted as in `plan`.
     fn learn(&mut self, plan: &DispatchPlan, rows: &[Vec<f32>], decay: f64) {
         for (expert, range) in plan.active() {
-            let (count, first) = (range.len() as f64, !std::mem::replace(&mut self.seen[expert], true));
             let width = rows[range.start].len();
+            if rows[range.clone()].iter().flatten().any(|value| !value.is_finite()) {
+                continue; // The step will be skipped; the means must survive it.
+            }
+            let (count, first) = (range.len() as f64, !std::mem::replace(&mut self.seen[expert], true));
             for (column, mean) in self.means[expert * width..][..width].iter_mut().enumerate() {
                 let batch = rows[range.clone()].iter().map(|row| f64::from(row[column])).sum::<f64>() / count;
                 *mean = if first { batch } else { decay * f64::from(*mean) + (1.0 - decay) * batch } as f32;

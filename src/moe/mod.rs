@@ -2,6 +2,7 @@
 //!
 //! Shape legend: T tokens, E experts, k experts per token, R routed rows, D model width, F expert width.
 
+pub mod advantage;
 pub mod balance_bias;
 pub mod capacity;
 pub mod choices;
@@ -22,7 +23,7 @@ mod stats;
 mod swiglu;
 mod train;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
@@ -46,6 +47,10 @@ pub enum Routing {
         weights: Tensor,
         /// The same routing as plain numbers, with what its backward needs.
         routed: Arc<RoutedBatch>,
+        /// `[T, G]`, the router outputs as plain numbers.
+        z: Arc<Vec<f64>>,
+        /// L2 norm of the gradient of `z` from all that comes after the weights, auxiliary losses apart; set by backward.
+        gradient: Arc<OnceLock<f64>>,
     },
 }
 

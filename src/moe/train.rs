@@ -3,9 +3,10 @@
 //! Routing itself is f64 on slices, see [`super::estimator`]. It meets autograd in one operation, whose forward is the
 //! weights and whose backward is the estimator's: the gradient that arrives at a weight is the credit of its expert.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, bail};
+use serde::{Deserialize, Serialize};
 
 use super::{
     LayerRouting, MoeLayer, Routing,
@@ -15,7 +16,10 @@ use super::{
     execute::{self, Means},
     explore::{self, Exploration},
 };
-use crate::{error::Result, ops};
+use crate::{
+    error::{Error, Result},
+    ops,
+};
 
 /// What a step adds to the policy, the same in all layers, and what layers remember from step to step.
 #[derive(Clone, Debug)]
@@ -34,12 +38,16 @@ pub struct TrainState {
     pub capacity: Option<Capacity>,
     /// Rows from here on see no noise: the greedy copy of a self-critical baseline. `usize::MAX` is none.
     pub greedy_from: usize,
+    /// Expert of each row in the place of the router's outputs, which are then 1 for it and 0 for the others; the router
+    /// gets no gradient. For controls whose route is known.
+    pub fixed: Option<Arc<[u32]>>,
     /// By decoder layer, from 0; grows with the first forward.
     pub layers: Vec<LayerState>,
 }
 
 /// What one layer remembers.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LayerState {
     /// `[E]`, added to the scores that experts are selected by, and to nothing else; empty is none.
     pub bias: Vec<f64>,
@@ -60,6 +68,7 @@ impl TrainState {
             jitter: 0.0,
             capacity: None,
             greedy_from: usize::MAX,
+            fixed: None,
             layers: Vec::new(),
         }
     }
@@ -96,14 +105,18 @@ impl TrainState {
 /// `x [T, D]` to the mixture of its experts `[T, D]`, without a shared expert, and what the router did.
 pub(super) fn forward(layer: &MoeLayer, x_td: &Tensor, estimator: Estimator, state: &mut TrainState) -> Result<(Tensor, LayerRouting)> {
     let num_experts = layer.experts.gate_up.dim(0)?;
-    let seen_td = jittered(&x_td.to_dtype(DType::F32)?, state, layer.index)?;
-    let router_logits = ops::linear(&seen_td, &layer.router)?;
-    let z = host_f64(&router_logits)?;
+    let router_logits = match &state.fixed {
+        Some(route) => one_hot(route, num_experts, x_td)?,
+        None => ops::linear(&jittered(&x_td.to_dtype(DType::F32)?, state, layer.index)?, &layer.router)?,
+    };
+    let z = Arc::new(host_f64(&router_logits)?);
     let routed = Arc::new(estimator.route(&z, num_experts, &state.context(layer.index)));
     let mut stats = routed.stats(&z);
 
+    let gradient = Arc::new(OnceLock::new());
     let on_host = router_logits.to_device(&Device::Cpu)?.contiguous()?;
-    let weights_te = on_host.apply_op1(RouteOp { estimator, routed: Arc::clone(&routed), z })?.to_device(x_td.device())?;
+    let op = RouteOp { estimator, routed: Arc::clone(&routed), z: Arc::clone(&z), gradient: Arc::clone(&gradient) };
+    let weights_te = on_host.apply_op1(op)?.to_device(x_td.device())?;
     let experts = &layer.experts;
     let (y_td, executed) = match (estimator.combine, routed.execution) {
         (Combine::Merged, _) => execute::merged(experts, x_td, &weights_te)?,
@@ -116,8 +129,19 @@ pub(super) fn forward(layer: &MoeLayer, x_td: &Tensor, estimator: Estimator, sta
         (Combine::Mixture(_), Execution::Chosen) => execute::chosen(experts, x_td, &weights_te, &routed)?,
     };
     stats.executed = executed;
-    let routing = Routing::Dense { weights: weights_te, routed };
+    let routing = Routing::Dense { weights: weights_te, routed, z, gradient };
     Ok((y_td, LayerRouting { layer: layer.index, router_logits, routing, stats }))
+}
+
+/// `[T, E]`, 1 for the expert of each row of `x_td`.
+fn one_hot(route: &[u32], num_experts: usize, x_td: &Tensor) -> Result<Tensor> {
+    let t = x_td.dim(0)?;
+    if route.len() != t || route.iter().any(|&expert| expert as usize >= num_experts) {
+        return Err(Error::Internal(format!("{} fixed routes to {num_experts} experts for {t} tokens", route.len())));
+    }
+    let mut z = vec![0f32; t * num_experts];
+    route.iter().zip(z.chunks_mut(num_experts)).for_each(|(&expert, row)| row[expert as usize] = 1.0);
+    Ok(Tensor::from_vec(z, (t, num_experts), x_td.device())?)
 }
 
 /// The router's copy of its input.
@@ -143,7 +167,9 @@ struct RouteOp {
     estimator: Estimator,
     routed: Arc<RoutedBatch>,
     /// `[T, G]`, what was routed.
-    z: Vec<f64>,
+    z: Arc<Vec<f64>>,
+    /// Where backward leaves the norm of what it returns.
+    gradient: Arc<OnceLock<f64>>,
 }
 
 impl CustomOp1 for RouteOp {
@@ -167,6 +193,7 @@ impl CustomOp1 for RouteOp {
     fn bwd(&self, arg: &Tensor, _res: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let mut dz = vec![0.0; self.z.len()];
         self.estimator.vjp(&self.z, &self.routed, &host_f64(grad)?, &mut dz);
+        let _ = self.gradient.set(dz.iter().map(|d| d * d).sum::<f64>().sqrt());
         // A token that could not be routed must not pass for one without a gradient.
         let columns = self.z.len().checked_div(self.routed.tokens).unwrap_or(0).max(1);
         for (row, dz) in self.z.chunks(columns).zip(dz.chunks_mut(columns)) {

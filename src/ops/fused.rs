@@ -64,7 +64,7 @@ impl CustomOp2 for WeightedSwiGlu {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, weights) = (elements(s1, l1)?, elements(s2, l2)?);
+        let (x, weights) = (elements::<f32>(s1, l1)?, elements::<f32>(s2, l2)?);
         let (t, e, two_f) = l1.shape().dims3()?;
         let f = two_f / 2;
         let mut out = vec![0f32; x.len() / 2];
