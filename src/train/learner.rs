@@ -18,9 +18,9 @@ use crate::{
     error::Result,
     model::{Batch, Decoder, Forward, LogitRows, ModelSpec},
     moe::{
-        LayerState, RoutingMode, RoutingStats, TrainState,
+        LayerState, Routing, RoutingMode, RoutingStats, TrainState,
         collapse::Monitor,
-        estimator::{Baseline, Estimator, Gradient},
+        estimator::{Baseline, Estimator, Gradient, Regulariser},
         kernel::{self, ExpertKernel},
         loss::AuxLoss,
         policy::{RoutingChoice, RoutingPolicy},
@@ -64,6 +64,25 @@ pub struct Memory {
     pub watch: Vec<Watch>,
     /// Moving average of the language model's loss, for the baseline that needs it; none before the first step.
     pub average_loss: Option<f64>,
+    /// Weight of a penalty that moves with what it penalises; none before the first step.
+    pub penalty: Option<f64>,
+}
+
+impl Memory {
+    /// The weight in force of what an estimator adds to the loss.
+    pub(super) fn weight_of(&self, regulariser: Regulariser) -> f64 {
+        match regulariser {
+            Regulariser::Sparsity { initial, .. } => self.penalty.unwrap_or(initial),
+            other => other.initial_weight(),
+        }
+    }
+
+    /// Moves the weight of a penalty towards the experts that it wants `active` per token.
+    fn adapt(&mut self, regulariser: Regulariser, active: f64) {
+        if let Regulariser::Sparsity { .. } = regulariser {
+            self.penalty = Some(regulariser.adapt(self.weight_of(regulariser), active));
+        }
+    }
 }
 
 /// Collapse of one layer: what was seen of it, and done against it.
@@ -175,8 +194,7 @@ impl Learner {
         let forward = self.decoder.forward(&batch, mode, None)?;
         self.memory.layers = state.layers;
 
-        let objective =
-            Objective { plan: &self.plan, estimator, step, targets: text.targets, length: text.length, memory: &self.memory };
+        let objective = Objective { plan: &self.plan, estimator, step, targets: text.targets, length: text.length, memory: &self.memory };
         let losses = objective.of(&forward)?;
         let grads = losses.total.backward()?;
         let rates = Rates { rate, router: self.plan.router_rate, learning: self.plan.learning };
@@ -195,6 +213,12 @@ impl Learner {
             let average = self.memory.average_loss.get_or_insert(losses.lm);
             *average = decay * *average + (1.0 - decay) * losses.lm;
         }
+        let active = forward.layers.iter().filter_map(|layer| match &layer.routing {
+            Routing::Dense { routed, z, .. } => Some(routed.active(z)),
+            Routing::Sparse(_) => None,
+        });
+        let active = active.sum::<f64>() / forward.layers.len().max(1) as f64;
+        self.memory.adapt(self.plan.regulariser(step), active);
         let Self { plan, seed, model, optimizer, memory, .. } = self;
         let mut upkeep = Upkeep { plan, estimator, step, seed: *seed, model, optimizer, memory };
         upkeep.run(&forward.layers, &losses.layers)

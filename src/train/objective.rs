@@ -12,7 +12,7 @@ use crate::{
     moe::{
         LayerRouting, Routing,
         advantage::Draws,
-        estimator::{Estimator, Gradient, RoutedBatch},
+        estimator::{Estimator, Gradient, Relaxation, RoutedBatch},
         loss::{AuxLoss, LossInput, LossNoise},
     },
     ops,
@@ -88,13 +88,16 @@ impl Objective<'_> {
             *sum += of_layer / layers;
             value += weight * of_layer / layers;
         }
+        let regulariser = self.plan.regulariser(self.step);
+        value += regulariser.value_and_grad(self.memory.weight_of(regulariser) / layers, z, routed, &mut dz)?;
         gradients.auxiliary = norm(&dz);
         if let Some(advantages) = advantages {
             let mut of_score = vec![0.0; z.len()];
             self.estimator.score(z, routed, advantages, &mut of_score);
             gradients.score = norm(&of_score);
             dz.iter_mut().zip(of_score).for_each(|(dz, d)| *dz += d);
-            value += self.estimator.log_prob(z, routed).iter().zip(advantages).map(|(log_prob, advantage)| log_prob * advantage).sum::<f64>();
+            value +=
+                self.estimator.log_prob(z, routed).iter().zip(advantages).map(|(log_prob, advantage)| log_prob * advantage).sum::<f64>();
         }
         losses.layers.push(gradients);
         losses.total = (&losses.total + ops::known(&layer.router_logits, value, dz)?)?;
@@ -105,7 +108,7 @@ impl Objective<'_> {
         LossInput {
             z,
             experts: routed.experts,
-            temperature: self.estimator.relaxation.softmax_temperature(),
+            temperature: temperature(self.estimator.relaxation),
             choices: routed.wanted(),
             k: self.estimator.k(),
             sequences,
@@ -131,6 +134,16 @@ impl Objective<'_> {
     }
 }
 
-pub(super) fn norm(values: &[f64]) -> f64 {
+/// τ of the softmax that losses see: that of the relaxation where it is one, else 1.
+fn temperature(relaxation: Relaxation) -> f64 {
+    match relaxation {
+        Relaxation::Softmax { temperature } | Relaxation::MaskedSoftmax { temperature, .. } | Relaxation::KHot { temperature, .. } => {
+            temperature
+        }
+        _ => 1.0,
+    }
+}
+
+fn norm(values: &[f64]) -> f64 {
     values.iter().map(|v| v * v).sum::<f64>().sqrt()
 }

@@ -17,12 +17,15 @@ use crate::{
         collapse::Monitor,
         draw::{Draw, Stream},
         estimator::{Estimator, Relaxation, RoutedBatch},
-        remedy::{Action, Evidence, Treatment},
+        remedy::{Action, Evidence, Remedy, Treatment},
     },
 };
 
 /// Tokens over which a monitor forgets.
 const WINDOW: usize = 1 << 14;
+
+/// What is left of a bump after a step where no loss-free balancing takes care of it: half after 69 steps.
+const FADE: f64 = 0.99;
 
 /// A watch for each MoE layer.
 pub(super) fn watches(spec: &ModelSpec, plan: &RoutingPlan) -> Vec<Watch> {
@@ -62,9 +65,12 @@ impl Upkeep<'_> {
     }
 
     fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
-        if self.plan.bias_rate > 0.0 {
-            let counts = routed.wanted().counts(0..routed.tokens, routed.experts);
-            balance_bias::update(self.bias(layer, routed.experts), &counts, self.plan.bias_rate);
+        let rate = self.plan.bias_rate;
+        if rate > 0.0 {
+            let counts: Vec<u64> = routed.wanted().counts(0..routed.tokens, routed.experts).iter().map(|&n| n as u64).collect();
+            balance_bias::update(self.bias(layer, routed.experts), &counts, rate);
+        } else if self.plan.remedies.has(Remedy::BiasBump) {
+            balance_bias::fade(self.bias(layer, routed.experts), FADE);
         }
     }
 
