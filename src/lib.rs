@@ -8,6 +8,7 @@ pub mod error;
 pub mod model;
 pub mod moe;
 pub mod ops;
+pub mod plot;
 pub mod schedule;
 pub mod server;
 pub mod service;

@@ -9,8 +9,23 @@
 //! | [`task`] | data with regions, their optimal routing, the loss |
 //! | [`results`] | what a cell leaves behind; `results.json` |
 
+pub mod adam;
 pub mod arm;
+pub mod cell;
+pub mod evaluate;
+pub mod expert;
+pub mod files;
+pub mod gradient;
+pub mod memory;
+pub mod metric;
+pub mod net;
+pub mod probe;
 pub mod random;
 pub mod results;
 pub mod spec;
+pub mod step;
 pub mod task;
+pub mod teacher;
+pub mod training;
+#[cfg(test)]
+mod tests;

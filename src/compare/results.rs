@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::spec::CellSpec;
+use crate::moe::estimator;
 
 /// Version of the form of `results.json`.
 pub const RESULTS_VERSION: u32 = 1;
@@ -95,8 +96,8 @@ pub struct CellResult {
     pub executed_expected: Expected,
     /// Of one update, data included.
     pub step_ms: Duration,
-    /// Growth of the process's resident memory at its highest, bytes.
-    pub peak_bytes: u64,
+    /// Growth of the process's resident memory at its highest, bytes; absent where the system does not say.
+    pub peak_bytes: Option<u64>,
     /// Updates done.
     pub steps: usize,
     /// Seconds of the cell's process.
@@ -233,5 +234,15 @@ impl CellResult {
 impl Default for Expected {
     fn default() -> Self {
         Self::Exactly(0.0)
+    }
+}
+
+impl From<estimator::Expected> for Expected {
+    fn from(expected: estimator::Expected) -> Self {
+        match expected {
+            estimator::Expected::Exactly(n) => Self::Exactly(n as f64),
+            estimator::Expected::AtMost(n) => Self::AtMost(n as f64),
+            estimator::Expected::Merged => Self::Merged,
+        }
     }
 }

@@ -82,6 +82,9 @@ pub struct CellSpec {
     pub seed: u64,
     /// Steps and rows.
     pub size: Size,
+    /// In tuning: those of the teacher, which is the soft arm of the same task and seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher_size: Option<Size>,
 }
 
 impl TaskName {
@@ -158,8 +161,13 @@ impl CellSpec {
     }
 
     /// The cell that must run before this one: the teacher, in [`Mode::Tune`].
-    pub fn teacher(&self, size: Size) -> Option<CellSpec> {
-        let teacher = Self { mode: Mode::Scratch, budget: Budget::Steps, arm: Arm::teacher(), size, ..self.clone() };
-        (self.mode == Mode::Tune).then_some(teacher)
+    pub fn teacher(&self) -> Option<CellSpec> {
+        let size = self.teacher_size?;
+        Some(Self { mode: Mode::Scratch, budget: Budget::Steps, arm: Arm::teacher(), size, teacher_size: None, ..self.clone() })
+    }
+
+    /// Whether the weights of this cell are kept, because others start from them.
+    pub fn is_teacher(&self) -> bool {
+        self.arm == Arm::teacher()
     }
 }

@@ -28,6 +28,21 @@ impl Targets {
         Some(right as f64 / classes.len().max(1) as f64)
     }
 
+    /// Adds what it costs to be away from a teacher's outputs to `losses` and `gradient`: the mean squared distance, or
+    /// `KL(teacher ‖ predicted)` where outputs are logits.
+    pub fn distill(&self, predicted: &[f64], teacher: &[f64], outputs: usize, weight: f64, losses: &mut [f64], gradient: &mut [f64]) {
+        let rows = predicted.chunks_exact(outputs).zip(teacher.chunks_exact(outputs)).zip(gradient.chunks_exact_mut(outputs));
+        let mut dy = vec![0.0; outputs];
+        for (((y, teacher), gradient), loss) in rows.zip(losses) {
+            *loss += weight
+                * match self {
+                    Self::Values(_) => squared_error(y, teacher, &mut dy),
+                    Self::Classes(_) => divergence(y, teacher, &mut dy),
+                };
+            gradient.iter_mut().zip(&dy).for_each(|(g, d)| *g += weight * d);
+        }
+    }
+
     /// The targets of some rows.
     pub fn part(&self, rows: Range<usize>, outputs: usize) -> Self {
         match self {
@@ -68,6 +83,18 @@ fn cross_entropy(y: &[f64], class: usize, dy: &mut [f64]) -> f64 {
     y.get(class).map_or(f64::NAN, |y| normaliser - y)
 }
 
+/// `KL(softmax(teacher) ‖ softmax(y))`; writes the gradient of y.
+pub fn divergence(y: &[f64], teacher: &[f64], dy: &mut [f64]) -> f64 {
+    let (student, reference) = (log_sum_exp(y), log_sum_exp(teacher));
+    let mut sum = 0.0;
+    for ((y, teacher), dy) in y.iter().zip(teacher).zip(dy) {
+        let (log_p, log_q) = (teacher - reference, y - student);
+        sum += log_p.exp() * (log_p - log_q);
+        *dy = log_q.exp() - log_p.exp();
+    }
+    sum
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,6 +111,30 @@ mod tests {
                     let mut moved = y;
                     moved[i] += h;
                     targets.loss(&moved, 3, &mut unused).iter().sum::<f64>()
+                };
+                let slope = (at(1e-6) - at(-1e-6)) / 2e-6;
+                assert!((slope - gradient[i]).abs() < 1e-8, "{i}: {slope} against {}", gradient[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_teacher_is_free_to_follow_and_its_gradient_is_the_slope() {
+        let (y, teacher) = ([0.3, -1.2, 0.8, 2.0, -0.4, 0.1], [0.1, 0.2, 0.3, 1.0, 0.0, -1.0]);
+        for targets in [Targets::Values(vec![0.0; 6]), Targets::Classes(vec![1, 2])] {
+            let cost = |y: &[f64], gradient: &mut [f64]| {
+                let mut losses = [0.0; 2];
+                targets.distill(y, &teacher, 3, 0.7, &mut losses, gradient);
+                losses.iter().sum::<f64>()
+            };
+            assert!(cost(&teacher, &mut [0.0; 6]).abs() < 1e-15);
+            let mut gradient = [0.0; 6];
+            cost(&y, &mut gradient);
+            for i in 0..y.len() {
+                let at = |h: f64| {
+                    let mut moved = y;
+                    moved[i] += h;
+                    cost(&moved, &mut [0.0; 6])
                 };
                 let slope = (at(1e-6) - at(-1e-6)) / 2e-6;
                 assert!((slope - gradient[i]).abs() < 1e-8, "{i}: {slope} against {}", gradient[i]);
