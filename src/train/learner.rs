@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     config::OptimizerConfig,
     data::{Stream, step_rng},
-    objective::{Losses, Objective},
+    objective::{LayerGradients, Losses, Objective},
     optimizer::{AdamW, Outcome, Rates},
     routing::RoutingPlan,
     trainable::Trainable,
@@ -18,7 +18,7 @@ use crate::{
     error::Result,
     model::{Batch, Decoder, Forward, LogitRows, ModelSpec},
     moe::{
-        LayerState, Routing, RoutingMode, RoutingStats, TrainState,
+        LayerRouting, LayerState, Routing, RoutingMode, RoutingStats, TrainState,
         collapse::Monitor,
         estimator::{Baseline, Estimator, Gradient, Regulariser},
         kernel::{self, ExpertKernel},
@@ -105,6 +105,17 @@ pub struct Text<'a> {
     pub length: usize,
     /// `[T]`, expert of each token, in the place of the router.
     pub route: Option<&'a [u32]>,
+    /// A teacher to stay near.
+    pub teacher: Option<Distillation<'a>>,
+}
+
+/// `weight · KL(teacher ‖ student)` of next-token distributions, mean over tokens, beside the language model's loss.
+#[derive(Clone, Copy, Debug)]
+pub struct Distillation<'a> {
+    /// `[T, V]`, the teacher's.
+    pub logits: &'a [f64],
+    /// At least 0.
+    pub weight: f64,
 }
 
 /// What one step did.
@@ -118,6 +129,8 @@ pub struct StepReport {
     pub losses: Vec<(AuxLoss, f64)>,
     /// Whether weights moved.
     pub outcome: Outcome,
+    /// L2 norm of the gradient of all router outputs from the task, auxiliary losses apart.
+    pub task_gradient: f64,
     /// By MoE layer.
     pub layers: Vec<RoutingStats>,
     /// Remedies that acted: (decoder layer, what was done).
@@ -194,7 +207,7 @@ impl Learner {
         let forward = self.decoder.forward(&batch, mode, None)?;
         self.memory.layers = state.layers;
 
-        let objective = Objective { plan: &self.plan, estimator, step, targets: text.targets, length: text.length, memory: &self.memory };
+        let objective = Objective { plan: &self.plan, estimator, step, text, memory: &self.memory };
         let losses = objective.of(&forward)?;
         let grads = losses.total.backward()?;
         let rates = Rates { rate, router: self.plan.router_rate, learning: self.plan.learning };
@@ -203,8 +216,10 @@ impl Learner {
             Outcome::Updated { .. } => self.after(step, estimator, &forward, &losses)?,
             Outcome::Skipped => Vec::new(),
         };
+        let task = |(layer, gradients): (&LayerRouting, &LayerGradients)| gradients.task(layer).powi(2);
+        let task_gradient = forward.layers.iter().zip(&losses.layers).map(task).sum::<f64>().sqrt();
         let layers = forward.layers.into_iter().map(|layer| layer.stats).collect();
-        Ok(StepReport { estimator, lm_loss: losses.lm, losses: losses.auxiliary, outcome, layers, actions })
+        Ok(StepReport { estimator, lm_loss: losses.lm, losses: losses.auxiliary, outcome, task_gradient, layers, actions })
     }
 
     /// Biases, baselines, remedies.

@@ -80,7 +80,8 @@ pub struct EvaluationRecord {
     pub complete: bool,
     /// Perplexity under the reference routing: all experts mixed as in training without noise, or, for estimators that
     /// were trained with hard routing, that.
-    pub soft_perplexity: f64,
+    #[serde(alias = "soft_perplexity")]
+    pub reference_perplexity: f64,
     /// Perplexity under hard top-2, renormalised.
     pub top2_perplexity: f64,
     /// Perplexity under hard top-1.

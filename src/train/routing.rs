@@ -121,6 +121,9 @@ impl RoutingConfig {
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
         let first = estimator.at(0, run.steps);
+        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
+            return Err(Error::invalid("routing.losses", "the outputs of this router are no logits: losses on logits have no meaning"));
+        }
         let normal_noise = matches!(first.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
         let losses = loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
         let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);

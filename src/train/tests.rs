@@ -200,7 +200,7 @@ fn what_is_saved_is_what_was_evaluated() {
     for (routing, wanted) in [
         (RoutingChoice::Native, trained.evaluation.top1_perplexity),
         (RoutingChoice::TopK { k: 2, weight_form: None }, trained.evaluation.top2_perplexity),
-        (RoutingChoice::Soft { temperature: None }, trained.evaluation.soft_perplexity),
+        (RoutingChoice::Soft { temperature: None }, trained.evaluation.reference_perplexity),
     ] {
         let found = evaluate(&loaded.decoder, &tokens, config.model.context, routing).unwrap().perplexity;
         assert_eq!(found, wanted, "{routing}");

@@ -160,7 +160,7 @@ impl Trainer {
         let (step, context) = (self.progress.step, self.config.model.context);
         let (inputs, targets) = data::windows(&self.train, run.batch, context, run.seed, step);
         let rate = learning_rate(step, run.steps, optimizer.warmup_steps, optimizer.learning_rate, optimizer.final_ratio);
-        let text = Text { inputs: &inputs, targets: &targets, length: context, route: None };
+        let text = Text { inputs: &inputs, targets: &targets, length: context, route: None, teacher: None };
         let report = self.learner.step(step, text, rate)?;
         for (layer, action) in &report.actions {
             let record = RemedyRecord { step, layer: *layer, action: *action, text: action.to_string() };
@@ -208,7 +208,7 @@ impl Trainer {
             step: self.progress.step,
             tokens: top1.tokens,
             complete: tokens.is_none(),
-            soft_perplexity: soft.perplexity,
+            reference_perplexity: soft.perplexity,
             top2_perplexity: top2.perplexity,
             top1_perplexity: top1.perplexity,
             utilization: utilization(&top1),
@@ -243,10 +243,10 @@ fn describe(e: &EvaluationRecord) -> String {
     format!(
         "step {}: held-out perplexity {:.3} under the reference routing, top-2 {:.3}, top-1 {:.3} ({:+.2} %), utilisation {low:.2} to {high:.2}",
         e.step,
-        e.soft_perplexity,
+        e.reference_perplexity,
         e.top2_perplexity,
         e.top1_perplexity,
-        (e.top1_perplexity / e.soft_perplexity - 1.0) * 100.0
+        (e.top1_perplexity / e.reference_perplexity - 1.0) * 100.0
     )
 }
 

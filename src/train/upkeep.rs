@@ -52,10 +52,9 @@ impl Upkeep<'_> {
     pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Vec<(usize, Action)>> {
         let mut acted = Vec::new();
         for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
-            let Routing::Dense { routed, gradient, .. } = &layer.routing else { continue };
+            let Routing::Dense { routed, .. } = &layer.routing else { continue };
             self.move_bias(layer.layer, routed);
-            let task = gradient.get().copied().unwrap_or(0.0).hypot(gradients.score);
-            for action in self.decide(index, layer, routed, [task, gradients.auxiliary]) {
+            for action in self.decide(index, layer, routed, [gradients.task(layer), gradients.auxiliary]) {
                 self.apply(index, layer.layer, routed.experts, action)?;
                 tracing::info!(step = self.step, layer = layer.layer, "{action}");
                 acted.push((layer.layer, action));
