@@ -5,7 +5,14 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    moe::{capacity::Capacity, estimator::EstimatorConfig, explore::Exploration},
+    error::{Error, Result},
+    moe::{
+        capacity::Capacity,
+        estimator::{EstimatorConfig, EstimatorSpec, Purpose, Relaxation},
+        explore::Exploration,
+        loss::{LossContext, LossTerm, loss_terms},
+        remedy::Remedies,
+    },
     schedule::Schedule,
 };
 
@@ -97,4 +104,51 @@ impl Arm {
     pub fn teacher() -> Self {
         Self::new("teacher", EstimatorConfig { name: "soft".into(), k: None, params: BTreeMap::new() })
     }
+
+    /// Everything that can be wrong with an arm, for layers of `experts` and a run of `steps`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] on the setting, its path from the arm.
+    pub fn check(&self, experts: usize, steps: usize) -> Result<CheckedArm> {
+        let estimator = EstimatorSpec::new(&self.estimator, experts, steps, Purpose::Laboratory)?;
+        let first = estimator.at(0, steps);
+        let bad = |field: &str, message: &str| Err(Error::invalid(field, message));
+        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
+            return bad("losses", "the outputs of this router are no logits: losses on logits have no meaning");
+        }
+        let context = LossContext { steps, normal_noise: first.needs().outputs, teacher: false };
+        let losses = loss_terms("losses", &self.losses, context)?;
+        let remedies = Remedies::new("remedies", &self.remedies, losses.iter().any(|term| term.loss.balances()))?;
+        self.explore.check("explore")?;
+        self.capacity.map_or(Ok(()), |capacity| capacity.check("capacity"))?;
+        for (field, value) in [("bias_rate", self.bias_rate), ("jitter", self.jitter), ("distill", self.distill)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return bad(field, "must be at least 0");
+            }
+        }
+        if let Route::ExpertsAfter { share } = self.route
+            && !(0.0..1.0).contains(&share)
+        {
+            return bad("route.experts_after.share", "must be at least 0 and below 1");
+        }
+        let balances = self.bias_rate > 0.0 || self.capacity.is_some() || self.explore.epsilon > 0.0 || !remedies.is_empty();
+        if balances && !first.chooses_top_k() {
+            return bad("estimator", "does not choose its experts by score: bias, capacity, epsilon and remedies would do nothing");
+        }
+        if balances && self.route.is_control() {
+            return bad("route", "a control has no learning router: bias, capacity, epsilon and remedies have no place in it");
+        }
+        Ok(CheckedArm { estimator, losses, remedies })
+    }
+}
+
+/// An arm's settings, checked.
+#[derive(Clone, Debug)]
+pub struct CheckedArm {
+    /// The estimator with its schedules.
+    pub estimator: EstimatorSpec,
+    /// Auxiliary losses.
+    pub losses: Vec<LossTerm>,
+    /// Remedies that may act.
+    pub remedies: Remedies,
 }

@@ -11,14 +11,17 @@
 
 pub mod adam;
 pub mod arm;
+pub mod arms;
 pub mod cell;
 pub mod evaluate;
 pub mod expert;
 pub mod files;
 pub mod gradient;
+pub mod list;
 pub mod memory;
 pub mod metric;
 pub mod net;
+pub mod plan;
 pub mod probe;
 pub mod random;
 pub mod results;

@@ -111,6 +111,14 @@ impl TaskName {
         }
     }
 
+    /// In which modes it is run.
+    pub fn modes(self) -> &'static [Mode] {
+        match self {
+            Self::Equal | Self::Digits | Self::Text => &[Mode::Scratch, Mode::Tune],
+            Self::Unequal | Self::Collapsed | Self::Gradient => &[Mode::Scratch],
+        }
+    }
+
     /// What the routing is compared with.
     pub fn optimum(self) -> &'static str {
         match self {

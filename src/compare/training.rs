@@ -4,7 +4,7 @@ use std::{path::Path, time::Instant};
 
 use super::{
     adam::{Adam, clip, norm},
-    arm::{Arm, Route},
+    arm::{Arm, CheckedArm, Route},
     evaluate::{Evaluated, Model, load},
     expert::ExpertShape,
     metric::{Distance, quantile},
@@ -23,7 +23,7 @@ use crate::{
         collapse::Monitor,
         draw::{Draw, Stream},
         estimator::{Baseline, Combine, Estimator, EstimatorSpec, Gradient, Purpose, RoutedBatch, StepContext},
-        loss::{LossContext, LossInput, LossNoise, LossTerm, loss_terms},
+        loss::{LossInput, LossNoise, LossTerm},
         remedy::{Action, Evidence, Remedies, Treatment},
     },
 };
@@ -44,6 +44,7 @@ const MONITOR_WINDOW: usize = 4096;
 const BIAS_FADE: f64 = 0.99;
 
 /// A cell of the small net while it trains.
+#[allow(missing_debug_implementations, reason = "holds a task behind a trait, which has no use for Debug")]
 pub struct Training<'a> {
     spec: &'a CellSpec,
     task: &'a dyn Task,
@@ -98,12 +99,9 @@ impl<'a> Training<'a> {
     /// Prepares the cell; its settings are checked here. `cells` is where a teacher's weights are.
     pub fn new(spec: &'a CellSpec, task: &'a dyn Task, cells: &Path) -> Result<Self> {
         let (arm, steps, experts) = (&spec.arm, spec.size.steps, spec.task.experts());
-        let own = EstimatorSpec::new(&arm.estimator, experts, steps, Purpose::Laboratory)?;
+        let CheckedArm { estimator: own, losses, remedies } = arm.check(experts, steps)?;
         let soft = EstimatorSpec::new(&Arm::teacher().estimator, experts, steps, Purpose::Laboratory)?;
         let estimator = own.at(0, steps);
-        let context = LossContext { steps, normal_noise: estimator.needs().outputs, teacher: false };
-        let losses = loss_terms("losses", &arm.losses, context)?;
-        let remedies = Remedies::new("remedies", &arm.remedies, losses.iter().any(|term| term.loss.balances()))?;
         let shape = Shape {
             experts,
             router_width: estimator.router_width(experts),
