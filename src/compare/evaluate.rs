@@ -116,7 +116,7 @@ fn confusion(hard1: &RoutedBatch, test: &Batch) -> Confusion {
 }
 
 /// Mean over tokens of the weight that is not on the top-1, where there is any weight.
-fn missed_mass(soft: &RoutedBatch, hard1: &RoutedBatch) -> f64 {
+pub(super) fn missed_mass(soft: &RoutedBatch, hard1: &RoutedBatch) -> f64 {
     let missed = |(t, weights): (usize, &[f64])| {
         let all: f64 = weights.iter().sum();
         let kept: f64 = hard1.rows().of(t).iter().map(|&e| weights[e as usize]).sum();

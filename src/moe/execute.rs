@@ -104,11 +104,7 @@ impl Rows {
         };
         let places: Vec<u32> = plan.active().flat_map(of_expert).collect();
         let count = places.len();
-        Ok(Self {
-            tokens: Tensor::from_slice(&plan.tokens, count, device)?,
-            places: Tensor::from_vec(places, count, device)?,
-            plan,
-        })
+        Ok(Self { tokens: Tensor::from_slice(&plan.tokens, count, device)?, places: Tensor::from_vec(places, count, device)?, plan })
     }
 
     /// Gate and up projections, `[R, 2F]`.

@@ -14,7 +14,6 @@ pub mod explore;
 pub mod kernel;
 mod layer;
 pub mod loss;
-pub mod loss_tensor;
 pub mod plan;
 pub mod policy;
 pub mod remedy;

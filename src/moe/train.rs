@@ -204,3 +204,63 @@ impl CustomOp1 for RouteOp {
         Ok(Some(Tensor::from_vec(dz, arg.shape(), arg.device())?.to_dtype(arg.dtype())?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+
+    use super::*;
+    use crate::moe::policy::{RoutingPolicy, WeightForm};
+
+    const Z: [f64; 8] = [0.3, -0.2, 1.1, 0.6, -0.9, 0.8, 0.1, -0.4];
+
+    fn op(estimator: Estimator, z: &[f64]) -> RouteOp {
+        let routed = Arc::new(estimator.route(z, 4, &StepContext::train(Draw::new(0, 0, 0))));
+        RouteOp { estimator, routed, z: Arc::new(z.to_vec()), gradient: Arc::default() }
+    }
+
+    /// `<c, w(z)>` and its gradient, through candle.
+    fn weighted(estimator: Estimator, z: &[f64], credit: &Tensor) -> (f64, Vec<f64>, Option<f64>) {
+        let var = Var::from_tensor(&Tensor::from_slice(z, (2, 4), &Device::Cpu).unwrap()).unwrap();
+        let op = op(estimator, z);
+        let norm = Arc::clone(&op.gradient);
+        let sum = (var.apply_op1(op).unwrap() * credit).unwrap().sum_all().unwrap();
+        let grads = sum.backward().unwrap();
+        let gradient = grads.get(&var).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        (sum.to_scalar().unwrap(), gradient, norm.get().copied())
+    }
+
+    #[test]
+    fn the_operation_has_the_gradient_of_its_weights() {
+        let credit = Tensor::new(&[[0.7, -1.0, 0.4, 2.0], [1.5, 0.2, -0.3, 0.9f64]], &Device::Cpu).unwrap();
+        let policies = [
+            RoutingPolicy::Soft { temperature: 0.7 },
+            RoutingPolicy::TopK { k: 1, weight_form: WeightForm::Raw },
+            RoutingPolicy::TopK { k: 2, weight_form: WeightForm::Raw },
+            RoutingPolicy::TopK { k: 2, weight_form: WeightForm::Renorm },
+        ];
+        for policy in policies {
+            let of = |z: &[f64]| weighted(policy.estimator(), z, &credit);
+            let (_, found, norm) = of(&Z);
+            assert!((norm.unwrap() - found.iter().map(|d| d * d).sum::<f64>().sqrt()).abs() < 1e-12);
+            for i in 0..Z.len() {
+                let at = |h: f64| {
+                    let mut z = Z;
+                    z[i] += h;
+                    of(&z).0
+                };
+                let wanted = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!((found[i] - wanted).abs() < 1e-5 * wanted.abs().max(1e-2), "{policy}: {} and {wanted}", found[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_that_could_not_be_routed_has_no_finite_gradient() {
+        let mut z = Z;
+        z[1] = f64::NAN;
+        let credit = Tensor::ones((2, 4), DType::F64, &Device::Cpu).unwrap();
+        let (_, found, _) = weighted(RoutingPolicy::TopK { k: 1, weight_form: WeightForm::Raw }.estimator(), &z, &credit);
+        assert!(found[..4].iter().all(|d| d.is_nan()) && found[4..].iter().all(|d| d.is_finite()), "{found:?}");
+    }
+}

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     config::OptimizerConfig,
     data::{Stream, step_rng},
-    objective::{Losses, Objective},
+    objective::{LayerGradients, Losses, Objective},
     optimizer::{AdamW, Outcome, Rates},
     routing::RoutingPlan,
     trainable::Trainable,
@@ -18,9 +18,9 @@ use crate::{
     error::Result,
     model::{Batch, Decoder, Forward, LogitRows, ModelSpec},
     moe::{
-        LayerState, RoutingMode, RoutingStats, TrainState,
+        LayerRouting, LayerState, Routing, RoutingMode, RoutingStats, TrainState,
         collapse::Monitor,
-        estimator::{Baseline, Estimator, Gradient},
+        estimator::{Baseline, Estimator, Gradient, Regulariser},
         kernel::{self, ExpertKernel},
         loss::AuxLoss,
         policy::{RoutingChoice, RoutingPolicy},
@@ -64,6 +64,25 @@ pub struct Memory {
     pub watch: Vec<Watch>,
     /// Moving average of the language model's loss, for the baseline that needs it; none before the first step.
     pub average_loss: Option<f64>,
+    /// Weight of a penalty that moves with what it penalises; none before the first step.
+    pub penalty: Option<f64>,
+}
+
+impl Memory {
+    /// The weight in force of what an estimator adds to the loss.
+    pub(super) fn weight_of(&self, regulariser: Regulariser) -> f64 {
+        match regulariser {
+            Regulariser::Sparsity { initial, .. } => self.penalty.unwrap_or(initial),
+            other => other.initial_weight(),
+        }
+    }
+
+    /// Moves the weight of a penalty towards the experts that it wants `active` per token.
+    fn adapt(&mut self, regulariser: Regulariser, active: f64) {
+        if let Regulariser::Sparsity { .. } = regulariser {
+            self.penalty = Some(regulariser.adapt(self.weight_of(regulariser), active));
+        }
+    }
 }
 
 /// Collapse of one layer: what was seen of it, and done against it.
@@ -86,6 +105,17 @@ pub struct Text<'a> {
     pub length: usize,
     /// `[T]`, expert of each token, in the place of the router.
     pub route: Option<&'a [u32]>,
+    /// A teacher to stay near.
+    pub teacher: Option<Distillation<'a>>,
+}
+
+/// `weight · KL(teacher ‖ student)` of next-token distributions, mean over tokens, beside the language model's loss.
+#[derive(Clone, Copy, Debug)]
+pub struct Distillation<'a> {
+    /// `[T, V]`, the teacher's.
+    pub logits: &'a [f64],
+    /// At least 0.
+    pub weight: f64,
 }
 
 /// What one step did.
@@ -99,6 +129,8 @@ pub struct StepReport {
     pub losses: Vec<(AuxLoss, f64)>,
     /// Whether weights moved.
     pub outcome: Outcome,
+    /// L2 norm of the gradient of all router outputs from the task, auxiliary losses apart.
+    pub task_gradient: f64,
     /// By MoE layer.
     pub layers: Vec<RoutingStats>,
     /// Remedies that acted: (decoder layer, what was done).
@@ -175,8 +207,7 @@ impl Learner {
         let forward = self.decoder.forward(&batch, mode, None)?;
         self.memory.layers = state.layers;
 
-        let objective =
-            Objective { plan: &self.plan, estimator, step, targets: text.targets, length: text.length, memory: &self.memory };
+        let objective = Objective { plan: &self.plan, estimator, step, text, memory: &self.memory };
         let losses = objective.of(&forward)?;
         let grads = losses.total.backward()?;
         let rates = Rates { rate, router: self.plan.router_rate, learning: self.plan.learning };
@@ -185,8 +216,10 @@ impl Learner {
             Outcome::Updated { .. } => self.after(step, estimator, &forward, &losses)?,
             Outcome::Skipped => Vec::new(),
         };
+        let task = |(layer, gradients): (&LayerRouting, &LayerGradients)| gradients.task(layer).powi(2);
+        let task_gradient = forward.layers.iter().zip(&losses.layers).map(task).sum::<f64>().sqrt();
         let layers = forward.layers.into_iter().map(|layer| layer.stats).collect();
-        Ok(StepReport { estimator, lm_loss: losses.lm, losses: losses.auxiliary, outcome, layers, actions })
+        Ok(StepReport { estimator, lm_loss: losses.lm, losses: losses.auxiliary, outcome, task_gradient, layers, actions })
     }
 
     /// Biases, baselines, remedies.
@@ -195,6 +228,12 @@ impl Learner {
             let average = self.memory.average_loss.get_or_insert(losses.lm);
             *average = decay * *average + (1.0 - decay) * losses.lm;
         }
+        let active = forward.layers.iter().filter_map(|layer| match &layer.routing {
+            Routing::Dense { routed, z, .. } => Some(routed.active(z)),
+            Routing::Sparse(_) => None,
+        });
+        let active = active.sum::<f64>() / forward.layers.len().max(1) as f64;
+        self.memory.adapt(self.plan.regulariser(step), active);
         let Self { plan, seed, model, optimizer, memory, .. } = self;
         let mut upkeep = Upkeep { plan, estimator, step, seed: *seed, model, optimizer, memory };
         upkeep.run(&forward.layers, &losses.layers)

@@ -3,17 +3,21 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use super::{evaluate::log_softmax_at, learner::Memory, routing::RoutingPlan};
+use super::{
+    evaluate::log_softmax_at,
+    learner::{Distillation, Memory, Text},
+    routing::RoutingPlan,
+};
 use crate::{
     error::{Error, Result},
     model::Forward,
     moe::{
         LayerRouting, Routing,
         advantage::Draws,
-        estimator::{Estimator, Gradient, RoutedBatch},
-        loss::{AuxLoss, LossInput, LossNoise},
+        estimator::{Estimator, Gradient, Relaxation, RoutedBatch},
+        loss::{AuxLoss, LossInput, LossNoise, distill_kl},
     },
     ops,
 };
@@ -24,10 +28,8 @@ pub(super) struct Objective<'a> {
     /// In force.
     pub(super) estimator: Estimator,
     pub(super) step: usize,
-    /// Next tokens of the data, `[T]`. A forward of several copies has them once for each.
-    pub(super) targets: &'a [u32],
-    /// Tokens of a sequence.
-    pub(super) length: usize,
+    /// The data. A forward of several copies has it once for each.
+    pub(super) text: Text<'a>,
     pub(super) memory: &'a Memory,
 }
 
@@ -52,15 +54,25 @@ pub(super) struct LayerGradients {
     pub(super) score: f64,
 }
 
+impl LayerGradients {
+    /// From the task: through the weights, once backward has run, and from the score function.
+    pub(super) fn task(&self, layer: &LayerRouting) -> f64 {
+        match &layer.routing {
+            Routing::Dense { gradient, .. } => gradient.get().copied().unwrap_or(0.0).hypot(self.score),
+            Routing::Sparse(_) => self.score,
+        }
+    }
+}
+
 impl Objective<'_> {
     pub(super) fn of(&self, forward: &Forward) -> Result<Losses> {
-        let (rows, samples) = (self.targets.len(), self.estimator.gradient.samples());
+        let (rows, samples) = (self.text.targets.len(), self.estimator.gradient.samples());
         let drawn = forward.logits.narrow(0, 0, rows * samples)?;
-        let lm = ops::cross_entropy(&drawn, &self.targets.repeat(samples))?;
+        let lm = ops::cross_entropy(&drawn, &self.text.targets.repeat(samples))?;
         let advantages = self.advantages(forward)?;
         let mut losses = Losses {
             lm: f64::from(lm.to_scalar::<f32>()?),
-            total: lm,
+            total: self.distilled(lm, &drawn)?,
             auxiliary: self.plan.losses.iter().map(|term| (term.loss, 0.0)).collect(),
             layers: Vec::with_capacity(forward.layers.len()),
         };
@@ -77,7 +89,7 @@ impl Objective<'_> {
         };
         let mut gradients = LayerGradients::default();
         let (mut value, mut dz) = (0.0, vec![0.0; z.len()]);
-        let sequences: Vec<Range<usize>> = (0..routed.tokens / self.length).map(|i| i * self.length..(i + 1) * self.length).collect();
+        let sequences: Vec<Range<usize>> = (0..routed.tokens / self.text.length).map(|i| i * self.text.length..(i + 1) * self.text.length).collect();
         let input = self.input(z, routed, &sequences);
         for (term, (_, sum)) in self.plan.losses.iter().zip(&mut losses.auxiliary) {
             let mut weight = term.weight.at(self.step, self.plan.steps);
@@ -88,24 +100,41 @@ impl Objective<'_> {
             *sum += of_layer / layers;
             value += weight * of_layer / layers;
         }
+        let regulariser = self.plan.regulariser(self.step);
+        value += regulariser.value_and_grad(self.memory.weight_of(regulariser) / layers, z, routed, &mut dz)?;
         gradients.auxiliary = norm(&dz);
         if let Some(advantages) = advantages {
             let mut of_score = vec![0.0; z.len()];
             self.estimator.score(z, routed, advantages, &mut of_score);
             gradients.score = norm(&of_score);
             dz.iter_mut().zip(of_score).for_each(|(dz, d)| *dz += d);
-            value += self.estimator.log_prob(z, routed).iter().zip(advantages).map(|(log_prob, advantage)| log_prob * advantage).sum::<f64>();
+            value +=
+                self.estimator.log_prob(z, routed).iter().zip(advantages).map(|(log_prob, advantage)| log_prob * advantage).sum::<f64>();
         }
         losses.layers.push(gradients);
         losses.total = (&losses.total + ops::known(&layer.router_logits, value, dz)?)?;
         Ok(())
     }
 
+    /// The loss with what it costs to be away from the teacher.
+    fn distilled(&self, lm: Tensor, logits: &Tensor) -> Result<Tensor> {
+        let Some(Distillation { logits: teacher, weight }) = self.text.teacher else { return Ok(lm) };
+        let student = logits.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let teacher = teacher.repeat(self.estimator.gradient.samples());
+        if teacher.len() != student.len() {
+            return Err(Error::Internal(format!("{} logits of the teacher for {} of the student", teacher.len(), student.len())));
+        }
+        let mut gradient = vec![0.0; student.len()];
+        let value = distill_kl(&teacher, &student, logits.dim(1)?, 1.0, &mut gradient);
+        gradient.iter_mut().for_each(|d| *d *= weight);
+        Ok((lm + ops::known(logits, weight * value, gradient)?)?)
+    }
+
     fn input<'a>(&self, z: &'a [f64], routed: &'a RoutedBatch, sequences: &'a [Range<usize>]) -> LossInput<'a> {
         LossInput {
             z,
             experts: routed.experts,
-            temperature: self.estimator.relaxation.softmax_temperature(),
+            temperature: temperature(self.estimator.relaxation),
             choices: routed.wanted(),
             k: self.estimator.k(),
             sequences,
@@ -123,14 +152,24 @@ impl Objective<'_> {
         let Gradient::Score { baseline, .. } = self.estimator.gradient else { return Ok(None) };
         let vocabulary = forward.logits.dim(1)?;
         let losses: Vec<f64> = forward.read_logits(|logits| {
-            let targets = self.targets.iter().cycle();
+            let targets = self.text.targets.iter().cycle();
             logits.chunks(vocabulary).zip(targets).map(|(row, &target)| -log_softmax_at(row, target as usize)).collect()
         })?;
-        let draws = Draws { losses: &losses, rows: self.targets.len(), samples: self.estimator.gradient.samples() };
+        let draws = Draws { losses: &losses, rows: self.text.targets.len(), samples: self.estimator.gradient.samples() };
         Ok(Some(draws.advantages(baseline, self.memory.average_loss.unwrap_or_else(|| draws.mean()))))
     }
 }
 
-pub(super) fn norm(values: &[f64]) -> f64 {
+/// τ of the softmax that losses see: that of the relaxation where it is one, else 1.
+fn temperature(relaxation: Relaxation) -> f64 {
+    match relaxation {
+        Relaxation::Softmax { temperature } | Relaxation::MaskedSoftmax { temperature, .. } | Relaxation::KHot { temperature, .. } => {
+            temperature
+        }
+        _ => 1.0,
+    }
+}
+
+fn norm(values: &[f64]) -> f64 {
     values.iter().map(|v| v * v).sum::<f64>().sqrt()
 }

@@ -26,17 +26,17 @@ pub fn curves(records: &[Record], stem: &Path) -> Result<()> {
             "held-out perplexity",
             last,
             vec![
-                ("soft", of_evaluation(|e| e.soft_perplexity)),
+                ("reference", of_evaluation(|e| e.reference_perplexity)),
                 ("hard top-1", of_evaluation(|e| e.top1_perplexity)),
                 ("hard top-2", of_evaluation(|e| e.top2_perplexity)),
             ],
         ),
         panel(
-            "what hardening costs: held-out perplexity over soft (%)",
+            "what hardening costs: held-out perplexity over the reference (%)",
             last,
             vec![
-                ("hard top-1", of_evaluation(|e| (e.top1_perplexity / e.soft_perplexity - 1.0) * 100.0)),
-                ("hard top-2", of_evaluation(|e| (e.top2_perplexity / e.soft_perplexity - 1.0) * 100.0)),
+                ("hard top-1", of_evaluation(|e| (e.top1_perplexity / e.reference_perplexity - 1.0) * 100.0)),
+                ("hard top-2", of_evaluation(|e| (e.top2_perplexity / e.reference_perplexity - 1.0) * 100.0)),
             ],
         ),
         panel("router temperature and noise", last, vec![("temperature", of_step(|s| s.temperature)), ("noise", of_step(|s| s.noise))]),

@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 use super::trainable::Learning;
 use crate::{
     error::{Error, Result},
+    model::ReferenceRouting,
     moe::{
         TrainState,
         capacity::Capacity,
-        estimator::{Estimator, EstimatorConfig, EstimatorSpec, NoiseKind, Param, Purpose},
+        estimator::{Estimator, EstimatorConfig, EstimatorSpec, NoiseKind, Param, Purpose, Regulariser, Relaxation, Selection, Weights},
         explore::Exploration,
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::{Remedies, Remedy},
@@ -120,9 +121,11 @@ impl RoutingConfig {
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
         let first = estimator.at(0, run.steps);
+        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
+            return Err(Error::invalid("routing.losses", "the outputs of this router are no logits: losses on logits have no meaning"));
+        }
         let normal_noise = matches!(first.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
-        let losses =
-            loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
+        let losses = loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
         let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);
         let remedies = Remedies::new("routing.remedies", &self.remedies, balanced)?;
 
@@ -183,6 +186,36 @@ impl RoutingPlan {
     /// The estimator in force at a step.
     pub fn estimator(&self, step: usize) -> Estimator {
         self.estimator.at(step, self.steps)
+    }
+
+    /// What the estimator adds to the loss at a step by its own definition.
+    pub fn regulariser(&self, step: usize) -> Regulariser {
+        self.estimator.regulariser(step, self.steps)
+    }
+
+    /// What hardens over the run: temperature or width of the relaxation; 1 for estimators that have neither.
+    pub fn sharpness(&self, step: usize) -> f64 {
+        let number = |name| self.estimator.number_at(name, step, self.steps);
+        number("temperature").or_else(|| number("width")).unwrap_or(1.0)
+    }
+
+    /// What a router is divided by when saved, so that the softmax it was trained under is the plain one.
+    pub fn folding(&self, step: usize) -> f64 {
+        match self.estimator(step).relaxation {
+            Relaxation::Softmax { temperature } => temperature,
+            _ => 1.0,
+        }
+    }
+
+    /// The routing that the saved model is compared with: the mixture that was trained, where it is one of the softmax,
+    /// else hard routing to as many experts as in training.
+    pub fn reference(&self, serve_k: usize) -> ReferenceRouting {
+        let last = self.estimator(self.steps);
+        match (last.relaxation, last.selection, last.weights) {
+            (Relaxation::Softmax { .. }, Selection::All, Weights::Relaxed) => ReferenceRouting::Soft { temperature: 1.0 },
+            (_, Selection::TopK { k }, _) if k != serve_k => ReferenceRouting::TopK { k },
+            _ => ReferenceRouting::OwnTopK { assumed: false },
+        }
     }
 
     /// Puts what the plan says about `step` into the state of the forward.

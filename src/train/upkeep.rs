@@ -17,12 +17,15 @@ use crate::{
         collapse::Monitor,
         draw::{Draw, Stream},
         estimator::{Estimator, Relaxation, RoutedBatch},
-        remedy::{Action, Evidence, Treatment},
+        remedy::{Action, Evidence, Remedy, Treatment},
     },
 };
 
 /// Tokens over which a monitor forgets.
 const WINDOW: usize = 1 << 14;
+
+/// What is left of a bump after a step where no loss-free balancing takes care of it: half after 69 steps.
+const FADE: f64 = 0.99;
 
 /// A watch for each MoE layer.
 pub(super) fn watches(spec: &ModelSpec, plan: &RoutingPlan) -> Vec<Watch> {
@@ -49,10 +52,9 @@ impl Upkeep<'_> {
     pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Vec<(usize, Action)>> {
         let mut acted = Vec::new();
         for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
-            let Routing::Dense { routed, gradient, .. } = &layer.routing else { continue };
+            let Routing::Dense { routed, .. } = &layer.routing else { continue };
             self.move_bias(layer.layer, routed);
-            let task = gradient.get().copied().unwrap_or(0.0).hypot(gradients.score);
-            for action in self.decide(index, layer, routed, [task, gradients.auxiliary]) {
+            for action in self.decide(index, layer, routed, [gradients.task(layer), gradients.auxiliary]) {
                 self.apply(index, layer.layer, routed.experts, action)?;
                 tracing::info!(step = self.step, layer = layer.layer, "{action}");
                 acted.push((layer.layer, action));
@@ -62,9 +64,12 @@ impl Upkeep<'_> {
     }
 
     fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
-        if self.plan.bias_rate > 0.0 {
-            let counts = routed.wanted().counts(0..routed.tokens, routed.experts);
-            balance_bias::update(self.bias(layer, routed.experts), &counts, self.plan.bias_rate);
+        let rate = self.plan.bias_rate;
+        if rate > 0.0 {
+            let counts: Vec<u64> = routed.wanted().counts(0..routed.tokens, routed.experts).iter().map(|&n| n as u64).collect();
+            balance_bias::update(self.bias(layer, routed.experts), &counts, rate);
+        } else if self.plan.remedies.has(Remedy::BiasBump) {
+            balance_bias::fade(self.bias(layer, routed.experts), FADE);
         }
     }
 
