@@ -3,14 +3,14 @@
 use std::{fs, path::Path, time::Instant};
 
 use super::{
-    files, gradient, memory,
+    files, gradient, lm, memory,
     results::{CellRecord, Outcome},
     spec::{CellSpec, TaskName},
     task,
     teacher::Teacher,
     training::Training,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Runs a cell and writes its file into `cells`, and the weights of a teacher. A cell that cannot run leaves a file that
 /// says so; only files that cannot be written are errors here.
@@ -32,7 +32,7 @@ fn measure(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
     let (started, resident) = (Instant::now(), memory::resident());
     let mut result = match spec.task {
         TaskName::Gradient => return gradient::run(spec).map(Outcome::Gradient),
-        TaskName::Text => return Err(Error::Internal("text".into())),
+        TaskName::Text => lm::run(spec, cells)?,
         TaskName::Equal | TaskName::Unequal | TaskName::Collapsed | TaskName::Digits => {
             let task = task::open(spec.task, spec.seed, spec.size)?;
             let (result, net) = Training::new(spec, &*task, cells)?.run()?;
