@@ -3,7 +3,7 @@
 use std::{fs, path::Path, time::Instant};
 
 use super::{
-    files, gradient, memory,
+    files, gradient, lm, memory,
     results::{CellRecord, Outcome},
     spec::{CellSpec, TaskName},
     task,
@@ -33,7 +33,7 @@ fn measure(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
     let (started, resident) = (Instant::now(), memory::resident());
     let mut result = match spec.task {
         TaskName::Gradient => return gradient::run(spec).map(Outcome::Gradient),
-        TaskName::Text => return Err(Error::Internal("text".into())),
+        TaskName::Text => lm::run(spec, cells)?,
         TaskName::Equal | TaskName::Unequal | TaskName::Collapsed | TaskName::Digits => {
             let task = task::open(spec.task, spec.seed, spec.size)?;
             let (result, net) = Training::new(spec, &*task, cells)?.run()?;

@@ -18,6 +18,7 @@ pub mod expert;
 pub mod files;
 pub mod gradient;
 pub mod list;
+pub mod lm;
 pub mod memory;
 pub mod metric;
 pub mod net;
@@ -29,6 +30,6 @@ pub mod spec;
 pub mod step;
 pub mod task;
 pub mod teacher;
-pub mod training;
 #[cfg(test)]
 mod tests;
+pub mod training;
