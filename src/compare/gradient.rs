@@ -35,15 +35,13 @@ struct Problem {
 /// Measures the cell's estimator on both losses.
 pub fn run(spec: &CellSpec) -> Result<GradientResult> {
     let experts = spec.task.experts();
-    let estimator = EstimatorSpec::new(&spec.arm.estimator, experts, spec.size.steps, Purpose::Laboratory)?.at(spec.size.steps, spec.size.steps);
+    let estimator =
+        EstimatorSpec::new(&spec.arm.estimator, experts, spec.size.steps, Purpose::Laboratory)?.at(spec.size.steps, spec.size.steps);
     let measure = |make: fn(&mut Random) -> Targets, purpose| {
         let mut random = Random::new(spec.seed, purpose);
         let qualities = (0..spec.size.test).map(|i| {
-            let problem = Problem {
-                z: random.normals(experts, SPREAD),
-                outputs: random.normals(experts * OUTPUTS, 1.0),
-                targets: make(&mut random),
-            };
+            let problem =
+                Problem { z: random.normals(experts, SPREAD), outputs: random.normals(experts * OUTPUTS, 1.0), targets: make(&mut random) };
             problem.quality(&estimator, spec.size.batch, Draw::new(spec.seed, i, 0))
         });
         medians(&qualities.collect::<Vec<_>>())
@@ -149,8 +147,7 @@ impl Problem {
 }
 
 fn medians(qualities: &[Quality]) -> GradientQuality {
-    let middle = |value: fn(&Quality) -> f64| {
-        median(&qualities.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite)
-    };
+    let middle =
+        |value: fn(&Quality) -> f64| median(&qualities.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite);
     GradientQuality { bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
 }

@@ -11,7 +11,7 @@
 //! | [`task`] | data with regions, their optimal routing, the loss |
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
 //! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
-//! | `lm` | language-model cells, on the decoder that is served |
+//! | [`lm`] | language-model cells, on the decoder that is served |
 //! | [`results`], [`table`], [`plots`], [`report`] | what is left behind, and shown |
 
 pub mod adam;
@@ -23,7 +23,7 @@ pub mod expert;
 pub mod files;
 pub mod gradient;
 pub mod list;
-mod lm;
+pub mod lm;
 pub mod memory;
 pub mod metric;
 pub mod net;

@@ -142,7 +142,11 @@ impl Net {
         }
         if matches!(combine, Combine::Means { .. }) {
             for_stand_ins(routed, |t, e| {
-                add_scaled(&mut forward.y[t * outputs..][..outputs], &means.outputs[e * outputs..][..outputs], routed.weights[t * routed.experts + e]);
+                add_scaled(
+                    &mut forward.y[t * outputs..][..outputs],
+                    &means.outputs[e * outputs..][..outputs],
+                    routed.weights[t * routed.experts + e],
+                );
             });
         }
         forward

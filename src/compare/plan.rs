@@ -63,22 +63,14 @@ const TUNING_STEPS: f64 = 1.0 / 3.0;
 fn allowance(task: TaskName) -> Allowance {
     let size = |steps, batch, test, rate| Size { steps, batch, test, points: POINTS, rate };
     match task {
-        TaskName::Equal => Allowance {
-            size: size(3000, 256, 4096, 1e-2),
-            quick_steps: 300,
-            seeds: 5,
-            flops_seeds: 3,
-            step_seconds: [2e-4, 4e-5],
-        },
+        TaskName::Equal => {
+            Allowance { size: size(3000, 256, 4096, 1e-2), quick_steps: 300, seeds: 5, flops_seeds: 3, step_seconds: [2e-4, 4e-5] }
+        }
         TaskName::Unequal => Allowance { flops_seeds: 3, ..allowance(TaskName::Equal) },
         TaskName::Collapsed => Allowance { flops_seeds: 0, ..allowance(TaskName::Equal) },
-        TaskName::Digits => Allowance {
-            size: size(1500, 128, 0, 3e-3),
-            quick_steps: 100,
-            seeds: 3,
-            flops_seeds: 3,
-            step_seconds: [4e-4, 2e-4],
-        },
+        TaskName::Digits => {
+            Allowance { size: size(1500, 128, 0, 3e-3), quick_steps: 100, seeds: 3, flops_seeds: 3, step_seconds: [4e-4, 2e-4] }
+        }
         TaskName::Text => Allowance {
             size: Size { points: 10, ..size(300, 8, 64, 3e-3) },
             quick_steps: 15,
@@ -143,7 +135,8 @@ fn chosen_arms(request: &Request, task: TaskName, mode: Mode) -> Vec<Arm> {
 }
 
 fn check_names(request: &Request) -> Result<()> {
-    let all: Vec<Arm> = TaskName::ALL.iter().flat_map(|task| task.modes().iter().flat_map(|mode| chosen_from(request, *task, *mode))).collect();
+    let all: Vec<Arm> =
+        TaskName::ALL.iter().flat_map(|task| task.modes().iter().flat_map(|mode| chosen_from(request, *task, *mode))).collect();
     for name in &request.arms {
         if !all.iter().any(|arm| arm.name == *name || arm.estimator.name == *name) {
             return Err(Error::invalid("--arms", format!("'{name}' is unknown; `hardmax compare --list` has all names")));

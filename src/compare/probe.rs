@@ -88,9 +88,8 @@ pub fn compare(exact: &[f64], draws: &[Vec<f64>]) -> Quality {
 
 /// Medians over the probes of a run.
 pub fn summary(probes: &[Quality]) -> RouterGradient {
-    let middle = |value: fn(&Quality) -> f64| {
-        median(&probes.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite)
-    };
+    let middle =
+        |value: fn(&Quality) -> f64| median(&probes.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite);
     RouterGradient { norm: None, bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
 }
 

@@ -79,7 +79,8 @@ impl Problem {
             };
             (0..n).map(slope).collect::<Vec<f64>>()
         };
-        let slopes = [slopes(|net| &mut net.router, self.net.router.len()), slopes(|net| &mut net.experts, self.net.experts.len())].concat();
+        let slopes =
+            [slopes(|net| &mut net.router, self.net.router.len()), slopes(|net| &mut net.experts, self.net.experts.len())].concat();
         let ours = [gradients.router, gradients.experts].concat();
         let largest = slopes.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
         slopes.iter().zip(&ours).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) / largest

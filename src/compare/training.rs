@@ -108,7 +108,9 @@ impl<'a> Training<'a> {
             expert: ExpertShape { features: task.features(), hidden: task.hidden(), outputs: task.outputs() },
         };
         let teacher = match spec.teacher() {
-            Some(teacher) => Some(Teacher::read(&teacher.weights(cells)?, Shape { router_width: experts, ..shape }, soft.at(steps, steps))?),
+            Some(teacher) => {
+                Some(Teacher::read(&teacher.weights(cells)?, Shape { router_width: experts, ..shape }, soft.at(steps, steps))?)
+            }
             None => None,
         };
 

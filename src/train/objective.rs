@@ -89,7 +89,8 @@ impl Objective<'_> {
         };
         let mut gradients = LayerGradients::default();
         let (mut value, mut dz) = (0.0, vec![0.0; z.len()]);
-        let sequences: Vec<Range<usize>> = (0..routed.tokens / self.text.length).map(|i| i * self.text.length..(i + 1) * self.text.length).collect();
+        let sequences: Vec<Range<usize>> =
+            (0..routed.tokens / self.text.length).map(|i| i * self.text.length..(i + 1) * self.text.length).collect();
         let input = self.input(z, routed, &sequences);
         for (term, (_, sum)) in self.plan.losses.iter().zip(&mut losses.auxiliary) {
             let mut weight = term.weight.at(self.step, self.plan.steps);

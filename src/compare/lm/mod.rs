@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result},
     model::{Decoder, FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
     moe::{
-        estimator::{Combine, Estimator, EstimatorSpec, Purpose, Relaxation},
+        estimator::{Combine, Estimator, Purpose, Relaxation},
         policy::{RoutingPolicy, WeightForm},
     },
     schedule::{Schedule, learning_rate},
@@ -64,6 +64,7 @@ pub fn run(spec: &CellSpec, cells: &Path) -> Result<CellResult> {
 }
 
 /// A cell while it trains.
+#[derive(Debug)]
 struct Cell<'a> {
     spec: &'a CellSpec,
     corpus: Corpus,
@@ -82,7 +83,7 @@ struct Cell<'a> {
 }
 
 /// What is noted down.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Record {
     milliseconds: Vec<f64>,
     norms: Vec<f64>,
@@ -104,7 +105,7 @@ impl<'a> Cell<'a> {
             _ => own.clone(),
         };
         let shape = Arc::new(model_spec(spec));
-        let mut learner = Learner::new(Setup { spec: Arc::clone(&shape), plan: begin, optimizer: optimizer(spec), seed: spec.seed })?;
+        let learner = Learner::new(Setup { spec: Arc::clone(&shape), plan: begin, optimizer: optimizer(spec), seed: spec.seed })?;
         let teacher = match spec.teacher() {
             Some(teacher) => {
                 let weights = read(&teacher.weights(cells)?)?;
@@ -119,7 +120,6 @@ impl<'a> Cell<'a> {
             Route::Oracle => Some(Box::new(ByDomain)),
             Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } => None,
         };
-        learner.reset_memory();
         let test = corpus.test(spec.size.test);
         Ok(Self { spec, corpus, test, learner, decoder, own, teacher, route, updates: 0, spent: 0.0, record: Record::default() })
     }
@@ -392,8 +392,10 @@ fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator
             student.model().set(&parameter.name, value)?;
         } else if routers {
             let (rows, all) = (value.dim(0)?, parameter.var.dim(0)?);
-            let further = parameter.var.as_detached_tensor().narrow(0, rows, all - rows)?;
-            let whole = if all == rows { value.clone() } else { Tensor::cat(&[value, &further], 0)? };
+            let whole = match all > rows {
+                true => Tensor::cat(&[value, &parameter.var.as_detached_tensor().narrow(0, rows, all - rows)?], 0)?,
+                false => value.clone(),
+            };
             student.model().set(&parameter.name, &whole)?;
         }
     }
