@@ -226,6 +226,11 @@ pub fn finite(x: f64) -> Option<f64> {
     x.is_finite().then_some(x)
 }
 
+/// `x` to five digits, if JSON has a form for it: for curves, which are many numbers to look at.
+pub fn brief(x: f64) -> Option<f64> {
+    finite(x).and_then(|x| format!("{x:.4e}").parse().ok())
+}
+
 impl CellResult {
     /// What hardening costs: hard loss minus the loss of the training routing, per kind.
     pub fn gap(&self) -> Hardened {
