@@ -3,11 +3,14 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod engine;
 pub mod error;
 pub mod model;
 pub mod moe;
 pub mod ops;
+pub mod plot;
+pub mod schedule;
 pub mod server;
 pub mod service;
 pub mod telemetry;

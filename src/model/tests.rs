@@ -12,11 +12,13 @@ use super::{
 use crate::{
     model::kv_cache::KvCache,
     moe::{
-        RoutingMode, kernel,
+        RoutingMode, TrainState,
+        estimator::{Combine, Estimator, EstimatorConfig, EstimatorSpec, Execution, Gradient, Purpose, Weights, catalog},
+        kernel,
         policy::{RoutingChoice, RoutingPolicy, WeightForm},
     },
     ops,
-    train::trainable::Trainable,
+    train::trainable::{Learning, Part, Trainable},
 };
 
 pub(super) fn spec() -> ModelSpec {
@@ -47,7 +49,7 @@ pub(super) fn spec() -> ModelSpec {
 
 fn model() -> (Arc<ModelSpec>, Trainable) {
     let spec = Arc::new(spec());
-    let model = Trainable::init(&spec, &mut StdRng::seed_from_u64(11), &Device::Cpu).unwrap();
+    let model = Trainable::init(&spec, |experts| experts, &mut StdRng::seed_from_u64(11), &Device::Cpu).unwrap();
     // A router near zero makes every choice a tie: spread it.
     for parameter in model.parameters().iter().filter(|p| p.name.ends_with("router")) {
         parameter.var.set(&(parameter.var.as_detached_tensor() * 60.0).unwrap()).unwrap();
@@ -238,23 +240,82 @@ fn impossible_batches_are_errors() {
     assert!(paged(&[], &[1], 0).is_err(), "no table");
 }
 
+/// Every row of the catalogue at its defaults, at the largest and the smallest k that it can have of 1 and 2.
+fn estimators() -> Vec<(String, Estimator)> {
+    let mut found = Vec::new();
+    for row in catalog::CATALOG {
+        for k in [None, Some(1), Some(2)] {
+            let config = EstimatorConfig { name: row.name.into(), k, params: BTreeMap::new() };
+            if let Ok(spec) = EstimatorSpec::new(&config, 4, 100, Purpose::Laboratory) {
+                found.push((format!("{} k={k:?}", row.name), spec.at(50, 100)));
+            }
+        }
+    }
+    assert!(found.len() > 40, "{}", found.len());
+    found
+}
+
+/// A decoder whose routers have the outputs that an estimator reads.
+fn for_estimator(estimator: &Estimator, learning: Learning) -> (Decoder, Trainable) {
+    let spec = Arc::new(spec());
+    let width = |experts| estimator.router_width(experts);
+    let model = Trainable::init(&spec, width, &mut StdRng::seed_from_u64(11), &Device::Cpu).unwrap();
+    for parameter in model.parameters().iter().filter(|p| p.part == Part::Router) {
+        parameter.var.set(&(parameter.var.as_detached_tensor() * 20.0).unwrap()).unwrap();
+    }
+    let decoder = Decoder::new(spec, model.tracked(learning), &kernel::for_device(&Device::Cpu)).unwrap();
+    (decoder, model)
+}
+
 #[test]
 fn every_variable_gets_a_gradient() {
-    let (spec, model) = model();
-    let decoder = Decoder::new(Arc::clone(&spec), model.tracked(), &kernel::for_device(&Device::Cpu)).unwrap();
     let tokens: Vec<u32> = (0..48).map(|i| (i * i + 3 * i) as u32 % 50).collect();
-    let policies = [RoutingPolicy::Soft { temperature: 1.0 }, RoutingPolicy::GumbelSoftmax { temperature: 0.5, noise: 1.0 }];
-    for policy in policies {
+    let targets: Vec<u32> = tokens.iter().map(|t| (t + 1) % 50).collect();
+    for (name, estimator) in estimators() {
+        let (decoder, model) = for_estimator(&estimator, Learning::All);
         let mut batch = Batch::default();
         tokens.chunks(12).for_each(|part| batch.push(&[], part, 0, RoutingChoice::Native, LogitRows::All));
-        let mut rng = StdRng::seed_from_u64(1);
-        let forward = decoder.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut rng }, None).unwrap();
-        let targets: Vec<u32> = tokens.iter().map(|t| (t + 1) % 50).collect();
+        let mut state = TrainState::new(1);
+        let policy = RoutingPolicy::Estimator(estimator);
+        let forward = decoder.forward(&batch, &mut RoutingMode::Train { policy, state: &mut state }, None).unwrap();
         let grads = ops::cross_entropy(&forward.logits, &targets).unwrap().backward().unwrap();
+        // Weights that do not depend on the router.
+        let constant = estimator.gradient == Gradient::Zero
+            || estimator.gradient == Gradient::Exact && estimator.weights == Weights::Renorm && estimator.k() == 1
+            || matches!(estimator.gradient, Gradient::Score { .. }) && estimator.k() == 1;
         for parameter in model.parameters() {
-            let grad = grads.get(&parameter.var).unwrap_or_else(|| panic!("{policy}: no gradient reaches {}", parameter.name));
+            let grad = grads.get(&parameter.var).unwrap_or_else(|| panic!("{name}: no gradient reaches {}", parameter.name));
             let norm = grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-            assert!(norm.is_finite() && norm > 0.0, "{policy}: gradient of {} is {norm}", parameter.name);
+            if constant && parameter.part == Part::Router {
+                assert_eq!(norm, 0.0, "{name}: gradient of {}", parameter.name);
+            } else {
+                assert!(norm.is_finite() && norm > 0.0, "{name}: gradient of {} is {norm}", parameter.name);
+            }
+        }
+        assert!(forward.layers.iter().all(|layer| layer.stats.tokens == 48 && layer.stats.executed > 0), "{name}");
+    }
+}
+
+/// What is frozen gets no gradient at all, and the rest the one it has otherwise.
+#[test]
+fn frozen_parts_have_no_gradient() {
+    let estimator = RoutingPolicy::Soft { temperature: 1.0 }.estimator();
+    let of = |learning: Learning| {
+        let (decoder, model) = for_estimator(&estimator, learning);
+        let mut batch = Batch::default();
+        batch.push(&[], &[3, 1, 4, 1, 5, 9, 2, 6], 0, RoutingChoice::Native, LogitRows::All);
+        let policy = RoutingPolicy::Estimator(estimator);
+        let forward = decoder.forward(&batch, &mut RoutingMode::Train { policy, state: &mut TrainState::new(1) }, None).unwrap();
+        let grads = ops::cross_entropy(&forward.logits, &[1, 4, 1, 5, 9, 2, 6, 5]).unwrap().backward().unwrap();
+        let flat = |grad: &candle_core::Tensor| grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        model.parameters().iter().map(|p| (p.part, grads.get(&p.var).map(flat))).collect::<Vec<_>>()
+    };
+    let all = of(Learning::All);
+    for learning in [Learning::Experts, Learning::Router] {
+        for ((part, found), (_, wanted)) in of(learning).iter().zip(&all) {
+            assert_eq!(found.is_some(), learning.moves(*part), "{learning:?}: {part:?}");
+            let close = |a: &Vec<f32>, b: &Vec<f32>| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(found.as_ref().zip(wanted.as_ref()).is_none_or(|(a, b)| close(a, b)), "{learning:?}: {part:?}");
         }
     }
 }
@@ -263,18 +324,28 @@ fn every_variable_gets_a_gradient() {
 fn the_tracked_forward_is_the_served_one() {
     let (spec, model) = model();
     let kernel = kernel::for_device(&Device::Cpu);
-    let tracked = Decoder::new(Arc::clone(&spec), model.tracked(), &kernel).unwrap();
+    let tracked = Decoder::new(Arc::clone(&spec), model.tracked(Learning::All), &kernel).unwrap();
     let served = Decoder::new(spec, model.detached(), &kernel).unwrap();
+    let hard = |k| RoutingChoice::TopK { k, weight_form: Some(WeightForm::Renorm) };
+    let ste = |k| Estimator {
+        combine: Combine::Mixture(Execution::All),
+        ..RoutingPolicy::TopK { k, weight_form: WeightForm::Renorm }.estimator()
+    };
+    let straight = |k| Estimator { gradient: Gradient::StraightThrough { normalised: false }, ..ste(k) };
     let cases = [
         (RoutingChoice::Soft { temperature: Some(1.0) }, RoutingPolicy::Soft { temperature: 1.0 }),
         (RoutingChoice::Native, RoutingPolicy::TopK { k: 1, weight_form: WeightForm::Renorm }),
+        (hard(1), RoutingPolicy::Estimator(straight(1))),
+        (hard(2), RoutingPolicy::Estimator(straight(2))),
+        (RoutingChoice::Soft { temperature: Some(1.0) }, RoutingPolicy::TopK { k: 4, weight_form: WeightForm::Raw }),
     ];
     for (choice, policy) in cases {
         let mut batch = Batch::default();
         batch.push(&[], &[3, 1, 4, 1, 5, 9, 2, 6], 0, choice, LogitRows::All);
         batch.push(&[], &[2, 7, 1, 8, 2, 8, 1, 8], 0, choice, LogitRows::All);
         let a = served.serve(&batch, None).unwrap().logits;
-        let b = tracked.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut StdRng::seed_from_u64(0) }, None).unwrap().logits;
+        let mut mode = RoutingMode::Train { policy, state: &mut TrainState::new(0) };
+        let b = tracked.forward(&batch, &mut mode, None).unwrap().logits;
         let worst: f32 = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap();
         assert!(worst < 1e-4, "{policy}: {worst}");
     }

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use rand::rngs::StdRng;
 
 use super::{
-    LayerRouting, Routing, RoutingStats, SparseRouting, SwiGlu,
+    Routing, RoutingStats, SparseRouting, SwiGlu,
     kernel::{ExpertKernel, Experts},
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy},
     route::{self, RowReport},
+    train::{self, TrainState},
 };
 use crate::{
     error::Result,
@@ -24,25 +24,39 @@ pub enum RoutingMode<'a> {
     /// Each token by the choice of its sequence: (choice, tokens) runs in batch order. Experts run sparsely, through
     /// the [`ExpertKernel`], without gradients.
     Serve(&'a [(RoutingChoice, usize)]),
-    /// All tokens by one policy, differentiably; every expert runs.
+    /// All tokens by one policy, differentiably; the policy says which experts run.
     Train {
         /// The policy, the same in all layers.
         policy: RoutingPolicy,
-        /// Source of the noise.
-        rng: &'a mut StdRng,
+        /// What the step adds to it, and what layers remember from step to step.
+        state: &'a mut TrainState,
     },
+}
+
+/// Routing of one MoE layer in one forward.
+#[derive(Clone, Debug)]
+pub struct LayerRouting {
+    /// Decoder layer, from 0.
+    pub layer: usize,
+    /// `[T, E]` f32; tracked where the router is trained. `[T, G]` with other router outputs than experts for the few
+    /// estimators that have those.
+    pub router_logits: Tensor,
+    /// What was chosen.
+    pub routing: Routing,
+    /// Load.
+    pub stats: RoutingStats,
 }
 
 /// One MoE layer.
 #[derive(Clone, Debug)]
 pub struct MoeLayer {
     /// Decoder layer, from 0.
-    index: usize,
+    pub(super) index: usize,
     spec: MoeSpec,
     reference: ReferenceRouting,
     /// `[E, D]` f32.
-    router: Tensor,
-    experts: Experts,
+    pub(super) router: Tensor,
+    pub(super) experts: Experts,
     shared: Option<SharedExpert>,
     kernel: Arc<dyn ExpertKernel>,
 }
@@ -65,46 +79,28 @@ impl MoeLayer {
 
     /// `x [T, D]` to `[T, D]`, and what the router did.
     pub fn forward(&self, x_td: &Tensor, mode: &mut RoutingMode<'_>) -> Result<(Tensor, LayerRouting)> {
-        let logits_te = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
-        let (y_td, routing, stats) = match mode {
-            RoutingMode::Serve(runs) => self.serve(x_td, &logits_te, runs)?,
-            RoutingMode::Train { policy, rng } => {
-                let routing = route::route_dense(&logits_te, *policy, rng)?;
-                let Routing::Dense(weights_te) = &routing else {
-                    return Err(crate::Error::Internal("dense routing was sparse".into()));
-                };
-                let stats = route::dense_stats(&logits_te, weights_te)?;
-                (self.mix(x_td, weights_te)?, routing, stats)
-            }
+        let (y_td, routing) = match mode {
+            RoutingMode::Serve(runs) => self.serve(x_td, runs)?,
+            RoutingMode::Train { policy, state } => train::forward(self, x_td, policy.estimator(), state)?,
         };
         let y_td = match &self.shared {
             Some(shared) => (y_td + shared.forward(x_td)?)?,
             None => y_td,
         };
-        Ok((y_td, LayerRouting { layer: self.index, router_logits: logits_te, routing, stats }))
+        Ok((y_td, routing))
     }
 
-    fn serve(&self, x_td: &Tensor, logits_te: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, Routing, RoutingStats)> {
-        let host = logits_te.to_device(&candle_core::Device::Cpu)?;
+    fn serve(&self, x_td: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, LayerRouting)> {
+        let router_logits = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
+        let host = router_logits.to_device(&candle_core::Device::Cpu)?;
         let mut routed = Routed::default();
         cpu_slice::<f32, _>(&host, |z| routed.fill(&self.spec, self.reference, z, runs.iter().copied()))?;
         let mut y_td = self.kernel.grouped(x_td, &routed.plan, &self.experts)?;
         if !routed.non_finite().is_empty() {
             y_td = poison(&y_td, routed.non_finite())?;
         }
-        Ok((y_td, Routing::Sparse(routed.routing), routed.stats))
-    }
-
-    /// Every expert on every token, as two matmuls: experts side by side, the weights applied between them.
-    fn mix(&self, x_td: &Tensor, weights_te: &Tensor) -> Result<Tensor> {
-        let (t, d) = x_td.dims2()?;
-        let (e, two_f, _) = self.experts.gate_up.dims3()?;
-        let f = two_f / 2;
-        let gate_up = self.experts.gate_up.reshape((e * two_f, d))?;
-        let hidden = x_td.matmul(&gate_up.t()?)?.reshape((t, e, two_f))?;
-        let hidden = ops::weighted_swiglu(&hidden, weights_te)?.reshape((t, e * f))?;
-        let down = self.experts.down.transpose(1, 2)?.reshape((e * f, d))?;
-        Ok(hidden.matmul(&down)?)
+        let Routed { routing, stats, .. } = routed;
+        Ok((y_td, LayerRouting { layer: self.index, router_logits, routing: Routing::Sparse(routing), stats }))
     }
 }
 
@@ -115,7 +111,8 @@ pub(crate) struct Routed {
     pub(crate) plan: DispatchPlan,
     pub(crate) stats: RoutingStats,
     report: RowReport,
-    policies: Vec<RoutingPolicy>,
+    /// With the tokens that each is for.
+    policies: Vec<(RoutingPolicy, usize)>,
 }
 
 impl Routed {
@@ -130,10 +127,10 @@ impl Routed {
         let Self { routing, plan, stats, report, policies } = self;
         policies.clear();
         for (choice, tokens) in runs {
-            let policy = spec.resolve(choice, reference)?;
-            policies.resize(policies.len() + tokens, policy);
+            policies.push((spec.resolve(choice, reference)?, tokens));
         }
-        route::route_rows_into(logits, spec.num_experts, policies.iter().copied(), routing, report);
+        let by_token = policies.iter().flat_map(|&(policy, tokens)| std::iter::repeat_n(policy, tokens));
+        route::route_rows_into(logits, spec.num_experts, by_token, routing, report);
         plan.fill(routing, spec.num_experts);
         plan.load_into(stats);
         stats.entropy_sum = report.entropy_sum;

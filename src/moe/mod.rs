@@ -2,22 +2,37 @@
 //!
 //! Shape legend: T tokens, E experts, k experts per token, R routed rows, D model width, F expert width.
 
+pub mod advantage;
+pub mod balance_bias;
+pub mod capacity;
+pub mod choices;
+pub mod collapse;
+pub mod draw;
+pub mod estimator;
+mod execute;
+pub mod explore;
 pub mod kernel;
 mod layer;
 pub mod loss;
 pub mod plan;
 pub mod policy;
+pub mod remedy;
 pub mod route;
 mod stats;
 mod swiglu;
+mod train;
+
+use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
+use self::estimator::RoutedBatch;
 pub(crate) use self::layer::Routed;
 pub use self::{
-    layer::{MoeLayer, RoutingMode},
-    stats::{LayerRouting, RoutingStats},
+    layer::{LayerRouting, MoeLayer, RoutingMode},
+    stats::RoutingStats,
     swiglu::SwiGlu,
+    train::{LayerState, TrainState},
 };
 
 /// Expert weights of every token: what a policy makes of router logits.
@@ -25,8 +40,17 @@ pub use self::{
 pub enum Routing {
     /// Rows of different length: each token has its own number of experts.
     Sparse(SparseRouting),
-    /// `[T, E]` f32, tracked: every expert runs (training under a soft policy).
-    Dense(Tensor),
+    /// Training: weights that can be differentiated, zeros where an expert has no part.
+    Dense {
+        /// `[T, E]` f32, tracked where the router is trained.
+        weights: Tensor,
+        /// The same routing as plain numbers, with what its backward needs.
+        routed: Arc<RoutedBatch>,
+        /// `[T, G]`, the router outputs as plain numbers.
+        z: Arc<Vec<f64>>,
+        /// L2 norm of the gradient of `z` from all that comes after the weights, auxiliary losses apart; set by backward.
+        gradient: Arc<OnceLock<f64>>,
+    },
 }
 
 /// Chosen experts in compressed rows: those of token t are `offsets[t] .. offsets[t + 1]`.

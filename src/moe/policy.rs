@@ -5,6 +5,7 @@
 
 use std::{fmt, str::FromStr};
 
+use super::estimator::{Combine, Estimator, Execution, Gradient, Noise, Relaxation, Selection, Weights};
 use crate::error::{Error, Result};
 
 /// How the softmax probabilities of the chosen experts become their weights.
@@ -44,14 +45,9 @@ pub enum RoutingPolicy {
         /// Above 0.
         temperature: f32,
     },
-    /// Training only: all experts, weighted by `softmax((z + noise · G) / temperature)` with Gumbel noise `G`
-    /// (Jang et al. 2017; Maddison et al. 2017).
-    GumbelSoftmax {
-        /// Above 0.
-        temperature: f32,
-        /// Scale of the noise; 1 is the distribution of the papers, 0 is [`RoutingPolicy::Soft`].
-        noise: f32,
-    },
+    /// An estimator of the catalogue, which says both what is computed and how the router learns from it. Where nothing
+    /// is trained it routes as in evaluation: without noise, exploration or capacity.
+    Estimator(Estimator),
 }
 
 impl fmt::Display for RoutingPolicy {
@@ -59,7 +55,46 @@ impl fmt::Display for RoutingPolicy {
         match self {
             Self::TopK { k, weight_form } => write!(f, "top-{k} ({weight_form})"),
             Self::Soft { temperature } => write!(f, "soft (temperature {temperature})"),
-            Self::GumbelSoftmax { temperature, noise } => write!(f, "gumbel-softmax (temperature {temperature}, noise {noise})"),
+            Self::Estimator(estimator) => write!(f, "{estimator:?}"),
+        }
+    }
+}
+
+impl RoutingPolicy {
+    /// The policy as an estimator: hard and soft routing with their exact gradients.
+    pub fn estimator(self) -> Estimator {
+        let softmax = |temperature: f64| Relaxation::Softmax { temperature };
+        let plain = Estimator {
+            relaxation: softmax(1.0),
+            noise: Noise::NONE,
+            selection: Selection::All,
+            weights: Weights::Relaxed,
+            gradient: Gradient::Exact,
+            combine: Combine::Mixture(Execution::All),
+            serve: WeightForm::Renorm,
+        };
+        match self {
+            Self::TopK { k, weight_form } => Estimator {
+                selection: Selection::TopK { k },
+                weights: match weight_form {
+                    WeightForm::Raw => Weights::Chosen,
+                    WeightForm::Renorm => Weights::Renorm,
+                    WeightForm::Unit => Weights::Unit,
+                },
+                combine: Combine::Mixture(Execution::Chosen),
+                serve: weight_form,
+                ..plain
+            },
+            Self::Soft { temperature } => Estimator { relaxation: softmax(f64::from(temperature)), ..plain },
+            Self::Estimator(estimator) => estimator,
+        }
+    }
+
+    /// Experts that a token of a layer with `experts` has at most.
+    pub fn experts_per_token(self, experts: usize) -> usize {
+        match self.estimator().selection {
+            Selection::TopK { k } => k.min(experts),
+            Selection::All | Selection::Support => experts,
         }
     }
 }

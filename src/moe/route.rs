@@ -1,16 +1,12 @@
-//! From router logits to a [`Routing`].
-//!
-//! Serving: [`route_rows`] on host slices, each token with its own policy, always sparse (soft is E routes).
-//! Training: [`route_dense`] on tracked tensors, one policy for all tokens, `[T, E]` weights.
-
-use candle_core::{D, Tensor};
-use rand::{Rng, rngs::StdRng};
+//! From router logits to a [`SparseRouting`], as serving does it: on host slices, in f32, each token with its own
+//! policy, soft being E routes. Training routes in [`super::estimator`].
 
 use super::{
-    Routing, RoutingStats, SparseRouting,
+    SparseRouting,
+    draw::Draw,
+    estimator::{Estimator, StepContext},
     policy::{RoutingPolicy, WeightForm},
 };
-use crate::{error::Result, ops};
 
 impl SparseRouting {
     /// Tokens, T.
@@ -87,14 +83,22 @@ fn route_row(row: &[f32], policy: RoutingPolicy, scratch: &mut Vec<f32>, routing
             };
             routing.weights.extend(chosen.iter().map(weight));
         }
-        // Gumbel-Softmax is a training policy; without noise it is the soft mixture.
-        RoutingPolicy::Soft { temperature } | RoutingPolicy::GumbelSoftmax { temperature, .. } => {
+        RoutingPolicy::Soft { temperature } => {
             softmax(row, temperature, scratch);
             top_k(row, row.len(), &mut routing.expert_ids);
             let first = routing.weights.len();
             routing.weights.extend(routing.expert_ids[first..].iter().map(|&e| scratch[e as usize]));
         }
+        RoutingPolicy::Estimator(estimator) => route_as_in_evaluation(row, &estimator, routing),
     }
+}
+
+/// Appends what `estimator` makes of one row without noise, exploration and capacity.
+fn route_as_in_evaluation(row: &[f32], estimator: &Estimator, routing: &mut SparseRouting) {
+    let z: Vec<f64> = row.iter().map(|&z| f64::from(z)).collect();
+    let routed = estimator.route(&z, row.len(), &StepContext::evaluate(Draw::new(0, 0, 0)));
+    routing.expert_ids.extend_from_slice(&routed.chosen);
+    routing.weights.extend(routed.chosen.iter().map(|&e| routed.weights[e as usize] as f32));
 }
 
 /// Indices of the k largest, descending, ties by lowest index. Finite input; k up to `row.len()`.
@@ -127,68 +131,4 @@ fn softmax(row: &[f32], temperature: f32, out: &mut Vec<f32>) {
 fn entropy(row: &[f32], scratch: &mut Vec<f32>) -> f64 {
     softmax(row, 1.0, scratch);
     scratch.iter().map(|&p| if p > 0.0 { -f64::from(p) * f64::from(p).ln() } else { 0.0 }).sum()
-}
-
-/// Tracked weights `[T, E]` of all experts under one policy.
-///
-/// Gradients are those of `notes`-style definitions: soft and Gumbel exact; top-k raw and renormalised through the
-/// softmax of the chosen (identically zero for renormalised top-1); unit weights are constant.
-pub fn route_dense(logits_te: &Tensor, policy: RoutingPolicy, rng: &mut StdRng) -> Result<Routing> {
-    let weights = match policy {
-        RoutingPolicy::Soft { temperature } => ops::softmax(&(logits_te / f64::from(temperature))?)?,
-        RoutingPolicy::GumbelSoftmax { temperature, noise } => {
-            let noisy = (logits_te + (gumbel(logits_te, rng)? * f64::from(noise))?)?;
-            ops::softmax(&(noisy / f64::from(temperature))?)?
-        }
-        RoutingPolicy::TopK { k, weight_form } => {
-            let mask = top_k_mask(logits_te, k)?;
-            let chosen = (ops::softmax(logits_te)? * &mask)?;
-            match weight_form {
-                WeightForm::Raw => chosen,
-                WeightForm::Renorm => chosen.broadcast_div(&chosen.sum_keepdim(D::Minus1)?)?,
-                WeightForm::Unit => (mask / k as f64)?,
-            }
-        }
-    };
-    Ok(Routing::Dense(weights))
-}
-
-/// 1 for the k largest of each row, 0 elsewhere; untracked.
-fn top_k_mask(logits_te: &Tensor, k: usize) -> Result<Tensor> {
-    let rows = logits_te.detach().to_vec2::<f32>()?;
-    let mut mask = Vec::with_capacity(logits_te.elem_count());
-    let mut chosen = Vec::with_capacity(k);
-    for row in &rows {
-        chosen.clear();
-        top_k(row, k, &mut chosen);
-        mask.extend((0..row.len() as u32).map(|e| if chosen.contains(&e) { 1f32 } else { 0.0 }));
-    }
-    Ok(Tensor::from_vec(mask, logits_te.shape(), logits_te.device())?)
-}
-
-/// Standard Gumbel noise of the shape of `like`, `-ln(-ln u)` with u kept off 0 and 1.
-fn gumbel(like: &Tensor, rng: &mut StdRng) -> Result<Tensor> {
-    let noise: Vec<f32> = (0..like.elem_count()).map(|_| -(-rng.random_range(1e-7f32..1.0 - 1e-7).ln()).ln()).collect();
-    Ok(Tensor::from_vec(noise, like.shape(), like.device())?)
-}
-
-/// Load under dense weights: each token counts for the expert with its largest weight (what hard top-1 would choose);
-/// weight mass is the mass given.
-pub fn dense_stats(logits_te: &Tensor, weights_te: &Tensor) -> Result<RoutingStats> {
-    let weights = weights_te.detach().to_vec2::<f32>()?;
-    let mut stats = RoutingStats::new(weights_te.dim(1)?);
-    let mut scratch = Vec::new();
-    for (row, logits) in weights.iter().zip(logits_te.detach().to_vec2::<f32>()?) {
-        stats.tokens += 1;
-        if row.iter().any(|w| !w.is_finite()) {
-            stats.non_finite += 1;
-            continue;
-        }
-        let best = (1..row.len()).fold(0, |best, e| if row[e] > row[best] { e } else { best });
-        stats.routes += 1;
-        stats.expert_tokens[best] += 1;
-        stats.expert_weights.iter_mut().zip(row).for_each(|(sum, &w)| *sum += f64::from(w));
-        stats.entropy_sum += entropy(&logits, &mut scratch);
-    }
-    Ok(stats)
 }

@@ -1,6 +1,6 @@
-//! What a layer's routing did, for telemetry, fidelity and auxiliary losses.
+//! What a layer's routing did, for telemetry, fidelity, auxiliary losses and the detection of collapse.
 
-use candle_core::Tensor;
+use super::collapse::shape;
 
 /// Expert load of one layer in one forward.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -11,6 +11,9 @@ pub struct RoutingStats {
     pub routes: u64,
     /// Tokens that each expert received, `[E]`.
     pub expert_tokens: Vec<u64>,
+    /// Rows that were pushed through an expert, counted where that is done: more than `routes` where experts run for the
+    /// router's gradient only, fewer where capacity dropped some. 0 where nobody counts (serving runs what it routes).
+    pub executed: u64,
     /// Sum of the routing weights that each expert received, `[E]`.
     pub expert_weights: Vec<f64>,
     /// Sum over tokens of the entropy of `softmax(router logits)`, in nats.
@@ -27,8 +30,8 @@ impl RoutingStats {
 
     /// Back to no load, on `num_experts` experts.
     pub(super) fn clear(&mut self, num_experts: usize) {
-        let Self { tokens, routes, expert_tokens, expert_weights, entropy_sum, non_finite } = self;
-        (*tokens, *routes, *entropy_sum, *non_finite) = (0, 0, 0.0, 0);
+        let Self { tokens, routes, executed, expert_tokens, expert_weights, entropy_sum, non_finite } = self;
+        (*tokens, *routes, *executed, *entropy_sum, *non_finite) = (0, 0, 0, 0.0, 0);
         expert_tokens.clear();
         expert_tokens.resize(num_experts, 0);
         expert_weights.clear();
@@ -39,6 +42,7 @@ impl RoutingStats {
     pub fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.routes += other.routes;
+        self.executed += other.executed;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(a, b)| *a += b);
@@ -56,6 +60,11 @@ impl RoutingStats {
         self.expert_tokens.iter().filter(|&&n| n == 0).count()
     }
 
+    /// Experts with less than `share` of a fair load: 0.2 is starved, 0.05 as good as dead.
+    pub fn below(&self, share: f64) -> usize {
+        self.utilization().iter().filter(|&&u| u < share).count()
+    }
+
     /// Mean load over maximal load: 1 is even, 1/E is one expert only. 0 before the first token.
     pub fn balancedness(&self) -> f64 {
         let max = self.expert_tokens.iter().copied().max().unwrap_or(0);
@@ -64,23 +73,66 @@ impl RoutingStats {
 
     /// Coefficient of variation of the load: 0 is even. 0 before the first token.
     pub fn load_cv(&self) -> f64 {
-        let utilization = self.utilization();
-        if self.routes == 0 {
-            return 0.0;
-        }
-        (utilization.iter().map(|u| (u - 1.0).powi(2)).sum::<f64>() / utilization.len() as f64).sqrt()
+        shape::variation(&self.load())
+    }
+
+    /// `H(load) / ln E`: 1 is even, 0 is one expert only. 1 before the first token.
+    pub fn load_entropy(&self) -> f64 {
+        shape::entropy(&self.load())
+    }
+
+    /// `max n / mean n - 1` (Wang et al. 2024): 0 is even, `E/k - 1` is k experts only. 0 before the first token.
+    pub fn max_vio(&self) -> f64 {
+        shape::max_vio(&self.load())
+    }
+
+    /// Gini coefficient of the load: 0 is even, `(E - 1)/E` is one expert only. 0 before the first token.
+    pub fn gini(&self) -> f64 {
+        shape::gini(&self.load())
+    }
+
+    /// Mean entropy of `softmax(router logits)` per token, in nats: `ln E` is undecided, 0 is sure. 0 before the first token.
+    pub fn router_entropy(&self) -> f64 {
+        let finite = self.tokens.saturating_sub(self.non_finite);
+        if finite == 0 { 0.0 } else { self.entropy_sum / finite as f64 }
+    }
+
+    fn load(&self) -> Vec<f64> {
+        self.expert_tokens.iter().map(|&n| n as f64).collect()
     }
 }
 
-/// Routing of one MoE layer in one forward.
-#[derive(Clone, Debug)]
-pub struct LayerRouting {
-    /// Decoder layer, from 0.
-    pub layer: usize,
-    /// `[T, E]` f32; tracked where the router is trained.
-    pub router_logits: Tensor,
-    /// What was chosen.
-    pub routing: super::Routing,
-    /// Load.
-    pub stats: RoutingStats,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stats(expert_tokens: &[u64]) -> RoutingStats {
+        let routes: u64 = expert_tokens.iter().sum();
+        RoutingStats { tokens: routes, routes, expert_tokens: expert_tokens.to_vec(), ..RoutingStats::new(expert_tokens.len()) }
+    }
+
+    #[test]
+    fn measures_at_both_ends() {
+        let even = stats(&[5, 5, 5, 5]);
+        assert_eq!((even.dead(), even.below(0.2), even.load_cv(), even.max_vio(), even.gini()), (0, 0, 0.0, 0.0, 0.0));
+        assert!((even.load_entropy() - 1.0).abs() < 1e-15);
+        let one = stats(&[0, 20, 0, 0]);
+        assert_eq!((one.dead(), one.below(0.2), one.load_entropy(), one.max_vio(), one.gini()), (3, 3, 0.0, 3.0, 0.75));
+        assert!((one.load_cv() - 3f64.sqrt()).abs() < 1e-15);
+        let none = stats(&[0, 0]);
+        assert_eq!((none.load_cv(), none.load_entropy(), none.max_vio(), none.gini(), none.router_entropy()), (0.0, 1.0, 0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn measures_between() {
+        let some = stats(&[1, 3, 0, 36]);
+        assert_eq!((some.dead(), some.below(0.2), some.below(0.05)), (1, 2, 1));
+        assert!((some.max_vio() - 2.6).abs() < 1e-15);
+        // Σ|n_i - n_j| over ordered pairs is 2 (2+1+35+3+33+36) = 220; 2 E Σn is 320.
+        assert!((some.gini() - 220.0 / 320.0).abs() < 1e-15);
+        let entropy = -[1.0f64 / 40.0, 3.0 / 40.0, 36.0 / 40.0].iter().map(|f| f * f.ln()).sum::<f64>();
+        assert!((some.load_entropy() - entropy / 4f64.ln()).abs() < 1e-15);
+        let undecided = RoutingStats { entropy_sum: 39.0, non_finite: 1, ..some };
+        assert_eq!(undecided.router_entropy(), 1.0, "of the 39 tokens that have one");
+    }
 }

@@ -1,17 +1,18 @@
 //! Policies, plans, losses; the two forms of the layer against each other.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::{Device, Tensor, Var};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{
-    MoeLayer, Routing, RoutingMode, SparseRouting,
+    LayerRouting, LayerState, MoeLayer, Routing, RoutingMode, SparseRouting, TrainState,
+    capacity::{Capacity, Order, Overflow},
+    estimator::{Estimator, EstimatorConfig, EstimatorSpec, Expected, Purpose, catalog},
     kernel::{CpuKernel, ExpertKernel},
-    loss,
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy, WeightForm},
-    route::{route_dense, route_rows},
+    route::route_rows,
 };
 use crate::model::{MoeSpec, ReferenceRouting, weights::MoeWeights};
 
@@ -126,8 +127,18 @@ fn serve(layer: &MoeLayer, x: &Tensor, choice: RoutingChoice) -> Vec<Vec<f32>> {
     layer.forward(x, &mut RoutingMode::Serve(&runs)).unwrap().0.to_vec2().unwrap()
 }
 
+fn step(layer: &MoeLayer, x: &Tensor, policy: RoutingPolicy, state: &mut TrainState) -> (Tensor, LayerRouting) {
+    layer.forward(x, &mut RoutingMode::Train { policy, state }).unwrap()
+}
+
 fn train(layer: &MoeLayer, x: &Tensor, policy: RoutingPolicy) -> Tensor {
-    layer.forward(x, &mut RoutingMode::Train { policy, rng: &mut StdRng::seed_from_u64(0) }).unwrap().0
+    step(layer, x, policy, &mut TrainState::new(0)).0
+}
+
+/// A row of the catalogue in the middle of a run of 100 steps.
+fn named(name: &str, k: Option<usize>) -> Option<Estimator> {
+    let config = EstimatorConfig { name: name.into(), k, params: BTreeMap::new() };
+    Some(EstimatorSpec::new(&config, E, 100, Purpose::Laboratory).ok()?.at(50, 100))
 }
 
 fn assert_close(a: &[Vec<f32>], b: &[Vec<f32>], what: &str) {
@@ -157,8 +168,6 @@ fn serving_and_training_compute_the_same_function() {
         let hard = train(&layer, &x, top(k, weight_form)).to_vec2().unwrap();
         assert_close(&hard, &serve(&layer, &x, RoutingChoice::TopK { k, weight_form: Some(weight_form) }), "hard");
     }
-    let quiet = train(&layer, &x, RoutingPolicy::GumbelSoftmax { temperature: 0.7, noise: 0.0 }).to_vec2().unwrap();
-    assert_close(&quiet, &soft, "Gumbel without noise");
 }
 
 /// Norm of the gradient that reaches the router from a loss on the layer's output.
@@ -176,35 +185,136 @@ fn router_gradient(policy: RoutingPolicy) -> f32 {
 #[test]
 fn hard_top_1_gives_the_router_no_gradient() {
     assert_eq!(router_gradient(top(1, WeightForm::Unit)), 0.0, "the weight is the constant 1");
-    assert!(router_gradient(top(1, WeightForm::Renorm)) < 1e-4, "p / p is 1 whatever p is");
+    assert_eq!(router_gradient(top(1, WeightForm::Renorm)), 0.0, "p / p is 1 whatever p is");
     assert!(router_gradient(top(1, WeightForm::Raw)) > 1e-2, "the probability itself does carry one");
     assert!(router_gradient(top(2, WeightForm::Renorm)) > 1e-2);
     assert!(router_gradient(RoutingPolicy::Soft { temperature: 1.0 }) > 1e-2);
-    assert!(router_gradient(RoutingPolicy::GumbelSoftmax { temperature: 1.0, noise: 1.0 }) > 1e-2);
+    assert!(router_gradient(RoutingPolicy::Estimator(named("gumbel_soft", None).unwrap())) > 1e-2);
+    assert!(router_gradient(RoutingPolicy::Estimator(named("ste", Some(1)).unwrap())) > 1e-2);
+    assert_eq!(router_gradient(RoutingPolicy::Estimator(named("onehot", Some(1)).unwrap())), 0.0);
 }
 
 #[test]
-fn gumbel_noise_is_seeded_and_samples_by_the_softmax() {
-    let z = Tensor::from_vec([0.0f32, 1.0, 2.0].repeat(4000), (4000, 3), &Device::Cpu).unwrap();
-    let policy = RoutingPolicy::GumbelSoftmax { temperature: 0.1, noise: 1.0 };
-    let sample = |seed| match route_dense(&z, policy, &mut StdRng::seed_from_u64(seed)).unwrap() {
-        Routing::Dense(weights) => weights.to_vec2::<f32>().unwrap(),
-        Routing::Sparse(_) => panic!("training routes densely"),
+fn noise_is_that_of_seed_and_step() {
+    let rng = &mut StdRng::seed_from_u64(5);
+    let (layer, x) = (layer(weights(rng)), random(&[13, 8], rng));
+    let policy = RoutingPolicy::Estimator(named("gumbel_soft", None).unwrap());
+    let at = |seed, number| {
+        let state = &mut TrainState { step: number, ..TrainState::new(seed) };
+        step(&layer, &x, policy, state).0.to_vec2::<f32>().unwrap()
     };
-    assert_eq!(sample(5), sample(5));
-    let rows = sample(6);
-    let share = rows.iter().filter(|row| row[2] > row[0] && row[2] > row[1]).count() as f64 / 4000.0;
-    let wanted = 2f64.exp() / (1.0 + 1f64.exp() + 2f64.exp());
-    assert!((share - wanted).abs() < 0.03, "{share} against {wanted}: argmax of z + G is a sample of softmax(z)");
+    assert_eq!(at(5, 3), at(5, 3));
+    assert_ne!(at(5, 3), at(6, 3));
+    assert_ne!(at(5, 3), at(5, 4));
+    let quiet = step(&layer, &x, policy, &mut TrainState::evaluation(Vec::new())).0.to_vec2::<f32>().unwrap();
+    assert_ne!(at(5, 3), quiet, "evaluation is without noise");
+}
+
+/// Rows that ran, counted, against what the catalogue says of every method.
+#[test]
+fn every_estimator_executes_what_it_says() {
+    for row in catalog::CATALOG {
+        for estimator in [Some(1), Some(2), None].into_iter().filter_map(|k| named(row.name, k)) {
+            let rng = &mut StdRng::seed_from_u64(6);
+            let weights = MoeWeights { router: random(&[estimator.router_width(E), 8], rng), ..weights(rng) };
+            let copies = estimator.copies();
+            let x = random(&[29, 8], rng).repeat((copies, 1)).unwrap();
+            let (y, routing) = step(&layer(weights), &x, RoutingPolicy::Estimator(estimator), &mut TrainState::new(2));
+            assert!(y.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|y| y.is_finite()), "{}", row.name);
+            let executed = routing.stats.executed;
+            match estimator.executed_per_token(E) {
+                Expected::Exactly(n) => assert_eq!(executed, 29 * n as u64, "{}", row.name),
+                Expected::AtMost(n) => {
+                    assert!(executed < 29 * n as u64, "{}: {executed} is all of them", row.name);
+                    assert_eq!(executed, routing.stats.routes, "{}", row.name);
+                }
+                Expected::Merged => assert_eq!(executed, 29, "{}", row.name),
+            }
+        }
+    }
+}
+
+/// Outputs `[E, D]` of the experts for one token.
+fn outputs(layer: &MoeLayer, x: &Tensor) -> Vec<Vec<f32>> {
+    let route: Vec<u32> = (0..E as u32).collect();
+    let state = &mut TrainState { fixed: Some(route.into()), ..TrainState::new(0) };
+    step(layer, &x.repeat((E, 1)).unwrap(), top(1, WeightForm::Unit), state).0.to_vec2().unwrap()
 }
 
 #[test]
-fn loss_values() {
-    let even = Tensor::from_vec(vec![9.0f32, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0, 9.0], (3, 3), &Device::Cpu).unwrap();
-    let value = |t: Tensor| t.to_scalar::<f32>().unwrap();
-    assert!((value(loss::switch_balance(&even, 1.0).unwrap()) - 1.0).abs() < 1e-5, "1 at balance");
-    let collapsed = Tensor::from_vec([40.0f32, 0.0, 0.0].repeat(3), (3, 3), &Device::Cpu).unwrap();
-    assert!((value(loss::switch_balance(&collapsed, 1.0).unwrap()) - 3.0).abs() < 1e-5, "E when one takes all");
-    let zero = Tensor::zeros((5, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
-    assert!((value(loss::router_z(&zero).unwrap()) - 4f32.ln().powi(2)).abs() < 1e-6);
+fn means_that_are_the_outputs_make_default_moe_the_soft_mixture() {
+    let rng = &mut StdRng::seed_from_u64(7);
+    let weights = weights(rng);
+    let router = Var::from_tensor(&weights.router).unwrap();
+    let layer = layer(MoeWeights { router: router.as_tensor().clone(), ..weights });
+    let token = random(&[1, 8], rng);
+    let (x, estimator) = (token.repeat((3, 1)).unwrap(), RoutingPolicy::Estimator(named("default_moe", Some(2)).unwrap()));
+    let known = LayerState { means: outputs(&layer, &token).concat(), seen: vec![true; E], ..LayerState::default() };
+    let gradient = |y: &Tensor| {
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        grads.get(&router).unwrap().to_vec2::<f32>().unwrap()
+    };
+    let mut state = TrainState { layers: vec![known], ..TrainState::new(0) };
+    let (y, _) = step(&layer, &x, estimator, &mut state);
+    let soft = train(&layer, &x, RoutingPolicy::Soft { temperature: 1.0 });
+    assert_close(&y.to_vec2().unwrap(), &soft.to_vec2().unwrap(), "output");
+    assert_close(&gradient(&y), &gradient(&soft), "gradient");
+
+    let mut state = TrainState::new(0);
+    let (_, routing) = step(&layer, &x, estimator, &mut state);
+    let Routing::Dense { routed, .. } = routing.routing else { panic!("training routes densely") };
+    let (learnt, wanted) = (state.layers[0].clone(), outputs(&layer, &token));
+    for expert in 0..E {
+        assert_eq!(learnt.seen[expert], routed.chosen.contains(&(expert as u32)));
+        if learnt.seen[expert] {
+            assert_close(&[learnt.means[expert * 8..][..8].to_vec()], &wanted[expert..=expert], "the first rows set a mean");
+        }
+    }
+    let before = state.layers.clone();
+    state.phase = super::estimator::Phase::Evaluate;
+    step(&layer, &x, estimator, &mut state);
+    assert_eq!(state.layers, before, "evaluation teaches nothing");
+}
+
+#[test]
+fn a_merged_expert_of_a_sharp_router_is_the_chosen_one() {
+    let rng = &mut StdRng::seed_from_u64(8);
+    let (layer, x) = (layer(weights(rng)), random(&[13, 8], rng));
+    let smear = named("smear", None).unwrap();
+    let sharp = super::estimator::Relaxation::Softmax { temperature: 1e-4 };
+    let state = &mut TrainState::evaluation(Vec::new());
+    let merged = step(&layer, &x, RoutingPolicy::Estimator(Estimator { relaxation: sharp, ..smear }), state).0;
+    let chosen = train(&layer, &x, top(1, WeightForm::Unit));
+    assert_close(&merged.to_vec2().unwrap(), &chosen.to_vec2().unwrap(), "merged");
+}
+
+#[test]
+fn a_token_for_which_there_is_no_room_passes_by() {
+    let rng = &mut StdRng::seed_from_u64(9);
+    let (layer, x) = (layer(weights(rng)), random(&[1, 8], rng).repeat((12, 1)).unwrap());
+    let capacity = Capacity { factor: 1.0, overflow: Overflow::Drop, order: Order::Position };
+    let state = &mut TrainState { capacity: Some(capacity), ..TrainState::new(0) };
+    let (y, routing) = step(&layer, &x, top(1, WeightForm::Unit), state);
+    let rows = y.to_vec2::<f32>().unwrap();
+    assert_eq!(routing.stats.executed, 2, "12 tokens on 6 experts: 2 each, and all want the same");
+    assert!(rows[..2].iter().flatten().any(|y| *y != 0.0) && rows[2..].iter().flatten().all(|y| *y == 0.0));
+}
+
+#[test]
+fn jitter_reaches_the_router_and_not_the_experts() {
+    let rng = &mut StdRng::seed_from_u64(10);
+    let (layer, x) = (layer(weights(rng)), random(&[13, 8], rng));
+    let at = |jitter, phase| {
+        let state = &mut TrainState { jitter, phase, ..TrainState::new(0) };
+        step(&layer, &x, RoutingPolicy::Soft { temperature: 1.0 }, state).1.router_logits.to_vec2::<f32>().unwrap()
+    };
+    use super::estimator::Phase::{Evaluate, Train};
+    assert_ne!(at(0.1, Train), at(0.0, Train));
+    assert_eq!(at(0.1, Evaluate), at(0.0, Train));
+    let route: Arc<[u32]> = vec![0; 13].into();
+    let fixed = |jitter| {
+        let state = &mut TrainState { jitter, fixed: Some(route.clone()), ..TrainState::new(0) };
+        step(&layer, &x, top(1, WeightForm::Unit), state).0.to_vec2::<f32>().unwrap()
+    };
+    assert_eq!(fixed(0.1), fixed(0.0));
 }

@@ -2,31 +2,13 @@
 //!
 //! Each has a composed twin that the tests compare it with.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cpu::{AttentionShape, exp, silu};
-
-/// The elements of a contiguous storage.
-fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => bail!("a fused operation needs contiguous tensors"),
-    }
-}
-
-/// `read` on the elements of `tensors`, made contiguous first.
-fn with_slices<const N: usize>(tensors: [&Tensor; N], read: impl FnOnce([&[f32]; N])) -> Result<()> {
-    let tensors = tensors.iter().map(|tensor| tensor.detach().contiguous()).collect::<Result<Vec<_>>>()?;
-    let guards: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
-    let mut slices = [&[][..]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        let Storage::Cpu(storage) = &**storage else { bail!("a fused operation needs CPU tensors") };
-        *slice = elements(storage, layout)?;
-    }
-    read(slices);
-    Ok(())
-}
+use super::{
+    cpu::{AttentionShape, exp, silu},
+    views::{Target, View, elements, multiply, with_slices},
+};
 
 /// `silu(gate) · up` of `[.., 2F]`: `[.., F]`.
 pub(super) struct SiluMul;
@@ -53,7 +35,7 @@ impl CustomOp1 for SiluMul {
     fn bwd(&self, arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let f = grad.dim(candle_core::D::Minus1)?;
         let mut out = vec![0f32; arg.elem_count()];
-        with_slices([arg, grad], |[x, grad]| {
+        with_slices([arg, grad], |[x, grad]: [&[f32]; 2]| {
             let rows = out.par_chunks_mut(2 * f).zip(x.par_chunks(2 * f)).zip(grad.par_chunks(f));
             rows.with_min_len(32).for_each(|((out, row), grad)| swiglu_backward(row, grad, 1.0, out));
         })?;
@@ -82,7 +64,7 @@ impl CustomOp2 for WeightedSwiGlu {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, weights) = (elements(s1, l1)?, elements(s2, l2)?);
+        let (x, weights) = (elements::<f32>(s1, l1)?, elements::<f32>(s2, l2)?);
         let (t, e, two_f) = l1.shape().dims3()?;
         let f = two_f / 2;
         let mut out = vec![0f32; x.len() / 2];
@@ -97,7 +79,7 @@ impl CustomOp2 for WeightedSwiGlu {
     fn bwd(&self, x: &Tensor, weights: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let f = grad.dim(2)?;
         let (mut d_x, mut d_weights) = (vec![0f32; x.elem_count()], vec![0f32; weights.elem_count()]);
-        with_slices([x, weights, grad], |[x, weights, grad]| {
+        with_slices([x, weights, grad], |[x, weights, grad]: [&[f32]; 3]| {
             let rows = d_x.par_chunks_mut(2 * f).zip(&mut d_weights).zip(x.par_chunks(2 * f)).zip(weights).zip(grad.par_chunks(f));
             rows.with_min_len(32).for_each(|((((d_x, d_weight), row), &weight), grad)| {
                 swiglu_backward(row, grad, weight, d_x);
@@ -143,7 +125,7 @@ impl CustomOp1 for CrossEntropy {
         let v = logits.dim(1)?;
         let scale = grad.to_scalar::<f32>()? / self.targets.len() as f32;
         let mut out = vec![0f32; logits.elem_count()];
-        with_slices([logits], |[logits]| {
+        with_slices([logits], |[logits]: [&[f32]; 1]| {
             out.par_chunks_mut(v).zip(logits.par_chunks(v)).zip(&self.targets).for_each(|((out, row), &target)| {
                 let (max, sum) = max_and_sum(row);
                 let scale_over_sum = scale / sum;
@@ -173,64 +155,6 @@ pub(super) struct CausalAttention {
     pub(super) count: usize,
 }
 
-/// A matrix inside a larger one.
-#[derive(Clone, Copy)]
-struct View {
-    start: *const f32,
-    row_stride: isize,
-    column_stride: isize,
-}
-
-impl View {
-    fn rows(start: *const f32, row_stride: usize) -> Self {
-        Self { start, row_stride: row_stride as isize, column_stride: 1 }
-    }
-
-    fn transposed(self) -> Self {
-        Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
-    }
-}
-
-/// A matrix to be written.
-struct Target {
-    start: *mut f32,
-    row_stride: usize,
-    /// Keep what is there and add to it.
-    add: bool,
-}
-
-/// `out [m, n] (+)= scale · a [m, k] · b [k, n]`, on this thread.
-///
-/// # Safety
-/// All three matrices lie inside live buffers, and nobody else touches `out`.
-unsafe fn multiply([m, n, k]: [usize; 3], out: Target, scale: f32, a: View, b: View) {
-    let (start, stride) = (out.start, out.row_stride as isize);
-    // SAFETY: the caller's contract.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            start,
-            1,
-            stride,
-            out.add,
-            a.start,
-            a.column_stride,
-            a.row_stride,
-            b.start,
-            b.column_stride,
-            b.row_stride,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
-
 /// A buffer of which threads write disjoint parts.
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
@@ -253,7 +177,7 @@ impl CausalAttention {
     }
 
     /// Attention weights `[S, S]` of one head: softmax over what each query may see, 0 elsewhere.
-    fn weights(&self, s: usize, q: View, k: View, weights: &mut [f32]) {
+    fn weights(&self, s: usize, q: View<f32>, k: View<f32>, weights: &mut [f32]) {
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         // SAFETY: q and k are views of whole sequences; `weights` is this thread's own.
         unsafe {
@@ -341,7 +265,7 @@ impl CustomOp3 for CausalAttention {
         let mut grads = [vec![0f32; q.elem_count()], vec![0f32; k.elem_count()], vec![0f32; v.elem_count()]];
         let [d_q, d_k, d_v] = &mut grads;
         let (d_q, d_k, d_v) = (Shared(d_q.as_mut_ptr()), Shared(d_k.as_mut_ptr()), Shared(d_v.as_mut_ptr()));
-        with_slices([q, k, v, grad], |[q, k, v, grad]| {
+        with_slices([q, k, v, grad], |[q, k, v, grad]: [&[f32]; 4]| {
             // A task is a key head with all its query heads: only it writes that head's d_k and d_v.
             (0..self.count * kv_heads).into_par_iter().for_each_init(
                 || (vec![0f32; s * s], vec![0f32; s * s]),

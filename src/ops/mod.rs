@@ -5,10 +5,13 @@
 
 pub mod cpu;
 mod fused;
+mod grouped;
+mod known;
 mod refill;
 mod threads;
+mod views;
 
-use candle_core::{D, DType, Storage, Tensor, WithDType};
+use candle_core::{D, DType, Device, Storage, Tensor, WithDType};
 use half::bf16;
 
 use self::cpu::{Arithmetic, AttentionShape, Data, Input, Matrix, Output, Product, Scratch, Store};
@@ -98,6 +101,23 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     }
     let targets = Tensor::from_slice(targets, targets.len(), logits.device())?;
     Ok(candle_nn::loss::cross_entropy(logits, &targets)?)
+}
+
+/// Rows sorted by group with one matrix for each group: `x [R, K]` and `weight [E, N, K]` to `[R, N]`, rows of group e
+/// being `offsets[e] .. offsets[e + 1]` (`offsets [E + 1]`). Differentiable in both.
+pub fn grouped_linear(x: &Tensor, weight: &Tensor, offsets: &[usize]) -> Result<Tensor> {
+    if x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64) && weight.dtype() == x.dtype() {
+        let op = grouped::GroupedLinear { offsets: offsets.to_vec() };
+        return Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, op)?);
+    }
+    Ok(grouped::composed(x, weight, offsets)?)
+}
+
+/// A scalar function of `x` that was computed outside: its `value`, and its `gradient` in the order of the elements of x.
+pub fn known(x: &Tensor, value: f64, gradient: Vec<f64>) -> Result<Tensor> {
+    // To the host and back is differentiable.
+    let on_host = x.to_device(&Device::Cpu)?.contiguous()?.apply_op1(known::Known { value, gradient })?;
+    Ok(on_host.to_device(x.device())?)
 }
 
 /// Causal attention of `count` sequences of one length: q `[T, H, hd]`, k and v `[T, KV, hd]` to `[T, H, hd]`, f32 on

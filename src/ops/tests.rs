@@ -138,3 +138,66 @@ fn linear_of_tracked_weights_keeps_gradients() {
     let grads = super::linear(&x, &w).unwrap().sum_all().unwrap().backward().unwrap();
     assert!(grads.get(&x).is_some() && grads.get(&w).is_some());
 }
+
+/// Rows of three of five groups, in f64: against the composed form and against central differences.
+#[test]
+fn grouped_linear() {
+    let rng = &mut StdRng::seed_from_u64(9);
+    let wide = |var: Var| Var::from_tensor(&var.to_dtype(DType::F64).unwrap()).unwrap();
+    let (x, w) = (wide(random(&[7, 4], rng)), wide(random(&[5, 3, 4], rng)));
+    let weighting = random(&[7, 3], rng).to_dtype(DType::F64).unwrap().detach();
+    let offsets = [0, 2, 2, 6, 6, 7];
+    let value = |x: &Tensor, w: &Tensor, composed: bool| {
+        let y = match composed {
+            true => super::grouped::composed(x, w, &offsets).unwrap(),
+            false => super::grouped_linear(x, w, &offsets).unwrap(),
+        };
+        (y * &weighting).unwrap().sum_all().unwrap()
+    };
+    let number = |t: Tensor| t.to_scalar::<f64>().unwrap();
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    assert!((number(value(&x, &w, false)) - number(value(&x, &w, true))).abs() < 1e-12);
+    let (fast, composed) = (value(&x, &w, false).backward().unwrap(), value(&x, &w, true).backward().unwrap());
+    for (var, other, is_x) in [(&x, &w, true), (&w, &x, false)] {
+        let found = flat(fast.get(var).expect("a gradient"));
+        assert!(flat(composed.get(var).unwrap()).iter().zip(&found).all(|(a, b)| (a - b).abs() < 1e-12));
+        let (start, h) = (flat(var), 1e-6);
+        for i in 0..start.len() {
+            let at = |step: f64| {
+                let mut moved = start.clone();
+                moved[i] += step;
+                let moved = Tensor::from_vec(moved, var.shape(), &Device::Cpu).unwrap();
+                number(if is_x { value(&moved, other, false) } else { value(other, &moved, false) })
+            };
+            let wanted = (at(h) - at(-h)) / (2.0 * h);
+            assert!((found[i] - wanted).abs() < 1e-5 * wanted.abs().max(1.0), "{i}: {} and {wanted}", found[i]);
+        }
+    }
+    let (x, w) = (x.as_detached_tensor(), w.as_detached_tensor());
+    for bad in [&[0, 2, 2, 6, 6, 8][..], &[0, 2, 1, 6, 6, 7], &[0, 7], &[1, 2, 2, 6, 6, 7]] {
+        assert!(super::grouped_linear(&x, &w, bad).is_err(), "{bad:?}");
+    }
+    let none = super::grouped_linear(&x.narrow(0, 0, 0).unwrap(), &w, &[0; 6]).unwrap();
+    assert_eq!(none.dims(), [0, 3], "nothing is routed");
+}
+
+/// A frozen operand gets no gradient, and costs none.
+#[test]
+fn grouped_linear_leaves_frozen_weights_alone() {
+    let rng = &mut StdRng::seed_from_u64(10);
+    let (x, w) = (random(&[4, 3], rng), random(&[2, 5, 3], rng));
+    let grads = super::grouped_linear(&x, &w.as_detached_tensor(), &[0, 1, 4]).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
+}
+
+#[test]
+fn a_known_function_has_the_value_and_gradient_it_was_given() {
+    let x = random(&[2, 3], &mut StdRng::seed_from_u64(11));
+    let gradient = vec![1.0, -2.0, 0.5, 0.0, 4.0, 3.0];
+    let y = super::known(&x, 7.5, gradient.clone()).unwrap();
+    assert_eq!(y.to_scalar::<f32>().unwrap(), 7.5);
+    let grads = (y * 2.0).unwrap().backward().unwrap();
+    let doubled: Vec<f32> = gradient.iter().map(|d| 2.0 * *d as f32).collect();
+    assert_eq!(grads.get(&x).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), doubled);
+    assert!(super::known(&x, 0.0, vec![1.0]).is_err(), "as many derivatives as elements");
+}

@@ -38,9 +38,9 @@ fn weight_form(value: i32) -> Result<Option<WeightForm>> {
 pub(super) fn policy(policy: RoutingPolicy) -> proto::RoutingPolicy {
     match policy {
         RoutingPolicy::TopK { k, weight_form } => choice(RoutingChoice::TopK { k, weight_form: Some(weight_form) }),
-        RoutingPolicy::Soft { temperature } | RoutingPolicy::GumbelSoftmax { temperature, .. } => {
-            choice(RoutingChoice::Soft { temperature: Some(temperature) })
-        }
+        RoutingPolicy::Soft { temperature } => choice(RoutingChoice::Soft { temperature: Some(temperature) }),
+        // No checkpoint or request resolves to one; what a client could ask for instead is its hard form.
+        RoutingPolicy::Estimator(estimator) => choice(RoutingChoice::TopK { k: estimator.k(), weight_form: Some(estimator.serve) }),
     }
 }
 
@@ -141,10 +141,7 @@ pub(super) fn moe_layers(spec: &ModelSpec, serving: RoutingChoice) -> Result<(Ve
             num_experts: saturate(moe.num_experts),
             serving_routing: Some(policy(resolved)),
         });
-        moe.top_k = match resolved {
-            RoutingPolicy::TopK { k, .. } => k,
-            RoutingPolicy::Soft { .. } | RoutingPolicy::GumbelSoftmax { .. } => moe.num_experts,
-        };
+        moe.top_k = resolved.experts_per_token(moe.num_experts);
     }
     Ok((layers, served.parameters()))
 }

@@ -24,7 +24,7 @@ use crate::{
     engine::{self, Engine, Event, EventStream, Finished, Task, Tokens},
     error::{Error, ErrorKind, Result},
     model::{ModelSpec, MoeSpec},
-    moe::policy::{RoutingChoice, RoutingPolicy},
+    moe::policy::RoutingChoice,
     telemetry::metrics::MetricsConfig,
 };
 
@@ -108,10 +108,7 @@ impl ServiceConfig {
     ///
     /// Fails where a layer of the model cannot follow [`ServiceConfig::routing`].
     pub fn metrics(&self, spec: &ModelSpec) -> Result<MetricsConfig> {
-        let experts_per_token = |moe: &MoeSpec| match moe.resolve(self.routing, spec.reference)? {
-            RoutingPolicy::TopK { k, .. } => Ok(k),
-            RoutingPolicy::Soft { .. } | RoutingPolicy::GumbelSoftmax { .. } => Ok(moe.num_experts),
-        };
+        let experts_per_token = |moe: &MoeSpec| Ok(moe.resolve(self.routing, spec.reference)?.experts_per_token(moe.num_experts));
         let top_k = spec.moe_layers().map(|(_, moe)| experts_per_token(moe)).collect::<Result<Vec<_>>>()?;
         Ok(MetricsConfig {
             model: self.model_name.clone(),

@@ -158,7 +158,8 @@ mod tests {
                 expert_tokens: expert_tokens.to_vec(),
                 expert_weights: expert_tokens.iter().map(|&n| n as f64 / 2.0).collect(),
                 entropy_sum: routes as f64 * 0.25,
-                non_finite: 0,
+                executed: routes,
+                ..RoutingStats::new(expert_tokens.len())
             },
         }
     }

@@ -7,11 +7,14 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::schedule::Schedule;
+use super::routing::{RoutingConfig, RoutingPlan, RunShape};
 use crate::{
     error::{Error, Result},
-    model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
-    moe::policy::WeightForm,
+    model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec},
+    moe::{
+        estimator::{Purpose, Relaxation},
+        policy::WeightForm,
+    },
 };
 
 /// Parameters of a model that is no mistake: with gradients and moments 256 GiB.
@@ -89,44 +92,6 @@ pub struct ModelConfig {
     pub tied_head: bool,
 }
 
-/// Routing under training and serving.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RoutingConfig {
-    /// The policy of the training forward.
-    pub estimator: Estimator,
-    /// Temperature of the softmax. The router is saved divided by its last value.
-    pub temperature: Schedule,
-    /// Scale of the Gumbel noise; only for `gumbel_soft`.
-    pub noise: Option<Schedule>,
-    /// Weight of the Switch load-balancing loss, mean over layers.
-    pub balance_coef: f64,
-    /// Weight of the router z-loss, mean over layers.
-    pub z_coef: f64,
-    /// Experts per token that the checkpoint is served with: 1 or 2.
-    pub serve_k: usize,
-}
-
-/// Policies that `hardmax train` knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Estimator {
-    /// Dense mixture, `softmax(z / temperature)`.
-    Soft,
-    /// Dense mixture, `softmax((z + noise · G) / temperature)`.
-    GumbelSoft,
-}
-
-impl Estimator {
-    /// Id in the `routing` block.
-    pub fn id(self) -> &'static str {
-        match self {
-            Self::Soft => "soft",
-            Self::GumbelSoft => "gumbel_soft",
-        }
-    }
-}
-
 /// AdamW (Loshchilov and Hutter 2019).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -180,7 +145,7 @@ impl TrainConfig {
 
     fn check(&self) -> Result<()> {
         let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
-        let (model, routing, optimizer, run) = (&self.model, &self.routing, &self.optimizer, &self.run);
+        let (model, optimizer, run) = (&self.model, &self.optimizer, &self.run);
         ensure(!self.data.train.is_empty(), "data.train", "names no file")?;
         ensure(!self.data.heldout.is_empty(), "data.heldout", "names no file")?;
         ensure(!self.data.separator.is_empty(), "data.separator", "is empty")?;
@@ -198,18 +163,7 @@ impl TrainConfig {
         ensure(self.parameters() <= MAX_PARAMETERS, "model", &format!("must have at most {MAX_PARAMETERS} parameters"))?;
         ensure(model.context >= 8, "model.context", "must be at least 8")?;
         ensure(model.rope_theta > 1.0 && model.rope_theta.is_finite(), "model.rope_theta", "must be above 1")?;
-        ensure((1..=2).contains(&routing.serve_k), "routing.serve_k", "must be 1 or 2")?;
-        for (field, schedule, positive) in
-            [("routing.temperature", Some(routing.temperature), true), ("routing.noise", routing.noise, false)]
-        {
-            if let Some(problem) = schedule.and_then(|schedule| schedule.problem(positive)) {
-                return Err(Error::invalid(field, problem));
-            }
-        }
-        let noisy = routing.estimator == Estimator::GumbelSoft;
-        ensure(noisy == routing.noise.is_some(), "routing.noise", "is needed for gumbel_soft, and only there")?;
-        let coefficients = [routing.balance_coef, routing.z_coef, optimizer.weight_decay];
-        ensure(coefficients.iter().all(|c| c.is_finite() && *c >= 0.0), "routing", "coefficients must be finite and not negative")?;
+        ensure(optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0, "optimizer.weight_decay", "must not be negative")?;
         ensure(optimizer.learning_rate > 0.0 && optimizer.learning_rate.is_finite(), "optimizer.learning_rate", "must be above 0")?;
         ensure((0.0..=1.0).contains(&optimizer.final_ratio), "optimizer.final_ratio", "must be from 0 to 1")?;
         ensure([optimizer.beta1, optimizer.beta2].iter().all(|b| (0.0..1.0).contains(b)), "optimizer.beta1", "betas must be in [0, 1)")?;
@@ -220,7 +174,28 @@ impl TrainConfig {
         ensure(run.steps > 0 && run.batch > 0, "run.steps", "steps and batch must be above 0")?;
         ensure(run.batch.saturating_mul(model.context) <= 1 << 24, "run.batch", "must be at most 16777216 tokens per step")?;
         ensure(run.eval_tokens >= 2, "run.eval_tokens", "must be at least 2: the second is the first to be predicted")?;
-        ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")
+        ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")?;
+        self.check_served(&self.plan()?)
+    }
+
+    /// Checks that a checkpoint can hold what the plan trains.
+    fn check_served(&self, plan: &RoutingPlan) -> Result<()> {
+        let (last, serve_k) = (plan.estimator(self.run.steps), self.routing.serve_k);
+        let one = serve_k == 1 && last.serve != WeightForm::Raw;
+        if matches!(last.relaxation, Relaxation::Softmax { .. }) || last.serve == WeightForm::Unit || one {
+            return Ok(());
+        }
+        let message = format!("a checkpoint weighs experts by the softmax, {} does not: serve it with 1", self.routing.estimator);
+        Err(Error::invalid("routing.serve_k", message))
+    }
+
+    /// How the routers learn.
+    ///
+    /// # Errors
+    /// As [`RoutingConfig::plan`]; none for a recipe that [`TrainConfig::read`] has returned.
+    pub fn plan(&self) -> Result<RoutingPlan> {
+        let run = RunShape { experts: self.model.experts, steps: self.run.steps, purpose: Purpose::Train, teacher: false };
+        self.routing.plan(run)
     }
 
     /// Parameters of the large matrices, at most.
@@ -232,14 +207,14 @@ impl TrainConfig {
         2 * self.data.vocab_size as u128 * d + layers * (4 * d * d + experts * d * (3 * f + 1))
     }
 
-    /// The model that this recipe makes, for a tokenizer of `vocab_size` tokens.
-    pub fn spec(&self, vocab_size: usize) -> ModelSpec {
+    /// The model that this recipe makes under its plan, for a tokenizer of `vocab_size` tokens.
+    pub fn spec(&self, plan: &RoutingPlan, vocab_size: usize) -> ModelSpec {
         let model = &self.model;
         let moe = MoeSpec {
             num_experts: model.experts,
             expert_width: model.expert_width,
             top_k: self.routing.serve_k,
-            weight_form: WeightForm::Renorm,
+            weight_form: plan.estimator(self.run.steps).serve,
             shared_expert_width: None,
         };
         ModelSpec {
@@ -258,8 +233,8 @@ impl TrainConfig {
             max_context: model.context,
             tied_head: model.tied_head,
             layers: vec![LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe) }; model.layers],
-            reference: ReferenceRouting::Soft { temperature: 1.0 },
-            estimator: self.routing.estimator.id().into(),
+            reference: plan.reference(self.routing.serve_k),
+            estimator: self.routing.estimator.clone(),
         }
     }
 }

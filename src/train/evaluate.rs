@@ -44,7 +44,7 @@ pub fn evaluate(decoder: &Decoder, tokens: &[u32], length: usize, routing: Routi
 }
 
 /// `log softmax(row)[index]`, in f64.
-fn log_softmax_at(row: &[f32], index: usize) -> f64 {
+pub(super) fn log_softmax_at(row: &[f32], index: usize) -> f64 {
     let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = row.iter().map(|&z| (f64::from(z) - max).exp()).sum();
     f64::from(row[index]) - max - sum.ln()

@@ -3,8 +3,11 @@
 use candle_core::DType;
 
 use super::{
-    config::{Estimator, TrainConfig},
-    log, plot, tokenizer,
+    config::TrainConfig,
+    log, plot,
+    routing::RoutingPlan,
+    tokenizer,
+    trainable::Learning,
     trainer::{Trained, folded, log_path},
 };
 use crate::{
@@ -13,7 +16,12 @@ use crate::{
         TemperatureRecord, TrainRecord,
     },
     error::{Error, Result},
-    moe::policy::WeightForm,
+    model::ReferenceRouting,
+    moe::{
+        estimator::{NoiseKind, Relaxation, Weights},
+        loss::AuxLoss,
+        policy::WeightForm,
+    },
 };
 
 /// Saves `trained` to `config.output`, and its curves to `config.work`.
@@ -29,13 +37,14 @@ pub fn export(config: &TrainConfig, trained: &Trained) -> Result<()> {
         do_sample: config.generation.temperature.map(|temperature| temperature > 0.0),
         ..GenerationDefaults::default()
     };
-    let weights = folded(&trained.model, trained.temperature)?;
+    let weights = folded(&trained.model, trained.folding)?;
+    let plan = config.plan()?;
     checkpoint::save(
         &config.output,
         &SaveRequest {
             spec: &trained.spec,
             weights: &weights,
-            routing: Some(&routing_block(config, trained)),
+            routing: Some(&routing_block(&plan, config, trained)),
             tokenizer: Some(&trained.tokenizer),
             generation: &generation,
             dtype: DType::F32,
@@ -45,43 +54,74 @@ pub fn export(config: &TrainConfig, trained: &Trained) -> Result<()> {
     plot::curves(&log::read(&log_path(config))?, &picture)
 }
 
-fn routing_block(config: &TrainConfig, trained: &Trained) -> RoutingBlock {
-    let routing = &config.routing;
-    let schedule = routing.temperature;
-    let noisy = routing.estimator == Estimator::GumbelSoft;
+fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) -> RoutingBlock {
+    let last = &trained.estimator;
+    let softmax = matches!(last.relaxation, Relaxation::Softmax { .. });
+    let steps = config.run.steps;
     RoutingBlock {
         version: RoutingBlock::VERSION,
         train: Some(TrainRecord {
-            estimator: routing.estimator.id().into(),
-            score: Some("softmax".into()),
-            temperature: Some(TemperatureRecord {
+            estimator: config.routing.estimator.clone(),
+            k: plan.estimator.k(),
+            // Another score function leaves no trace in what is served: it orders experts as their logits do.
+            score: softmax.then(|| "softmax".into()),
+            temperature: plan.estimator.schedule("temperature").map(|schedule| TemperatureRecord {
                 schedule: Some(schedule.schedule.id().into()),
                 init: Some(schedule.init),
                 end: Some(schedule.last()),
-                at_save: Some(trained.temperature),
-                folded: Some(true),
+                at_save: Some(schedule.at(steps, steps)),
+                folded: Some(softmax),
             }),
-            noise: Some(NoiseRecord { kind: Some(if noisy { "gumbel" } else { "none" }.into()), scale_at_save: Some(trained.noise) }),
-            weight_form: Some(WeightForm::Raw),
-            loss: Some(LossRecord {
-                balance: Some("switch".into()),
-                convention: Some("normalised".into()),
-                balance_coef: Some(routing.balance_coef),
-                z_coef: Some(routing.z_coef),
-                bias_rate: Some(0.0),
+            noise: Some(NoiseRecord { kind: Some(noise(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
+            weight_form: Some(match last.weights {
+                Weights::Renorm => WeightForm::Renorm,
+                Weights::Unit => WeightForm::Unit,
+                Weights::Relaxed | Weights::Chosen | Weights::Corrected { .. } => WeightForm::Raw,
             }),
-            steps: Some(config.run.steps),
-            frozen_router: Some(false),
+            loss: Some(loss_record(plan)),
+            capacity_factor: plan.capacity.map(|capacity| capacity.factor),
+            steps: Some(steps),
+            frozen_router: Some(plan.learning == Learning::Experts),
             ..TrainRecord::default()
         }),
-        reference: Some(ReferenceRecord { mode: ReferenceMode::Soft, temperature: Some(1.0), k: None, noise: Some("none".into()) }),
+        reference: Some(match trained.spec.reference {
+            ReferenceRouting::Soft { temperature } => reference(ReferenceMode::Soft, Some(f64::from(temperature)), None),
+            ReferenceRouting::TopK { k } => reference(ReferenceMode::Hard, None, Some(k)),
+            ReferenceRouting::OwnTopK { .. } => reference(ReferenceMode::Hard, None, None),
+        }),
         serve: Some(ServeRecord {
             mode: Some("hard".into()),
-            k: Some(routing.serve_k),
-            weight_form: Some(WeightForm::Renorm),
+            k: Some(config.routing.serve_k),
+            weight_form: Some(last.serve),
             ..ServeRecord::default()
         }),
         per_layer: Default::default(),
         fidelity: None,
+    }
+}
+
+fn reference(mode: ReferenceMode, temperature: Option<f64>, k: Option<usize>) -> ReferenceRecord {
+    ReferenceRecord { mode, temperature, k, noise: Some("none".into()) }
+}
+
+fn noise(kind: NoiseKind) -> &'static str {
+    match kind {
+        NoiseKind::None => "none",
+        NoiseKind::Gumbel => "gumbel",
+        NoiseKind::Gaussian => "gaussian",
+        NoiseKind::Learned => "softplus",
+    }
+}
+
+/// The losses at the end of the run, as far as the block has a place for them.
+fn loss_record(plan: &RoutingPlan) -> LossRecord {
+    let balance = plan.balance(plan.steps);
+    let z = plan.losses.iter().find(|term| term.loss == AuxLoss::RouterZ).map_or(0.0, |term| term.weight.last());
+    LossRecord {
+        balance: balance.map(|(loss, _)| loss.id().into()),
+        convention: balance.map(|(loss, _)| if loss == AuxLoss::HuggingFace { "per_slot" } else { "normalised" }.into()),
+        balance_coef: Some(balance.map_or(0.0, |(_, weight)| weight)),
+        z_coef: Some(z),
+        bias_rate: Some(plan.bias_rate),
     }
 }

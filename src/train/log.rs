@@ -1,6 +1,7 @@
 //! What a run reports: JSON lines for programs, a progress bar for people.
 
 use std::{
+    collections::BTreeMap,
     fs::{File, OpenOptions},
     io::Write,
     path::Path,
@@ -8,7 +9,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    moe::remedy::Action,
+};
 
 /// One line of `training-log.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,6 +22,22 @@ pub enum Record {
     Step(StepRecord),
     /// One evaluation on held-out text.
     Evaluation(EvaluationRecord),
+    /// A remedy for collapse acted.
+    Remedy(RemedyRecord),
+}
+
+/// A remedy that acted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RemedyRecord {
+    /// The step after which it did.
+    pub step: usize,
+    /// Decoder layer, from 0.
+    pub layer: usize,
+    /// What it did.
+    #[serde(flatten)]
+    pub action: Action,
+    /// The same in words.
+    pub text: String,
 }
 
 /// One optimizer step.
@@ -27,18 +47,23 @@ pub struct StepRecord {
     pub step: usize,
     /// Language-model loss, nats per token.
     pub lm_loss: f64,
-    /// Switch load-balancing loss, mean over layers, before its coefficient.
-    pub balance_loss: f64,
-    /// Router z-loss, mean over layers, before its coefficient.
-    pub z_loss: f64,
+    /// Auxiliary losses by name, means over layers, before their weights.
+    #[serde(default)]
+    pub losses: BTreeMap<String, f64>,
     /// In force.
     pub learning_rate: f64,
-    /// In force.
+    /// Temperature or width of the relaxation in force; 1 for estimators that have neither.
     pub temperature: f64,
     /// In force; 0 without noise.
     pub noise: f64,
     /// Global norm before clipping; `None` for a skipped step.
     pub grad_norm: Option<f64>,
+    /// Norm over the routers alone, before clipping.
+    #[serde(default)]
+    pub router_grad_norm: Option<f64>,
+    /// Rows pushed through experts per token and layer, counted.
+    #[serde(default)]
+    pub executed_per_token: f64,
     /// Tokens trained on per second, this step.
     pub tokens_per_second: f64,
 }
@@ -53,8 +78,10 @@ pub struct EvaluationRecord {
     /// At the end of the run, on all held-out text; the others take `run.eval_tokens` of it.
     #[serde(default)]
     pub complete: bool,
-    /// Perplexity when all experts are mixed at the training temperature, without noise.
-    pub soft_perplexity: f64,
+    /// Perplexity under the reference routing: all experts mixed as in training without noise, or, for estimators that
+    /// were trained with hard routing, that.
+    #[serde(alias = "soft_perplexity")]
+    pub reference_perplexity: f64,
     /// Perplexity under hard top-2, renormalised.
     pub top2_perplexity: f64,
     /// Perplexity under hard top-1.
@@ -92,6 +119,7 @@ impl Record {
     fn stays(&self, first_step: usize) -> bool {
         match self {
             Self::Step(step) => step.step < first_step,
+            Self::Remedy(remedy) => remedy.step < first_step,
             Self::Evaluation(evaluation) => evaluation.step <= first_step && !evaluation.complete,
         }
     }

@@ -2,12 +2,15 @@
 //!
 //! candle's own keeps its moments private, so a run on it cannot be resumed.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 use candle_core::{Device, Tensor, backprop::GradStore};
 use rayon::prelude::*;
 
-use super::{config::OptimizerConfig, trainable::Parameter};
+use super::{
+    config::OptimizerConfig,
+    trainable::{Learning, Parameter, Part},
+};
 use crate::error::{Error, Result};
 
 /// AdamW (Loshchilov and Hutter 2019), f32 moments.
@@ -29,13 +32,32 @@ struct Moments {
 /// What happened to one set of gradients.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
-    /// Parameters moved; the global norm of the gradients before clipping.
+    /// Parameters moved; norms of the gradients before clipping.
     Updated {
-        /// L2 norm over all parameters.
+        /// L2 norm over all parameters that learn.
         grad_norm: f64,
+        /// L2 norm over the routers; 0 where they do not learn.
+        router_norm: f64,
     },
     /// A gradient was not finite: nothing moved.
     Skipped,
+}
+
+/// How far parameters move in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct Rates {
+    /// Learning rate.
+    pub rate: f64,
+    /// The routers' learning rate over it.
+    pub router: f64,
+    /// What moves at all.
+    pub learning: Learning,
+}
+
+impl Rates {
+    fn of(&self, part: Part) -> f64 {
+        if part == Part::Router { self.rate * self.router } else { self.rate }
+    }
 }
 
 const EPSILON: f64 = 1e-8;
@@ -47,29 +69,45 @@ impl AdamW {
         Self { config, updates: 0, moments: parameters.iter().map(zeros).collect() }
     }
 
-    /// One update at `learning_rate`. Every parameter must have a gradient.
-    pub fn step(&mut self, parameters: &[Parameter], grads: &GradStore, learning_rate: f64) -> Result<Outcome> {
+    /// One update. Every parameter that learns must have a gradient.
+    pub fn step(&mut self, parameters: &[Parameter], grads: &GradStore, rates: Rates) -> Result<Outcome> {
         let mut gradients = Vec::with_capacity(parameters.len());
         for parameter in parameters {
-            let Some(grad) = grads.get(parameter.var.as_tensor()) else {
-                return Err(Error::Internal(format!("no gradient reached {}", parameter.name)));
-            };
-            gradients.push(grad.flatten_all()?.to_vec1::<f32>()?);
+            gradients.push(match (rates.learning.moves(parameter.part), grads.get(parameter.var.as_tensor())) {
+                (false, _) => None,
+                (true, Some(grad)) => Some(grad.flatten_all()?.to_vec1::<f32>()?),
+                (true, None) => return Err(Error::Internal(format!("no gradient reached {}", parameter.name))),
+            });
         }
-        let square: f64 = gradients.iter().flatten().map(|&g| f64::from(g) * f64::from(g)).sum();
-        let grad_norm = square.sqrt();
+        let square = |gradient: &Vec<f32>| gradient.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
+        let squares = || parameters.iter().zip(&gradients).filter_map(|(p, gradient)| Some((p.part, square(gradient.as_ref()?))));
+        let grad_norm = squares().map(|(_, square)| square).sum::<f64>().sqrt();
+        let router_norm = squares().filter(|(part, _)| *part == Part::Router).map(|(_, square)| square).sum::<f64>().sqrt();
         if !grad_norm.is_finite() {
             return Ok(Outcome::Skipped);
         }
         self.updates += 1;
-        let rule = Rule::new(&self.config, self.updates, learning_rate, (self.config.clip_norm / grad_norm).min(1.0));
+        let clip = (self.config.clip_norm / grad_norm).min(1.0);
         for ((parameter, moments), gradient) in parameters.iter().zip(&mut self.moments).zip(&gradients) {
+            let Some(gradient) = gradient else { continue };
+            let rate = rates.of(parameter.part);
             let mut values = parameter.var.flatten_all()?.to_vec1::<f32>()?;
-            let decay = if parameter.decay { learning_rate * self.config.weight_decay } else { 0.0 };
-            rule.apply(&mut values, moments, gradient, decay as f32);
+            let decay = if parameter.decay { rate * self.config.weight_decay } else { 0.0 };
+            Rule::new(&self.config, self.updates, rate, clip).apply(&mut values, moments, gradient, decay as f32);
             parameter.var.set(&Tensor::from_vec(values, parameter.var.shape(), parameter.var.device())?)?;
         }
-        Ok(Outcome::Updated { grad_norm })
+        Ok(Outcome::Updated { grad_norm, router_norm })
+    }
+
+    /// Forgets the moments of some values of the parameter at `index`: what was made anew has no past.
+    pub fn reset(&mut self, index: usize, values: Range<usize>) {
+        if let Some(moments) = self.moments.get_mut(index) {
+            for moment in [&mut moments.first, &mut moments.second] {
+                if let Some(part) = moment.get_mut(values.clone()) {
+                    part.fill(0.0);
+                }
+            }
+        }
     }
 
     /// Updates done and moments by name, `NAME.first` and `NAME.second`.

@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
-use super::{config::TrainConfig, optimizer::AdamW, trainable::Trainable};
+use super::{
+    config::TrainConfig,
+    learner::{Learner, Memory},
+};
 use crate::error::{Error, Result};
 
 const TOKENIZER: &str = "tokenizer.json";
@@ -32,6 +35,7 @@ pub struct Progress {
 #[derive(Debug, Serialize, Deserialize)]
 struct Header {
     progress: Progress,
+    memory: Memory,
     updates: i32,
     /// Of recipe and text: a state is continued only under those that made it.
     recipe: String,
@@ -107,7 +111,8 @@ impl StateDir {
     }
 
     /// Replaces the saved state.
-    pub fn save(&self, progress: Progress, tokenizer: &Tokenizer, model: &Trainable, optimizer: &AdamW) -> Result<()> {
+    pub fn save(&self, progress: Progress, tokenizer: &Tokenizer, learner: &Learner) -> Result<()> {
+        let model = learner.model();
         let temporary = self.path.with_extension("partial");
         let io = |path: &Path| {
             let path = path.to_owned();
@@ -117,7 +122,7 @@ impl StateDir {
             fs::remove_dir_all(&temporary).map_err(io(&temporary))?;
         }
         fs::create_dir_all(&temporary).map_err(io(&temporary))?;
-        let (updates, mut tensors) = optimizer.state(model.parameters())?;
+        let (updates, mut tensors) = learner.optimizer().state(model.parameters())?;
         for parameter in model.parameters() {
             tensors.insert(format!("{}.value", parameter.name), parameter.var.as_detached_tensor());
         }
@@ -126,7 +131,7 @@ impl StateDir {
             .map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
         let file = temporary.join(TOKENIZER);
         tokenizer.save(&file, false).map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
-        let header = Header { progress, updates, recipe: self.recipe.clone() };
+        let header = Header { progress, memory: learner.memory().clone(), updates, recipe: self.recipe.clone() };
         let text = serde_json::to_string_pretty(&header).map_err(|error| Error::Internal(format!("writing the state: {error}")))?;
         let file = temporary.join("state.json");
         fs::write(&file, text).map_err(io(&file))?;
@@ -154,8 +159,8 @@ impl StateDir {
         Tokenizer::from_file(&file).map_err(|error| Error::invalid(file.display().to_string(), error.to_string()))
     }
 
-    /// Puts the saved state into `model` and `optimizer`.
-    pub fn load(&self, model: &Trainable, optimizer: &mut AdamW) -> Result<Progress> {
+    /// Puts the saved state into `learner`.
+    pub fn load(&self, learner: &mut Learner) -> Result<Progress> {
         let file = self.path.join("state.json");
         let text = fs::read_to_string(&file).map_err(|source| Error::io(&file, source))?;
         let header: Header = serde_json::from_str(&text).map_err(|error| Error::invalid(file.display().to_string(), error.to_string()))?;
@@ -168,12 +173,14 @@ impl StateDir {
         }
         let file = self.path.join("tensors.safetensors");
         let tensors: BTreeMap<String, Tensor> = candle_core::safetensors::load(&file, &Device::Cpu)?.into_iter().collect();
+        let (model, optimizer, memory) = learner.restore();
         for parameter in model.parameters() {
             let name = format!("{}.value", parameter.name);
             let tensor = tensors.get(&name).ok_or_else(|| Error::FailedPrecondition(format!("{} lacks {name}", file.display())))?;
             model.set(&parameter.name, tensor)?;
         }
         optimizer.restore(model.parameters(), header.updates, &tensors)?;
+        *memory = header.memory;
         Ok(header.progress)
     }
 }

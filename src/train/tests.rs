@@ -43,8 +43,7 @@ tied_head = true
 estimator = "gumbel_soft"
 temperature = { schedule = "exp", init = 2.0, final = 0.5 }
 noise = { schedule = "linear", init = 1.0, final = 0.0 }
-balance_coef = 0.01
-z_coef = 0.0001
+losses = { switch = 0.01, router_z = 0.0001 }
 serve_k = 1
 [optimizer]
 learning_rate = 1e-2
@@ -201,7 +200,7 @@ fn what_is_saved_is_what_was_evaluated() {
     for (routing, wanted) in [
         (RoutingChoice::Native, trained.evaluation.top1_perplexity),
         (RoutingChoice::TopK { k: 2, weight_form: None }, trained.evaluation.top2_perplexity),
-        (RoutingChoice::Soft { temperature: None }, trained.evaluation.soft_perplexity),
+        (RoutingChoice::Soft { temperature: None }, trained.evaluation.reference_perplexity),
     ] {
         let found = evaluate(&loaded.decoder, &tokens, config.model.context, routing).unwrap().perplexity;
         assert_eq!(found, wanted, "{routing}");
@@ -242,7 +241,22 @@ fn bad_recipes_name_the_field() {
         ("steps = 12", "steps = 0", "run.steps"),
         ("kv_heads = 1", "kv_heads = 3", "model.kv_heads"),
         ("final = 0.5", "final = 0.0", "routing.temperature"),
-        ("estimator = \"gumbel_soft\"", "estimator = \"soft\"", "routing.noise"),
+        ("estimator = \"gumbel_soft\"", "estimator = \"soft\"", "routing.noise: soft has no such parameter"),
+        ("estimator = \"gumbel_soft\"", "estimator = \"gumbel_sof\"", "did you mean gumbel_soft?"),
+        ("serve_k = 1", "serve_k = 1\nk = 2", "routing.k: gumbel_soft has none"),
+        ("switch = 0.01", "switch = -0.01", "routing.losses.switch: must not be negative"),
+        ("switch = 0.01", "swich = 0.01", "routing.losses.swich: is unknown"),
+        ("switch = 0.01", "load = 0.01", "routing.losses.load"),
+        ("serve_k = 1", "serve_k = 1\nbias_rate = 0.001", "routing.bias_rate: needs an estimator that chooses"),
+        ("serve_k = 1", "serve_k = 1\ncapacity = { factor = 1.25 }", "routing.capacity: needs an estimator that chooses"),
+        ("serve_k = 1", "serve_k = 1\nremedies = [\"reset\"]", "routing.remedies: 'reset' is unknown"),
+        ("serve_k = 1", "serve_k = 1\nremedies = [\"bias_bump\"]", "routing.remedies: 'bias_bump' needs an estimator that chooses"),
+        ("serve_k = 1", "serve_k = 1\ntrain = \"experts\"\nremedies = [\"reinit\"]", "routing.remedies: 'reinit' needs"),
+        ("serve_k = 1", "serve_k = 1\nexplore = { jitter = 1.5 }", "routing.explore.jitter: must be at least 0 and below 1"),
+        ("serve_k = 1", "serve_k = 1\nexplore = { epsilon = 0.1 }", "routing.explore.epsilon: needs an estimator that chooses"),
+        ("serve_k = 1", "serve_k = 1\nrouter_rate = 0.0", "routing.router_rate: must be above 0"),
+        ("serve_k = 1", "serve_k = 1\ntrain = \"router\"\ntrian = 3", "routing.trian: gumbel_soft has no such parameter"),
+        ("final = 0.5 }", "final = 0.5, until = 5000 }", "`until` = 5000 is past the end of the run, 12 steps"),
         ("serve_k = 1", "serve_k = 3", "routing.serve_k"),
         ("vocab_size = 300", "vocab_size = 30", "data.vocab_size"),
         ("final = 0.5", "final = 1e-60", "routing.temperature"),
@@ -254,7 +268,7 @@ fn bad_recipes_name_the_field() {
         ("batch = 4", "batch = 9000000000000000000", "run.batch"),
         ("eval_tokens = 64", "eval_tokens = 1", "run.eval_tokens"),
         ("clip_norm = 1.0", "clip_norm = 1.0\nnesterov = true", "nesterov"),
-        ("estimator = \"gumbel_soft\"", "estimator = \"reinforce\"", "reinforce"),
+        ("estimator = \"gumbel_soft\"", "estimator = \"onehot\"", "routing.estimator: onehot is only for the laboratory"),
     ] {
         let dir = folder(|recipe| recipe.replace(from, to));
         let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err();

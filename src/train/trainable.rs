@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, rngs::StdRng};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
@@ -11,11 +12,48 @@ use crate::{
     },
 };
 
+/// What a variable belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The router of a layer.
+    Router,
+    /// The experts of a layer, stacked.
+    Experts,
+    /// Everything else: embedding, attention, norms, head.
+    Body,
+}
+
+/// Which parts learn; the others stay as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Learning {
+    /// All.
+    #[default]
+    All,
+    /// All but routers: the control that says what a trained router is worth.
+    Experts,
+    /// Routers only.
+    Router,
+}
+
+impl Learning {
+    /// Whether variables of a part move.
+    pub fn moves(self, part: Part) -> bool {
+        match self {
+            Self::All => true,
+            Self::Experts => part != Part::Router,
+            Self::Router => part == Part::Router,
+        }
+    }
+}
+
 /// One variable.
 #[derive(Clone, Debug)]
 pub struct Parameter {
     /// Unique, stable between runs.
     pub name: String,
+    /// What it belongs to.
+    pub part: Part,
     /// f32.
     pub var: Var,
     /// Whether weight decay applies: matrices yes, norms no.
@@ -45,6 +83,11 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn make(&mut self, name: String, shape: &[usize], fill: &Fill) -> Result<Tensor> {
+        let part = match name.rsplit('.').next() {
+            Some("router") => Part::Router,
+            Some("gate_up" | "down") => Part::Experts,
+            _ => Part::Body,
+        };
         let count = shape.iter().product();
         let values: Vec<f32> = match fill {
             Fill::Ones => vec![1.0; count],
@@ -52,7 +95,7 @@ impl Builder<'_> {
         };
         let var = Var::from_tensor(&Tensor::from_vec(values, shape, self.device)?)?;
         let tensor = var.as_tensor().clone();
-        self.parameters.push(Parameter { name, var, decay: shape.len() > 1 });
+        self.parameters.push(Parameter { name, part, var, decay: shape.len() > 1 });
         Ok(tensor)
     }
 }
@@ -68,8 +111,9 @@ impl Trainable {
     /// Fresh weights: linear layers N(0, 1/fan_in), those that write to the residual stream scaled by 1/√(2L),
     /// embedding and router N(0, 0.02²), norms 1.
     ///
-    /// `spec` must be in the shape that `hardmax train` makes: all layers routed, no bias, no query and key norm.
-    pub fn init(spec: &ModelSpec, rng: &mut StdRng, device: &Device) -> Result<Self> {
+    /// `spec` must be in the shape that `hardmax train` makes: all layers routed, no bias, no query and key norm. Routers
+    /// have `router_width(E)` outputs: one for each expert, or what an estimator reads instead.
+    pub fn init(spec: &ModelSpec, router_width: impl Fn(usize) -> usize, rng: &mut StdRng, device: &Device) -> Result<Self> {
         let (d, q, kv) = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
         let linear = |fan_in: usize| Fill::Normal((1.0 / fan_in as f64).sqrt());
         let residual = |fan_in: usize| Fill::Normal((1.0 / fan_in as f64 / (2 * spec.layers.len()) as f64).sqrt());
@@ -97,7 +141,7 @@ impl Trainable {
                 },
                 feed_forward_norm: b.make(name("feed_forward_norm"), &[d], &Fill::Ones)?,
                 feed_forward: FeedForwardWeights::Moe(MoeWeights {
-                    router: b.make(name("router"), &[e, d], &small)?,
+                    router: b.make(name("router"), &[router_width(e), d], &small)?,
                     gate_up: b.make(name("experts.gate_up"), &[e, 2 * f, d], &linear(d))?,
                     down: b.make(name("experts.down"), &[e, d, f], &residual(f))?,
                     shared: None,
@@ -117,9 +161,18 @@ impl Trainable {
         &self.parameters
     }
 
-    /// Tracked: a forward on it can be differentiated.
-    pub fn tracked(&self) -> ModelWeights {
-        self.weights.clone()
+    /// Tracked where `learning` moves them: a forward on it can be differentiated.
+    pub fn tracked(&self, learning: Learning) -> ModelWeights {
+        let mut weights = if learning.moves(Part::Body) { self.weights.clone() } else { self.detached.clone() };
+        for ((layer, tracked), detached) in weights.layers.iter_mut().zip(&self.weights.layers).zip(&self.detached.layers) {
+            let of = |part| if learning.moves(part) { &tracked.feed_forward } else { &detached.feed_forward };
+            let sources = (&mut layer.feed_forward, of(Part::Router), of(Part::Experts));
+            if let (FeedForwardWeights::Moe(moe), FeedForwardWeights::Moe(routers), FeedForwardWeights::Moe(experts)) = sources {
+                moe.router = routers.router.clone();
+                (moe.gate_up, moe.down) = (experts.gate_up.clone(), experts.down.clone());
+            }
+        }
+        weights
     }
 
     /// The same storage without gradients: always the present values.

@@ -2,17 +2,16 @@
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
-use candle_core::{Device, Tensor};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokenizers::Tokenizer;
 
 use super::{
-    config::{Estimator, TrainConfig},
-    data::{self, Stream, step_rng},
+    config::TrainConfig,
+    data,
     evaluate::{Evaluation, evaluate},
-    log::{EvaluationRecord, Log, Record, StepRecord},
-    optimizer::{AdamW, Outcome},
-    schedule::learning_rate,
+    learner::{Learner, Setup, StepReport, Text},
+    log::{EvaluationRecord, Log, Record, RemedyRecord, StepRecord},
+    optimizer::Outcome,
     state::{Lock, Progress, StateDir},
     tokenizer,
     trainable::Trainable,
@@ -20,14 +19,12 @@ use super::{
 use crate::{
     checkpoint,
     error::{Error, Result},
-    model::{Batch, Decoder, LogitRows, ModelSpec},
-    moe::{
-        RoutingMode,
-        kernel::{self, ExpertKernel},
-        loss,
-        policy::{RoutingChoice, RoutingPolicy},
+    model::{
+        Decoder, ModelSpec,
+        weights::{FeedForwardWeights, ModelWeights},
     },
-    ops,
+    moe::{estimator::Estimator, policy::RoutingChoice},
+    schedule::learning_rate,
 };
 
 /// A run: data, weights, optimizer, and how far it has come.
@@ -37,11 +34,7 @@ pub struct Trainer {
     tokenizer: Tokenizer,
     train: Vec<u32>,
     heldout: Vec<u32>,
-    spec: Arc<ModelSpec>,
-    model: Trainable,
-    decoder: Decoder,
-    kernel: Arc<dyn ExpertKernel>,
-    optimizer: AdamW,
+    learner: Learner,
     progress: Progress,
     state: StateDir,
     log: Log,
@@ -57,10 +50,10 @@ pub struct Trained {
     pub model: Trainable,
     /// Trained on the same text.
     pub tokenizer: Tokenizer,
-    /// The last router temperature.
-    pub temperature: f64,
-    /// The last noise scale.
-    pub noise: f64,
+    /// What routers were trained under at the end.
+    pub estimator: Estimator,
+    /// What routers are divided by when saved.
+    pub folding: f64,
     /// On all held-out text.
     pub evaluation: EvaluationRecord,
 }
@@ -91,14 +84,11 @@ impl Trainer {
             return Err(Error::invalid("data.train", message));
         }
 
-        let spec = Arc::new(config.spec(tokenizer.get_vocab_size(true)));
-        let device = Device::Cpu;
-        let model = Trainable::init(&spec, &mut step_rng(config.run.seed, 0, Stream::Init), &device)?;
-        let kernel = kernel::for_device(&device);
-        let decoder = Decoder::new(Arc::clone(&spec), model.tracked(), &kernel)?;
-        let mut optimizer = AdamW::new(config.optimizer.clone(), model.parameters());
+        let plan = config.plan()?;
+        let spec = Arc::new(config.spec(&plan, tokenizer.get_vocab_size(true)));
+        let mut learner = Learner::new(Setup { spec, plan, optimizer: config.optimizer.clone(), seed: config.run.seed })?;
         let progress = match (state.exists(), resume) {
-            (true, true) => state.load(&model, &mut optimizer)?,
+            (true, true) => state.load(&mut learner)?,
             (true, false) => {
                 let message =
                     format!("{} holds the state of a run: continue it with --resume, or remove the folder", state.path().display());
@@ -107,12 +97,12 @@ impl Trainer {
             (false, _) => Progress::default(),
         };
         let log = Log::open(&log_path(&config), progress.step)?;
-        Ok(Self { config, tokenizer, train, heldout, spec, model, decoder, kernel, optimizer, progress, state, log, _lock: lock })
+        Ok(Self { config, tokenizer, train, heldout, learner, progress, state, log, _lock: lock })
     }
 
     /// What the run is about to do, in one line.
     pub fn summary(&self) -> String {
-        let (all, active) = self.spec.parameters();
+        let (all, active) = self.learner.spec().parameters();
         format!(
             "{all} parameters ({active} active at top-{}), {} training and {} held-out tokens, step {} of {}",
             self.config.routing.serve_k,
@@ -130,8 +120,15 @@ impl Trainer {
         let evaluation = self.evaluate(None)?;
         tracing::info!("{}", describe(&evaluation));
         self.log.write(&Record::Evaluation(evaluation.clone()))?;
-        let (temperature, noise) = (self.temperature(steps), self.noise(steps));
-        Ok(Trained { spec: self.spec, model: self.model, tokenizer: self.tokenizer, temperature, noise, evaluation })
+        let plan = self.learner.plan();
+        Ok(Trained {
+            spec: Arc::clone(self.learner.spec()),
+            model: self.learner.model().clone(),
+            tokenizer: self.tokenizer,
+            estimator: plan.estimator(steps),
+            folding: plan.folding(steps),
+            evaluation,
+        })
     }
 
     /// Trains until `last` steps are done, evaluating and saving on the way.
@@ -150,86 +147,68 @@ impl Trainer {
                 self.log.write(&Record::Evaluation(evaluation))?;
             }
             if done.is_multiple_of(self.config.run.save_every) || done == steps {
-                self.state.save(self.progress, &self.tokenizer, &self.model, &self.optimizer)?;
+                self.state.save(self.progress, &self.tokenizer, &self.learner)?;
             }
         }
         bar.finish_and_clear();
         Ok(())
     }
 
-    fn temperature(&self, step: usize) -> f64 {
-        self.config.routing.temperature.at(step, self.config.run.steps)
-    }
-
-    fn noise(&self, step: usize) -> f64 {
-        self.config.routing.noise.map_or(0.0, |noise| noise.at(step, self.config.run.steps))
-    }
-
     fn step(&mut self) -> Result<StepRecord> {
         let start = Instant::now();
-        let (run, routing) = (&self.config.run, &self.config.routing);
+        let (run, optimizer) = (&self.config.run, &self.config.optimizer);
         let (step, context) = (self.progress.step, self.config.model.context);
         let (inputs, targets) = data::windows(&self.train, run.batch, context, run.seed, step);
-        let (temperature, noise) = (self.temperature(step), self.noise(step));
-        let policy = match routing.estimator {
-            Estimator::Soft => RoutingPolicy::Soft { temperature: temperature as f32 },
-            Estimator::GumbelSoft => RoutingPolicy::GumbelSoftmax { temperature: temperature as f32, noise: noise as f32 },
-        };
-        let mut batch = Batch::default();
-        for window in inputs.chunks(context) {
-            batch.push(&[], window, 0, RoutingChoice::Native, LogitRows::All);
-        }
-        let mut rng = step_rng(run.seed, step, Stream::Noise);
-        let forward = self.decoder.forward(&batch, &mut RoutingMode::Train { policy, rng: &mut rng }, None)?;
-
-        let lm = ops::cross_entropy(&forward.logits, &targets)?;
-        let layers = forward.layers.len() as f64;
-        let (mut balance, mut z) = (Tensor::zeros((), lm.dtype(), lm.device())?, Tensor::zeros((), lm.dtype(), lm.device())?);
-        for layer in &forward.layers {
-            balance = (balance + (loss::switch_balance(&layer.router_logits, temperature)? / layers)?)?;
-            z = (z + (loss::router_z(&layer.router_logits)? / layers)?)?;
-        }
-        let total = ((&lm + (&balance * routing.balance_coef)?)? + (&z * routing.z_coef)?)?;
-        let grads = total.backward()?;
-
-        let optimizer = &self.config.optimizer;
         let rate = learning_rate(step, run.steps, optimizer.warmup_steps, optimizer.learning_rate, optimizer.final_ratio);
-        let grad_norm = match self.optimizer.step(self.model.parameters(), &grads, rate)? {
-            Outcome::Updated { grad_norm } => Some(grad_norm),
-            Outcome::Skipped => {
-                self.progress.skipped += 1;
-                tracing::warn!(step, "a gradient is not finite: step skipped");
-                None
-            }
-        };
+        let text = Text { inputs: &inputs, targets: &targets, length: context, route: None, teacher: None };
+        let report = self.learner.step(step, text, rate)?;
+        for (layer, action) in &report.actions {
+            let record = RemedyRecord { step, layer: *layer, action: *action, text: action.to_string() };
+            self.log.write(&Record::Remedy(record))?;
+        }
+        if report.outcome == Outcome::Skipped {
+            self.progress.skipped += 1;
+            tracing::warn!(step, "a gradient is not finite: step skipped");
+        }
         self.progress.step += 1;
-        Ok(StepRecord {
+        Ok(self.record(step, rate, &report, inputs.len() as f64 / start.elapsed().as_secs_f64()))
+    }
+
+    fn record(&self, step: usize, learning_rate: f64, report: &StepReport, tokens_per_second: f64) -> StepRecord {
+        let (grad_norm, router_grad_norm) = match report.outcome {
+            Outcome::Updated { grad_norm, router_norm } => (Some(grad_norm), Some(router_norm)),
+            Outcome::Skipped => (None, None),
+        };
+        let tokens = self.config.run.batch * self.config.model.context * report.layers.len();
+        StepRecord {
             step,
-            lm_loss: scalar(&lm)?,
-            balance_loss: scalar(&balance)?,
-            z_loss: scalar(&z)?,
-            learning_rate: rate,
-            temperature,
-            noise,
+            lm_loss: report.lm_loss,
+            losses: report.losses.iter().map(|(loss, value)| (loss.id().to_owned(), *value)).collect(),
+            learning_rate,
+            temperature: self.learner.plan().sharpness(step),
+            noise: report.estimator.noise.scale,
             grad_norm,
-            tokens_per_second: inputs.len() as f64 / start.elapsed().as_secs_f64(),
-        })
+            router_grad_norm,
+            executed_per_token: report.layers.iter().map(|stats| stats.executed).sum::<u64>() as f64 / tokens.max(1) as f64,
+            tokens_per_second,
+        }
     }
 
     /// Held-out perplexity of the present weights on the first `tokens`, or on all for the end of the run; the router
     /// divided by the present temperature as when saved.
     fn evaluate(&self, tokens: Option<usize>) -> Result<EvaluationRecord> {
-        let weights = folded(&self.model, self.temperature(self.progress.step))?;
-        let decoder = Decoder::new(Arc::clone(&self.spec), weights, &self.kernel)?;
+        let weights = folded(self.learner.model(), self.learner.plan().folding(self.progress.step))?;
+        let decoder = Decoder::new(Arc::clone(self.learner.spec()), weights, self.learner.kernel())?;
         let text = &self.heldout[..self.heldout.len().min(tokens.unwrap_or(usize::MAX))];
         let under = |routing| evaluate(&decoder, text, self.config.model.context, routing);
         let hard = |k| RoutingChoice::TopK { k, weight_form: None };
-        let (soft, top2, top1) = (under(RoutingChoice::Soft { temperature: Some(1.0) })?, under(hard(2))?, under(hard(1))?);
+        let reference = self.learner.spec().reference.choice();
+        let (soft, top2, top1) = (under(reference)?, under(hard(2))?, under(hard(1))?);
         Ok(EvaluationRecord {
             step: self.progress.step,
             tokens: top1.tokens,
             complete: tokens.is_none(),
-            soft_perplexity: soft.perplexity,
+            reference_perplexity: soft.perplexity,
             top2_perplexity: top2.perplexity,
             top1_perplexity: top1.perplexity,
             utilization: utilization(&top1),
@@ -238,12 +217,12 @@ impl Trainer {
 }
 
 /// The weights with every router divided by `temperature`, so that the soft mixture they were trained as is the plain
-/// softmax, for every loader.
-pub fn folded(model: &Trainable, temperature: f64) -> Result<crate::model::weights::ModelWeights> {
+/// softmax, for every loader. Router outputs that are no expert's, such as the scales of noise, are left out.
+pub fn folded(model: &Trainable, temperature: f64) -> Result<ModelWeights> {
     let mut weights = model.detached();
     for layer in &mut weights.layers {
-        if let crate::model::weights::FeedForwardWeights::Moe(moe) = &mut layer.feed_forward {
-            moe.router = (&moe.router / temperature)?;
+        if let FeedForwardWeights::Moe(moe) = &mut layer.feed_forward {
+            moe.router = (moe.router.narrow(0, 0, moe.gate_up.dim(0)?)? / temperature)?;
         }
     }
     Ok(weights)
@@ -262,17 +241,13 @@ fn describe(e: &EvaluationRecord) -> String {
     let all = e.utilization.iter().flatten().copied();
     let (low, high) = (all.clone().fold(f64::INFINITY, f64::min), all.fold(0.0, f64::max));
     format!(
-        "step {}: held-out perplexity soft {:.3}, top-2 {:.3}, top-1 {:.3} ({:+.2} %), utilisation {low:.2} to {high:.2}",
+        "step {}: held-out perplexity {:.3} under the reference routing, top-2 {:.3}, top-1 {:.3} ({:+.2} %), utilisation {low:.2} to {high:.2}",
         e.step,
-        e.soft_perplexity,
+        e.reference_perplexity,
         e.top2_perplexity,
         e.top1_perplexity,
-        (e.top1_perplexity / e.soft_perplexity - 1.0) * 100.0
+        (e.top1_perplexity / e.reference_perplexity - 1.0) * 100.0
     )
-}
-
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(f64::from(tensor.to_scalar::<f32>()?))
 }
 
 fn progress_bar(steps: usize, done: usize) -> ProgressBar {

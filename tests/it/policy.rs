@@ -14,20 +14,24 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     // Leaves. `error` wraps the errors of loading; telemetry reads what a forward returns.
     ("error", &["checkpoint"]),
     ("ops", &["error"]),
+    ("plot", &["error"]),
+    ("schedule", &["error"]),
     ("telemetry", &["error", "moe"]),
     // Maths. A MoE layer is built from the description of a model, which is data, and knows nothing of the decoder.
-    ("moe", &["error", "ops", "model::spec", "model::weights", "model::MoeSpec", "model::ReferenceRouting"]),
+    ("moe", &["error", "ops", "schedule", "model::spec", "model::weights", "model::MoeSpec", "model::ReferenceRouting"]),
     ("model", &["checkpoint", "error", "moe", "ops"]),
     ("checkpoint", &["error", "model", "moe"]),
-    ("train", &["checkpoint", "error", "model", "moe", "ops"]),
+    ("train", &["checkpoint", "error", "model", "moe", "ops", "plot", "schedule"]),
     // Serving.
     ("engine", &["error", "model", "moe", "telemetry"]),
     ("service", &["checkpoint::GenerationDefaults", "engine", "error", "model", "moe", "telemetry"]),
     ("server", &["engine", "error", "model", "moe", "service", "telemetry"]),
     // Measures all of the above.
     ("bench", &["engine", "error", "model", "moe", "ops", "server", "service"]),
+    // The laboratory: estimators against each other, on small tasks of its own and on the decoder.
+    ("compare", &["error", "model", "moe", "ops", "plot", "schedule", "train"]),
     // The command line may name everything.
-    ("cli", &["bench", "checkpoint", "engine", "error", "model", "moe", "ops", "server", "service", "telemetry", "train"]),
+    ("cli", &["bench", "checkpoint", "compare", "engine", "error", "model", "moe", "ops", "server", "service", "telemetry", "train"]),
     ("main", &["cli"]),
     ("lib", &[]),
 ];

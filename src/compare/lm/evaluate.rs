@@ -1,0 +1,162 @@
+//! A language model on test windows, under the training routing without noise and under hard routing.
+
+use std::sync::Arc;
+
+use super::text::{LENGTH, VOCABULARY, Windows};
+use crate::{
+    compare::{
+        evaluate::{load, missed_mass},
+        metric::{Confusion, Distance},
+        results::{ByRouting, CellResult, Fidelity, Hardened, finite},
+        task::{
+            Targets,
+            targets::{argmax, divergence},
+        },
+    },
+    error::{Error, Result},
+    model::{Batch, Decoder, LogitRows},
+    moe::{
+        LayerState, Routing, RoutingMode, RoutingStats, TrainState,
+        collapse::DEAD,
+        estimator::{Estimator, RoutedBatch},
+        policy::{RoutingChoice, RoutingPolicy},
+    },
+};
+
+/// What is evaluated.
+#[derive(Debug)]
+pub(super) struct Model<'a> {
+    /// On weights that are not tracked.
+    pub(super) decoder: &'a Decoder,
+    /// As in the present step.
+    pub(super) estimator: Estimator,
+    /// Selection bias that is served too, and running means, by decoder layer.
+    pub(super) layers: Vec<LayerState>,
+    /// Expert of each token of some windows, in the place of the router.
+    pub(super) route: Option<&'a dyn FixedRoute>,
+}
+
+/// A route that is known without a router.
+pub(super) trait FixedRoute: std::fmt::Debug {
+    /// Expert of each token.
+    fn of(&self, windows: &Windows) -> Vec<u32>;
+}
+
+/// One routing of test windows.
+#[derive(Debug)]
+pub(super) struct Evaluated {
+    /// `[T, V]`.
+    pub(super) logits: Vec<f64>,
+    /// Mean loss, nats per byte.
+    pub(super) loss: f64,
+    /// Share of bytes that were the most probable ones.
+    pub(super) accuracy: f64,
+    /// By MoE layer.
+    pub(super) layers: Vec<(RoutingStats, Arc<RoutedBatch>)>,
+}
+
+impl Model<'_> {
+    /// Under the training routing without noise.
+    pub(super) fn soft(&self, windows: &Windows) -> Result<Evaluated> {
+        self.under(windows, self.estimator)
+    }
+
+    /// Under hard top-k.
+    pub(super) fn hard(&self, windows: &Windows, k: usize) -> Result<Evaluated> {
+        self.under(windows, self.estimator.hard(k))
+    }
+
+    fn under(&self, windows: &Windows, estimator: Estimator) -> Result<Evaluated> {
+        let mut batch = Batch::default();
+        for window in windows.inputs.chunks(LENGTH) {
+            batch.push(&[], window, 0, RoutingChoice::Native, LogitRows::All);
+        }
+        let mut state = TrainState::evaluation(self.layers.clone());
+        state.fixed = self.route.map(|route| route.of(windows).into());
+        let mode = &mut RoutingMode::Train { policy: RoutingPolicy::Estimator(estimator), state: &mut state };
+        let forward = self.decoder.forward(&batch, mode, None)?;
+        let logits: Vec<f64> = forward.read_logits(|logits| logits.iter().map(|&z| f64::from(z)).collect())?;
+        let targets = Targets::Classes(windows.targets.iter().map(|&byte| byte as usize).collect());
+        let mut unused = vec![0.0; logits.len()];
+        let losses = targets.loss(&logits, VOCABULARY, &mut unused);
+        let layers = forward.layers.into_iter().map(|layer| match layer.routing {
+            Routing::Dense { routed, .. } => Ok((layer.stats, routed)),
+            Routing::Sparse(_) => Err(Error::Internal("a training forward routed as serving does".into())),
+        });
+        Ok(Evaluated {
+            loss: losses.iter().sum::<f64>() / losses.len().max(1) as f64,
+            accuracy: targets.accuracy(&logits, VOCABULARY).unwrap_or(f64::NAN),
+            logits,
+            layers: layers.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Everything about quality, load and routing; the rest of the result is left as it is by default. `teacher` are its
+    /// logits.
+    pub(super) fn measure(&self, test: &Windows, teacher: Option<&[f64]>) -> Result<CellResult> {
+        let (soft, hard1) = (self.soft(test)?, self.hard(test, 1)?);
+        let has_router = self.route.is_none();
+        let hard2 = if has_router { Some(self.hard(test, 2)?) } else { None };
+        let by_routing = |value: fn(&Evaluated) -> f64| ByRouting {
+            train: finite(value(&soft)),
+            hard1: finite(value(&hard1)),
+            hard2: hard2.as_ref().map(value).and_then(finite),
+        };
+        let missed = || mean(soft.layers.iter().zip(&hard1.layers).map(|((_, soft), (_, hard1))| Some(missed_mass(soft, hard1))));
+        let confusions: Vec<Confusion> = hard1.layers.iter().map(|(_, routed)| confusion(routed, &test.domains)).collect();
+        let stats = || hard1.layers.iter().map(|(stats, _)| stats);
+        let worst = |value: fn(&RoutingStats) -> f64| finite(stats().map(value).fold(f64::NEG_INFINITY, f64::max));
+        Ok(CellResult {
+            loss: by_routing(|evaluated| evaluated.loss),
+            accuracy: Some(by_routing(|evaluated| evaluated.accuracy)),
+            rel_l2: Hardened {
+                hard1: Distance::of(&soft.logits, &hard1.logits).relative(),
+                hard2: hard2.as_ref().and_then(|hard2| Distance::of(&soft.logits, &hard2.logits).relative()),
+            },
+            missed_mass: if has_router { missed() } else { None },
+            agreement: mean(confusions.iter().map(Confusion::agreement)),
+            nmi: mean(confusions.iter().map(Confusion::nmi)),
+            utilisation: mean_rows(stats().map(RoutingStats::utilization).collect()),
+            dead: stats().map(|stats| stats.below(DEAD)).sum(),
+            max_vio: worst(RoutingStats::max_vio),
+            gini: worst(RoutingStats::gini),
+            load_entropy: finite(stats().map(RoutingStats::load_entropy).fold(f64::INFINITY, f64::min)),
+            router_entropy: if has_router { mean(stats().map(|stats| Some(stats.router_entropy()))) } else { None },
+            fidelity: teacher.map(|teacher| fidelity(teacher, &hard1.logits)),
+            ..CellResult::default()
+        })
+    }
+}
+
+impl Evaluated {
+    /// Share of tokens per expert, in the first routed layer.
+    pub(super) fn load(&self) -> Vec<f64> {
+        self.layers.first().map(|(_, routed)| load(routed)).unwrap_or_default()
+    }
+}
+
+/// Top-1 against domains.
+fn confusion(hard1: &RoutedBatch, domains: &[u32]) -> Confusion {
+    let pairs = (0..hard1.tokens).filter_map(|t| Some((*hard1.rows().of(t).first()? as usize, *domains.get(t)? as usize)));
+    Confusion::new(hard1.experts, super::text::DOMAINS, pairs)
+}
+
+/// Of those that are there.
+fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    let values: Vec<f64> = values.flatten().collect();
+    if values.is_empty() { None } else { finite(values.iter().sum::<f64>() / values.len() as f64) }
+}
+
+fn mean_rows(rows: Vec<Vec<f64>>) -> Vec<f64> {
+    let width = rows.first().map_or(0, Vec::len);
+    (0..width).map(|i| rows.iter().filter_map(|row| row.get(i)).sum::<f64>() / rows.len() as f64).collect()
+}
+
+fn fidelity(teacher: &[f64], logits: &[f64]) -> Fidelity {
+    let mut unused = vec![0.0; VOCABULARY];
+    let rows = || logits.chunks_exact(VOCABULARY).zip(teacher.chunks_exact(VOCABULARY));
+    let kl: f64 = rows().map(|(student, teacher)| divergence(student, teacher, &mut unused)).sum();
+    let same = rows().filter(|(student, teacher)| argmax(student) == argmax(teacher)).count();
+    let share = |x: f64| finite(x / rows().count().max(1) as f64);
+    Fidelity { rel_l2: Distance::of(teacher, logits).relative(), kl: share(kl), agreement: share(same as f64) }
+}

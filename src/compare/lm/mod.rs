@@ -1,0 +1,403 @@
+//! Language-model cells: the product's own decoder on bytes of four domains.
+//!
+//! Training is [`crate::train::learner`], so that these cells measure the code that `hardmax train` runs.
+
+mod evaluate;
+mod text;
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Instant};
+
+use candle_core::{Device, Tensor};
+
+use self::{
+    evaluate::{Evaluated, FixedRoute, Model},
+    text::{Corpus, LENGTH, VOCABULARY, Windows},
+};
+use super::{
+    arm::{Arm, Route},
+    files,
+    metric::{Distance, quantile},
+    results::{CellResult, Curves, Duration, RouterGradient, finite},
+    spec::{Budget, CellSpec, Mode},
+};
+use crate::{
+    error::{Error, Result},
+    model::{Decoder, FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
+    moe::{
+        estimator::{Combine, Estimator, Purpose, Relaxation},
+        policy::{RoutingPolicy, WeightForm},
+    },
+    schedule::{Schedule, learning_rate},
+    train::{
+        config::OptimizerConfig,
+        learner::{Distillation, Learner, Setup, StepReport, Text},
+        optimizer::Outcome,
+        routing::{ExploreConfig, RoutingConfig, RoutingPlan, RunShape},
+        trainable::{Learning, Part, Trainable},
+    },
+};
+
+/// Width of the residual stream.
+const HIDDEN: usize = 32;
+/// Hidden width of an expert.
+const EXPERT_WIDTH: usize = 64;
+/// Decoder layers.
+const LAYERS: usize = 2;
+/// One step in so many is warm-up.
+const WARM_UP: usize = 20;
+/// In tuning the router learns this much slower: it is the teacher's already.
+const TUNING_ROUTER_RATE: f64 = 0.3;
+/// Test windows of a point of the curves.
+const POINT_WINDOWS: usize = 8;
+/// Lines of remedies that a result keeps.
+const REMEDY_LINES: usize = 50;
+
+/// Trains and measures the cell; writes the weights of a teacher into `cells`, and reads those of its own from there.
+pub fn run(spec: &CellSpec, cells: &Path) -> Result<CellResult> {
+    let mut cell = Cell::new(spec, cells)?;
+    cell.train()?;
+    let result = cell.result()?;
+    if spec.is_teacher() {
+        write(cell.learner.model(), &spec.weights(cells)?)?;
+    }
+    Ok(result)
+}
+
+/// A cell while it trains.
+#[derive(Debug)]
+struct Cell<'a> {
+    spec: &'a CellSpec,
+    corpus: Corpus,
+    test: Windows,
+    learner: Learner,
+    /// On weights that are not tracked: always the present ones.
+    decoder: Decoder,
+    /// What the router learns under in the end; until then ([`Route::ExpertsAfter`]) the learner has another plan.
+    own: RoutingPlan,
+    teacher: Option<Decoder>,
+    route: Option<Box<dyn FixedRoute>>,
+    updates: usize,
+    /// Expert rows per token and layer, summed over updates: what equal expert-FLOPs are counted in.
+    spent: f64,
+    record: Record,
+}
+
+/// What is noted down.
+#[derive(Debug, Default)]
+struct Record {
+    milliseconds: Vec<f64>,
+    norms: Vec<f64>,
+    norms_at_point: usize,
+    executed: u64,
+    rows: u64,
+    curves: Curves,
+    remedies: Vec<String>,
+    remedy_actions: usize,
+    diverged: bool,
+}
+
+impl<'a> Cell<'a> {
+    fn new(spec: &'a CellSpec, cells: &Path) -> Result<Self> {
+        let corpus = Corpus::new();
+        let own = plan(spec, &spec.arm, learning(spec.arm.route))?;
+        let begin = match spec.arm.route {
+            Route::ExpertsAfter { share } if share > 0.0 => plan(spec, &Arm::teacher(), Learning::All)?,
+            _ => own.clone(),
+        };
+        let shape = Arc::new(model_spec(spec));
+        let learner = Learner::new(Setup { spec: Arc::clone(&shape), plan: begin, optimizer: optimizer(spec), seed: spec.seed })?;
+        let teacher = match spec.teacher() {
+            Some(teacher) => {
+                let weights = read(&teacher.weights(cells)?)?;
+                copy(&weights, &learner, spec.arm.route, own.estimator(0))?;
+                Some(teacher_decoder(spec, &weights)?)
+            }
+            None => None,
+        };
+        let decoder = Decoder::new(shape, learner.model().detached(), learner.kernel())?;
+        let route: Option<Box<dyn FixedRoute>> = match spec.arm.route {
+            Route::Hash => Some(Box::new(ByHash { experts: spec.task.experts() })),
+            Route::Oracle => Some(Box::new(ByDomain)),
+            Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } => None,
+        };
+        let test = corpus.test(spec.size.test);
+        Ok(Self { spec, corpus, test, learner, decoder, own, teacher, route, updates: 0, spent: 0.0, record: Record::default() })
+    }
+
+    fn train(&mut self) -> Result<()> {
+        let points = self.test.part(0..POINT_WINDOWS);
+        let mut next = 0;
+        while let Some(clock) = self.clock() {
+            self.change_plan(clock)?;
+            if next < self.spec.size.points && clock * self.spec.size.points >= next * self.spec.size.steps {
+                self.note_point(clock, &points)?;
+                next += 1;
+            }
+            if !self.advance(clock)? {
+                self.record.diverged = true;
+                break;
+            }
+        }
+        self.note_point(self.spec.size.steps, &points)
+    }
+
+    /// Where schedules stand, in steps of the full run; `None` at the end.
+    fn clock(&self) -> Option<usize> {
+        let steps = self.spec.size.steps;
+        let clock = match self.spec.budget {
+            Budget::Steps => self.updates,
+            Budget::Flops => self.spent as usize,
+        };
+        (clock < steps && self.updates < steps).then_some(clock)
+    }
+
+    /// After its share of the steps, experts learn alone.
+    fn change_plan(&mut self, clock: usize) -> Result<()> {
+        let Route::ExpertsAfter { share } = self.spec.arm.route else { return Ok(()) };
+        let due = clock as f64 >= share * self.spec.size.steps as f64;
+        if due && self.learner.plan().learning == Learning::All {
+            self.learner.change_plan(self.own.clone())?;
+        }
+        Ok(())
+    }
+
+    /// One update; false if something was not finite.
+    fn advance(&mut self, clock: usize) -> Result<bool> {
+        let (started, size) = (Instant::now(), self.spec.size);
+        let windows = self.corpus.batch(self.spec.seed, self.updates, size.batch);
+        let route = self.route.as_ref().map(|route| route.of(&windows));
+        let weight = self.spec.arm.distill;
+        let teacher = match (&self.teacher, weight > 0.0) {
+            (Some(teacher), true) => Some(soft(teacher, &windows)?.logits),
+            _ => None,
+        };
+        let text = Text {
+            inputs: &windows.inputs,
+            targets: &windows.targets,
+            length: LENGTH,
+            route: route.as_deref(),
+            teacher: teacher.as_deref().map(|logits| Distillation { logits, weight }),
+        };
+        let rate = learning_rate(clock, size.steps, size.steps / WARM_UP, size.rate, 0.0);
+        let report = self.learner.step(clock, text, rate)?;
+        self.note_step(&report, windows.inputs.len());
+        self.record.milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
+        self.updates += 1;
+        Ok(report.lm_loss.is_finite() && report.outcome != Outcome::Skipped)
+    }
+
+    fn note_step(&mut self, report: &StepReport, tokens: usize) {
+        let rows = (tokens * report.layers.len()) as u64;
+        let executed: u64 = report.layers.iter().map(|stats| stats.executed).sum();
+        // A merged expert costs as much as all the experts it is merged from.
+        let each = if report.estimator.combine == Combine::Merged { 1 + self.spec.task.experts() } else { 1 };
+        self.spent += (each as u64 * executed) as f64 / rows.max(1) as f64;
+        let record = &mut self.record;
+        record.executed += executed;
+        record.rows += rows;
+        record.norms.push(report.task_gradient);
+        record.remedy_actions += report.actions.len();
+        for (layer, action) in &report.actions {
+            if record.remedies.len() < REMEDY_LINES {
+                record.remedies.push(format!("step {}, layer {layer}: {action}", self.updates));
+            }
+        }
+    }
+
+    fn model(&self, clock: usize) -> Model<'_> {
+        let mut layers = self.learner.memory().layers.clone();
+        if self.spec.arm.bias_rate == 0.0 {
+            // What remedies raised is not served.
+            layers.iter_mut().for_each(|layer| layer.bias.clear());
+        }
+        let estimator = self.learner.plan().estimator(clock);
+        Model { decoder: &self.decoder, estimator, layers, route: self.route.as_deref() }
+    }
+
+    fn note_point(&mut self, clock: usize, windows: &Windows) -> Result<()> {
+        let model = self.model(clock);
+        let (soft, hard) = (model.soft(windows)?, model.hard(windows, 1)?);
+        let steps = self.spec.size.steps;
+        let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.estimator.number_at(name, clock, steps));
+        let norms = &self.record.norms[self.record.norms_at_point..];
+        let grad_norm = if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) };
+        let curves = &mut self.record.curves;
+        curves.step.push(clock);
+        curves.loss.push(finite(soft.loss));
+        curves.hard1.push(finite(hard.loss));
+        curves.gap.push(Distance::of(&soft.logits, &hard.logits).relative());
+        curves.sharpness.push(sharpness);
+        curves.grad_norm.push(grad_norm);
+        curves.load.push(hard.load());
+        self.record.norms_at_point = self.record.norms.len();
+        Ok(())
+    }
+
+    fn result(&self) -> Result<CellResult> {
+        let steps = self.spec.size.steps;
+        let teacher = self.teacher.as_ref().map(|teacher| soft(teacher, &self.test)).transpose()?;
+        let model = self.model(steps);
+        let (record, norms) = (&self.record, &self.record.norms);
+        Ok(CellResult {
+            trivial: self.corpus.trivial(&self.test),
+            router_grad: RouterGradient {
+                norm: if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) },
+                ..RouterGradient::default()
+            },
+            executed_per_token: record.executed as f64 / record.rows.max(1) as f64,
+            executed_expected: model.estimator.executed_per_token(self.spec.task.experts()).into(),
+            step_ms: Duration { median: quantile(&record.milliseconds, 0.5), p90: quantile(&record.milliseconds, 0.9) },
+            steps: self.updates,
+            diverged: record.diverged,
+            remedies: record.remedies.clone(),
+            remedy_actions: record.remedy_actions,
+            curves: record.curves.clone(),
+            ..model.measure(&self.test, teacher.as_ref().map(|teacher| &teacher.logits[..]))?
+        })
+    }
+}
+
+// === routes without a router ===
+
+/// By the byte alone.
+#[derive(Debug)]
+struct ByHash {
+    experts: usize,
+}
+
+impl FixedRoute for ByHash {
+    fn of(&self, windows: &Windows) -> Vec<u32> {
+        let hash = |byte: u32| byte.wrapping_add(1).wrapping_mul(0x9e37_79b1) >> 16;
+        windows.inputs.iter().map(|&byte| hash(byte) % self.experts as u32).collect()
+    }
+}
+
+/// By the domain of the text: the optimum that routing is compared with.
+#[derive(Debug)]
+struct ByDomain;
+
+impl FixedRoute for ByDomain {
+    fn of(&self, windows: &Windows) -> Vec<u32> {
+        windows.domains.clone()
+    }
+}
+
+// === shape, plan, teacher ===
+
+fn model_spec(spec: &CellSpec) -> ModelSpec {
+    let moe = MoeSpec {
+        num_experts: spec.task.experts(),
+        expert_width: EXPERT_WIDTH,
+        top_k: 1,
+        weight_form: WeightForm::Renorm,
+        shared_expert_width: None,
+    };
+    ModelSpec {
+        family: "mixtral".into(),
+        vocab_size: VOCABULARY,
+        hidden_size: HIDDEN,
+        num_heads: 2,
+        num_kv_heads: 2,
+        head_dim: HIDDEN / 2,
+        qkv_bias: false,
+        out_bias: false,
+        qk_norm: QkNorm::None,
+        clip_qkv: None,
+        rms_norm_eps: 1e-5,
+        rope: RopeSpec { theta: 10_000.0, scaling: RopeScaling::None },
+        max_context: LENGTH,
+        tied_head: false,
+        layers: vec![LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe) }; LAYERS],
+        reference: ReferenceRouting::OwnTopK { assumed: false },
+        estimator: spec.arm.estimator.name.clone(),
+    }
+}
+
+fn optimizer(spec: &CellSpec) -> OptimizerConfig {
+    OptimizerConfig {
+        learning_rate: spec.size.rate,
+        final_ratio: 0.0,
+        warmup_steps: spec.size.steps / WARM_UP,
+        weight_decay: 0.0,
+        beta1: 0.9,
+        beta2: 0.95,
+        clip_norm: 1.0,
+    }
+}
+
+fn learning(route: Route) -> Learning {
+    if route == Route::Learned { Learning::All } else { Learning::Experts }
+}
+
+fn plan(spec: &CellSpec, arm: &Arm, train: Learning) -> Result<RoutingPlan> {
+    let some = |rate: f64| (rate > 0.0).then(|| Schedule::constant(rate));
+    let config = RoutingConfig {
+        estimator: arm.estimator.name.clone(),
+        k: arm.estimator.k,
+        serve_k: 1,
+        losses: arm.losses.clone(),
+        bias_rate: arm.bias_rate,
+        capacity: arm.capacity,
+        explore: ExploreConfig { jitter: some(arm.jitter), epsilon: some(arm.explore.epsilon), dropout: some(arm.explore.dropout) },
+        remedies: arm.remedies.clone(),
+        train,
+        router_rate: if spec.mode == Mode::Tune { TUNING_ROUTER_RATE } else { 1.0 },
+        params: arm.estimator.params.clone(),
+    };
+    let run = RunShape { experts: spec.task.experts(), steps: spec.size.steps, purpose: Purpose::Laboratory, teacher: false };
+    config.plan(run)
+}
+
+/// Logits of a teacher under its own soft routing.
+fn soft(teacher: &Decoder, windows: &Windows) -> Result<Evaluated> {
+    let estimator = RoutingPolicy::Soft { temperature: 1.0 }.estimator();
+    Model { decoder: teacher, estimator, layers: Vec::new(), route: None }.soft(windows)
+}
+
+/// Parameters by name.
+type Weights = BTreeMap<String, Tensor>;
+
+fn write(model: &Trainable, path: &Path) -> Result<()> {
+    let weights: Weights = model.parameters().iter().map(|p| (p.name.clone(), p.var.as_detached_tensor())).collect();
+    let bytes = safetensors::serialize(weights.iter(), None).map_err(|error| Error::Internal(format!("{}: {error}", path.display())))?;
+    files::write(path, &bytes)
+}
+
+fn read(path: &Path) -> Result<Weights> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    Ok(candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?.into_iter().collect())
+}
+
+fn teacher_decoder(spec: &CellSpec, weights: &Weights) -> Result<Decoder> {
+    let plan = plan(spec, &Arm::teacher(), Learning::All)?;
+    let learner = Learner::new(Setup { spec: Arc::new(model_spec(spec)), plan, optimizer: optimizer(spec), seed: spec.seed })?;
+    for (name, value) in weights {
+        learner.model().set(name, value)?;
+    }
+    Decoder::new(Arc::clone(learner.spec()), learner.model().detached(), learner.kernel())
+}
+
+/// Starts a student from the teacher: all weights, and the router where one learns that has the teacher's outputs.
+///
+/// A frozen random router stays random; further outputs (learned noise) stay as they are made; a router whose outputs are
+/// no logits (DSelect-k) begins anew.
+fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator) -> Result<()> {
+    let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
+    let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. });
+    for parameter in student.model().parameters() {
+        let Some(value) = teacher.get(&parameter.name) else {
+            return Err(Error::NotFound(format!("the teacher has no {}", parameter.name)));
+        };
+        if parameter.part != Part::Router {
+            student.model().set(&parameter.name, value)?;
+        } else if routers {
+            let (rows, all) = (value.dim(0)?, parameter.var.dim(0)?);
+            let whole = match all > rows {
+                true => Tensor::cat(&[value, &parameter.var.as_detached_tensor().narrow(0, rows, all - rows)?], 0)?,
+                false => value.clone(),
+            };
+            student.model().set(&parameter.name, &whole)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! What one cell of the laboratory is. A cell's file holds its whole specification, so that a rerun knows what is done.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::arm::Arm;
+use crate::error::{Error, Result};
+
+/// Version of the measurement: part of every cell, raised whenever code changes what a cell would measure, so that old
+/// cells are not taken for new ones.
+pub const LAB_VERSION: u32 = 1;
+
+/// A task of the laboratory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskName {
+    /// Eight linear regions of equal mass.
+    Equal,
+    /// Eight linear regions with masses between 0.03 and 0.32.
+    Unequal,
+    /// `Equal`, where the router of expert 0 starts 8 above the others.
+    Collapsed,
+    /// Rotated handwritten digits.
+    Digits,
+    /// A byte language model on text of four domains.
+    Text,
+    /// Gradients of one token, everything enumerated; nothing is trained.
+    Gradient,
+}
+
+/// Where a cell starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// From random weights.
+    Scratch,
+    /// From the weights of the soft-trained teacher of the same seed.
+    Tune,
+}
+
+/// What arms are given equally much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Budget {
+    /// Equal steps.
+    Steps,
+    /// Equal expert-FLOPs: an arm that executes n experts per token where the sparse ones execute k has `k/n` of the steps.
+    Flops,
+}
+
+/// How long a cell trains and on how much it is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Size {
+    /// Updates.
+    pub steps: usize,
+    /// Tokens of a step; windows, for text; random draws, for `gradient`.
+    pub batch: usize,
+    /// Test tokens; windows, for text; problems, for `gradient`.
+    pub test: usize,
+    /// Points of the curves.
+    pub points: usize,
+    /// Peak of Adam's learning rate, which falls to 0 by a cosine.
+    pub rate: f64,
+}
+
+/// One training and its measurement.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CellSpec {
+    /// [`LAB_VERSION`].
+    pub lab: u32,
+    /// On what.
+    pub task: TaskName,
+    /// From where.
+    pub mode: Mode,
+    /// For how long.
+    pub budget: Budget,
+    /// What is compared.
+    pub arm: Arm,
+    /// Of the task's data, the initial weights and the noise. Arms with one seed see the same task and start.
+    pub seed: u64,
+    /// Steps and rows.
+    pub size: Size,
+    /// In tuning: those of the teacher, which is the soft arm of the same task and seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher_size: Option<Size>,
+}
+
+impl TaskName {
+    /// All of them, in the order of the report.
+    pub const ALL: [Self; 6] = [Self::Equal, Self::Unequal, Self::Collapsed, Self::Digits, Self::Text, Self::Gradient];
+
+    /// As flags and files spell it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Equal => "equal",
+            Self::Unequal => "unequal",
+            Self::Collapsed => "collapsed",
+            Self::Digits => "digits",
+            Self::Text => "text",
+            Self::Gradient => "gradient",
+        }
+    }
+
+    /// Experts of its layers.
+    pub fn experts(self) -> usize {
+        match self {
+            Self::Equal | Self::Unequal | Self::Collapsed | Self::Gradient => 8,
+            Self::Digits | Self::Text => 4,
+        }
+    }
+
+    /// In which modes it is run.
+    pub fn modes(self) -> &'static [Mode] {
+        match self {
+            Self::Equal | Self::Digits | Self::Text => &[Mode::Scratch, Mode::Tune],
+            Self::Unequal | Self::Collapsed | Self::Gradient => &[Mode::Scratch],
+        }
+    }
+
+    /// What the routing is compared with.
+    pub fn optimum(self) -> &'static str {
+        match self {
+            Self::Equal | Self::Unequal | Self::Collapsed => "the optimum, known in closed form",
+            Self::Digits => "the rotation",
+            Self::Text => "the domain",
+            Self::Gradient => "none",
+        }
+    }
+}
+
+impl Mode {
+    /// As flags and files spell it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Scratch => "scratch",
+            Self::Tune => "tune",
+        }
+    }
+}
+
+impl Budget {
+    /// As files spell it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Steps => "steps",
+            Self::Flops => "flops",
+        }
+    }
+}
+
+impl CellSpec {
+    /// Name of the cell, unique among all: readable, then the hash of everything that defines it.
+    pub fn id(&self) -> Result<String> {
+        let json = serde_json::to_vec(self).map_err(|error| Error::Internal(format!("a cell has no JSON form: {error}")))?;
+        let hash = Sha256::digest(json).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
+        Ok(format!("{}-{}-{}-{}-s{}-{hash}", self.task.id(), self.mode.id(), self.budget.id(), self.arm.name, self.seed))
+    }
+
+    /// The file of its result in the folder of cells.
+    pub fn file(&self, cells: &Path) -> Result<PathBuf> {
+        Ok(cells.join(format!("{}.json", self.id()?)))
+    }
+
+    /// The file of its trained weights, if others start from them: of a teacher.
+    pub fn weights(&self, cells: &Path) -> Result<PathBuf> {
+        Ok(cells.join(format!("{}.teacher", self.id()?)))
+    }
+
+    /// The cell that must run before this one: the teacher, in [`Mode::Tune`].
+    pub fn teacher(&self) -> Option<CellSpec> {
+        let size = self.teacher_size?;
+        Some(Self { mode: Mode::Scratch, budget: Budget::Steps, arm: Arm::teacher(), size, teacher_size: None, ..self.clone() })
+    }
+
+    /// Whether the weights of this cell are kept, because others start from them.
+    pub fn is_teacher(&self) -> bool {
+        self.arm == Arm::teacher()
+    }
+}

@@ -1,0 +1,424 @@
+//! The training of the small net: steps, auxiliary losses, balancing, remedies, and what is noted down on the way.
+
+use std::{path::Path, time::Instant};
+
+use super::{
+    adam::{Adam, clip, norm},
+    arm::{Arm, CheckedArm, Route},
+    evaluate::{Evaluated, Model, load},
+    expert::ExpertShape,
+    metric::{Distance, quantile},
+    net::{Gradients, Means, Net, Shape},
+    probe,
+    results::{CellResult, Curves, Duration, RouterGradient, brief, finite},
+    spec::{Budget, CellSpec, Mode},
+    step::{Step, StepInput, step},
+    task::{Batch, Task},
+    teacher::Teacher,
+};
+use crate::{
+    error::Result,
+    moe::{
+        balance_bias,
+        collapse::Monitor,
+        draw::{Draw, Stream},
+        estimator::{Baseline, Combine, Estimator, EstimatorSpec, Gradient, Purpose, RoutedBatch, StepContext},
+        loss::{LossInput, LossNoise, LossTerm},
+        remedy::{Action, Evidence, Remedies, Treatment},
+    },
+};
+
+/// Largest norm of the router's gradient.
+const ROUTER_CLIP: f64 = 1.0;
+/// In tuning the router learns this much slower than the experts: it is the teacher's already.
+const TUNING_ROUTER_RATE: f64 = 0.3;
+/// Test rows of a point of the curves.
+const POINT_ROWS: usize = 512;
+/// Points at which the quality of the router's gradient is measured.
+const PROBES: usize = 5;
+/// Lines of remedies that a result keeps.
+const REMEDY_LINES: usize = 50;
+/// Tokens over which the monitor of collapse forgets.
+const MONITOR_WINDOW: usize = 4096;
+/// What is left of a raised bias after a step.
+const BIAS_FADE: f64 = 0.99;
+
+/// A cell of the small net while it trains.
+#[allow(missing_debug_implementations, reason = "holds a task behind a trait, which has no use for Debug")]
+pub struct Training<'a> {
+    spec: &'a CellSpec,
+    task: &'a dyn Task,
+    /// The arm's estimator.
+    own: EstimatorSpec,
+    /// What trains everything before [`Route::ExpertsAfter`] begins.
+    soft: EstimatorSpec,
+    losses: Vec<LossTerm>,
+    remedies: Remedies,
+    teacher: Option<Teacher>,
+    state: State,
+    record: Record,
+}
+
+/// What a step changes.
+struct State {
+    net: Net,
+    router: Adam,
+    experts: Adam,
+    means: Means,
+    /// `[E]`; empty where nothing biases the choice.
+    bias: Vec<f64>,
+    monitor: Monitor,
+    treatment: Treatment,
+    average_loss: Option<f64>,
+    /// Weight of what the estimator itself adds to the loss.
+    own_weight: f64,
+    /// Updates done.
+    updates: usize,
+    /// Expert rows per row of a batch, summed over updates: what equal expert-FLOPs are counted in.
+    spent: f64,
+}
+
+/// What is noted down.
+#[derive(Default)]
+struct Record {
+    milliseconds: Vec<f64>,
+    /// Norm of the task's gradient at the router, per step.
+    norms: Vec<f64>,
+    /// Steps in `norms` at the last point.
+    norms_at_point: usize,
+    executed: usize,
+    rows: usize,
+    curves: Curves,
+    probes: Vec<probe::Quality>,
+    remedies: Vec<String>,
+    remedy_actions: usize,
+    diverged: bool,
+}
+
+impl<'a> Training<'a> {
+    /// Prepares the cell; its settings are checked here. `cells` is where a teacher's weights are.
+    pub fn new(spec: &'a CellSpec, task: &'a dyn Task, cells: &Path) -> Result<Self> {
+        let (arm, steps, experts) = (&spec.arm, spec.size.steps, spec.task.experts());
+        let CheckedArm { estimator: own, losses, remedies } = arm.check(experts, steps)?;
+        let soft = EstimatorSpec::new(&Arm::teacher().estimator, experts, steps, Purpose::Laboratory)?;
+        let estimator = own.at(0, steps);
+        let shape = Shape {
+            experts,
+            router_width: estimator.router_width(experts),
+            expert: ExpertShape { features: task.features(), hidden: task.hidden(), outputs: task.outputs() },
+        };
+        let teacher = match spec.teacher() {
+            Some(teacher) => {
+                Some(Teacher::read(&teacher.weights(cells)?, Shape { router_width: experts, ..shape }, soft.at(steps, steps))?)
+            }
+            None => None,
+        };
+
+        let mut net = Net::new(shape, spec.seed, &task.handicap());
+        if let Some(teacher) = &teacher {
+            teacher.copy_to(&mut net, arm.route, &estimator);
+        }
+        let biased = arm.bias_rate > 0.0 || !remedies.is_empty();
+        let state = State {
+            router: Adam::new(net.router.len()),
+            experts: Adam::new(net.experts.len()),
+            means: Means::new(experts, task.outputs()),
+            bias: if biased { vec![0.0; experts] } else { Vec::new() },
+            monitor: Monitor::new(experts, estimator.k(), MONITOR_WINDOW),
+            treatment: Treatment::default(),
+            average_loss: None,
+            own_weight: own.regulariser(0, steps).initial_weight(),
+            updates: 0,
+            spent: 0.0,
+            net,
+        };
+        Ok(Self { spec, task, own, soft, losses, remedies, teacher, state, record: Record::default() })
+    }
+
+    /// Trains to the end and measures. Returns the trained net too, for those who start from it.
+    pub fn run(mut self) -> Result<(CellResult, Net)> {
+        let points = self.task.test().part(0..POINT_ROWS);
+        let (mut next_point, mut next_probe) = (0, 0);
+        while let Some(clock) = self.clock() {
+            if reached(clock, self.spec.size.steps, next_point, self.spec.size.points) {
+                self.note_point(clock, &points);
+                next_point += 1;
+            }
+            if reached(clock, self.spec.size.steps, next_probe, PROBES) {
+                self.note_probe(clock, &points);
+                next_probe += 1;
+            }
+            if !self.advance(clock)? {
+                self.record.diverged = true;
+                break;
+            }
+        }
+        self.note_point(self.spec.size.steps, &points);
+        let result = self.result();
+        Ok((result, self.state.net))
+    }
+
+    /// Where schedules stand, in steps of the full run; `None` at the end.
+    fn clock(&self) -> Option<usize> {
+        let steps = self.spec.size.steps;
+        let clock = match self.spec.budget {
+            Budget::Steps => self.state.updates,
+            Budget::Flops => self.state.spent as usize,
+        };
+        (clock < steps && self.state.updates < steps).then_some(clock)
+    }
+
+    fn estimator(&self, clock: usize) -> Estimator {
+        let steps = self.spec.size.steps;
+        if self.experts_only(clock).unwrap_or(true) { self.own.at(clock, steps) } else { self.soft.at(clock, steps) }
+    }
+
+    /// Whether experts learn alone by now; `None` where the arm has no such phase.
+    fn experts_only(&self, clock: usize) -> Option<bool> {
+        match self.spec.arm.route {
+            Route::ExpertsAfter { share } => Some(clock as f64 >= share * self.spec.size.steps as f64),
+            _ => None,
+        }
+    }
+
+    fn router_learns(&self, clock: usize) -> bool {
+        match self.spec.arm.route {
+            Route::Learned => true,
+            Route::Frozen | Route::Hash | Route::Oracle => false,
+            Route::ExpertsAfter { .. } => self.experts_only(clock) == Some(false),
+        }
+    }
+
+    fn draw(&self) -> Draw {
+        Draw::new(self.spec.seed, self.state.updates, 0)
+    }
+
+    /// One update; false if something was not finite.
+    fn advance(&mut self, clock: usize) -> Result<bool> {
+        let started = Instant::now();
+        let estimator = self.estimator(clock);
+        let batch = self.task.batch(self.state.updates, self.spec.size.batch);
+        let Step { mut gradients, loss, router_x, z, routed, forward } = self.step(&estimator, &batch);
+        let task_norm = norm(&gradients.router);
+        if !(loss.is_finite() && task_norm.is_finite() && gradients.experts.iter().all(|g| g.is_finite())) {
+            return Ok(false);
+        }
+        let mut dz = vec![0.0; z.len()];
+        if self.router_learns(clock) {
+            let input = LossInput {
+                z: &z,
+                experts: routed.experts,
+                temperature: 1.0,
+                choices: routed.wanted(),
+                k: estimator.k(),
+                sequences: &[],
+                global_load: None,
+                noise: routed.deviation().map(|std| LossNoise { seen: routed.seen(), std }),
+                teacher: None,
+            };
+            for term in &self.losses {
+                let weight = term.weight.at(clock, self.spec.size.steps);
+                let weight = if term.loss.balances() { self.state.treatment.balance_weight(weight) } else { weight };
+                term.loss.value_and_grad(&input, weight, &mut dz)?;
+            }
+        }
+        self.regularise(clock, &z, &routed, &mut dz)?;
+        let auxiliary_norm = self.update(&mut gradients, &router_x, &dz, clock);
+
+        if let Combine::Means { decay } = estimator.combine {
+            self.state.means.update(&forward, decay);
+        }
+        if let Gradient::Score { baseline: Baseline::MovingAverage { decay }, .. } = estimator.gradient {
+            let average = self.state.average_loss.map_or(loss, |average| decay * average + (1.0 - decay) * loss);
+            self.state.average_loss = Some(average);
+        }
+        self.balance(&estimator, &z, &routed, [task_norm, auxiliary_norm], clock);
+
+        self.record.executed += forward.executed;
+        self.record.rows += batch.rows();
+        self.record.norms.push(task_norm);
+        self.state.updates += 1;
+        self.state.spent += expert_cost(&estimator, routed.experts, forward.executed) / batch.rows().max(1) as f64;
+        self.record.milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
+        Ok(true)
+    }
+
+    fn step(&self, estimator: &Estimator, batch: &Batch) -> Step {
+        let arm = &self.spec.arm;
+        let teacher = self.teacher.as_ref().filter(|_| arm.distill > 0.0).map(|teacher| teacher.outputs(batch));
+        let bias = (!self.state.bias.is_empty()).then_some(&self.state.bias[..]);
+        step(&StepInput {
+            net: &self.state.net,
+            estimator,
+            route: arm.route,
+            batch,
+            context: StepContext { bias, explore: arm.explore, capacity: arm.capacity, ..StepContext::train(self.draw()) },
+            jitter: arm.jitter,
+            means: &self.state.means,
+            average_loss: self.state.average_loss.unwrap_or(0.0),
+            teacher: teacher.as_deref().map(|outputs| (outputs, arm.distill)),
+        })
+    }
+
+    /// What the estimator itself adds to the loss.
+    fn regularise(&mut self, clock: usize, z: &[f64], routed: &RoutedBatch, dz: &mut [f64]) -> Result<()> {
+        if self.spec.arm.route.is_control() {
+            return Ok(());
+        }
+        let own = self.own.regulariser(clock, self.spec.size.steps);
+        own.value_and_grad(self.state.own_weight, z, routed, dz)?;
+        self.state.own_weight = own.adapt(self.state.own_weight, routed.active(z));
+        Ok(())
+    }
+
+    /// Adds the auxiliary gradient, clips and moves the weights; returns the norm of the auxiliary gradient.
+    fn update(&mut self, gradients: &mut Gradients, router_x: &[f64], dz: &[f64], clock: usize) -> f64 {
+        let mut auxiliary = Gradients { router: vec![0.0; gradients.router.len()], experts: Vec::new() };
+        self.state.net.backward_router(router_x, dz, &mut auxiliary);
+        let auxiliary_norm = norm(&auxiliary.router);
+        gradients.router.iter_mut().zip(&auxiliary.router).for_each(|(g, a)| *g += a);
+        let share = clock as f64 / self.spec.size.steps.max(1) as f64;
+        let rate = self.spec.size.rate * 0.5 * (1.0 + (std::f64::consts::PI * share).cos());
+        if self.router_learns(clock) {
+            clip(&mut gradients.router, ROUTER_CLIP);
+            let slower = if self.spec.mode == Mode::Tune { TUNING_ROUTER_RATE } else { 1.0 };
+            self.state.router.step(&mut self.state.net.router, &gradients.router, slower * rate);
+        }
+        self.state.experts.step(&mut self.state.net.experts, &gradients.experts, rate);
+        auxiliary_norm
+    }
+
+    /// Moves the bias of the choice and lets remedies act.
+    fn balance(&mut self, estimator: &Estimator, z: &[f64], routed: &RoutedBatch, norms: [f64; 2], clock: usize) {
+        let stats = routed.stats(z);
+        let rate = self.spec.arm.bias_rate;
+        if rate > 0.0 {
+            balance_bias::update(&mut self.state.bias, &stats.expert_tokens, rate);
+        } else {
+            balance_bias::fade(&mut self.state.bias, BIAS_FADE);
+        }
+        if self.remedies.is_empty() {
+            return;
+        }
+        self.state.monitor.observe(&stats);
+        self.state.monitor.observe_gradients(norms[0], norms[1]);
+        let width = estimator.router_width(routed.experts);
+        let scores: Vec<f64> = z.chunks_exact(width).flat_map(|row| row[..routed.experts].iter().copied()).collect();
+        let balance_weight = self
+            .losses
+            .iter()
+            .filter(|term| term.loss.balances())
+            .map(|term| self.state.treatment.balance_weight(term.weight.at(clock, self.spec.size.steps)))
+            .fold(0.0, f64::max);
+        let evidence = Evidence { monitor: &self.state.monitor, scores: &scores, bias: &self.state.bias, balance_weight };
+        for action in self.remedies.decide(&evidence, &mut self.state.treatment, self.state.updates) {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::BumpBias { expert, to } => self.state.bias[expert] = to,
+            Action::Reinit { expert, donor, noise } => {
+                let draw = self.draw();
+                let state = &mut self.state;
+                let size = state.net.shape.expert.parameters();
+                renew(&mut state.net.experts, size, [expert, donor], |i| noise * draw.normal(Stream::Reinit, 0, i as u64));
+                state.experts.forget(expert * size..(expert + 1) * size);
+                let features = state.net.shape.expert.features;
+                renew(&mut state.net.router, features, [expert, donor], |i| noise * draw.normal(Stream::Reinit, 1, i as u64));
+                state.router.forget(expert * features..(expert + 1) * features);
+            }
+            // In force through the treatment.
+            Action::RaiseBalance { .. } => {}
+        }
+        if self.record.remedies.len() < REMEDY_LINES {
+            self.record.remedies.push(format!("step {}: {action}", self.state.updates));
+        }
+        self.record.remedy_actions += 1;
+    }
+
+    fn model<'m>(&'m self, estimator: &'m Estimator) -> Model<'m> {
+        let served = if self.spec.arm.bias_rate > 0.0 { &self.state.bias[..] } else { &[] };
+        Model { net: &self.state.net, estimator, route: self.spec.arm.route, means: &self.state.means, bias: served }
+    }
+
+    fn note_point(&mut self, clock: usize, rows: &Batch) {
+        let estimator = self.estimator(clock);
+        let model = self.model(&estimator);
+        let (soft, hard): (Evaluated, Evaluated) = (model.soft(rows), model.hard(rows, 1));
+        let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.number_at(name, clock, self.spec.size.steps));
+        let gap = Distance::of(&soft.y, &hard.y).relative();
+        let norms = &self.record.norms[self.record.norms_at_point..];
+        let grad_norm = if norms.is_empty() { None } else { brief(norms.iter().sum::<f64>() / norms.len() as f64) };
+        let curves = &mut self.record.curves;
+        curves.step.push(clock);
+        curves.loss.push(brief(soft.loss));
+        curves.hard1.push(brief(hard.loss));
+        curves.gap.push(gap.and_then(brief));
+        curves.sharpness.push(sharpness.and_then(brief));
+        curves.grad_norm.push(grad_norm);
+        curves.load.push(load(&hard.routed).into_iter().filter_map(brief).collect());
+        self.record.norms_at_point = self.record.norms.len();
+    }
+
+    fn note_probe(&mut self, clock: usize, rows: &Batch) {
+        let estimator = self.estimator(clock);
+        if !self.router_learns(clock) {
+            return;
+        }
+        let state = &self.state;
+        let quality = probe::quality(&probe::Probe {
+            net: &state.net,
+            estimator: &estimator,
+            rows,
+            means: &state.means,
+            average_loss: state.average_loss.unwrap_or(0.0),
+            seed: self.spec.seed,
+        });
+        self.record.probes.extend(quality);
+    }
+
+    fn result(&self) -> CellResult {
+        let estimator = self.estimator(self.spec.size.steps);
+        let test = self.task.test();
+        let teacher = self.teacher.as_ref().map(|teacher| teacher.outputs(test));
+        let record = &self.record;
+        let norms = &record.norms;
+        CellResult {
+            trivial: self.task.trivial(),
+            router_grad: RouterGradient {
+                norm: if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) },
+                ..probe::summary(&record.probes)
+            },
+            executed_per_token: record.executed as f64 / record.rows.max(1) as f64,
+            executed_expected: estimator.executed_per_token(self.spec.task.experts()).into(),
+            step_ms: Duration { median: quantile(&record.milliseconds, 0.5), p90: quantile(&record.milliseconds, 0.9) },
+            steps: self.state.updates,
+            diverged: record.diverged,
+            remedies: record.remedies.clone(),
+            remedy_actions: record.remedy_actions,
+            curves: record.curves.clone(),
+            ..self.model(&estimator).measure(test, teacher.as_deref())
+        }
+    }
+}
+
+/// Whether `clock` has come to point `next` of so many.
+fn reached(clock: usize, steps: usize, next: usize, points: usize) -> bool {
+    next < points && clock * points >= next * steps
+}
+
+/// Rows through experts, merging counted as a row for each expert that is added up.
+fn expert_cost(estimator: &Estimator, experts: usize, executed: usize) -> f64 {
+    let each = if estimator.combine == Combine::Merged { 1 + experts } else { 1 };
+    (each * executed) as f64
+}
+
+/// Copies one block of `size` over another, with noise relative to the root mean square of what is copied.
+fn renew(values: &mut [f64], size: usize, [to, from]: [usize; 2], noise: impl Fn(usize) -> f64) {
+    let donor = values[from * size..(from + 1) * size].to_vec();
+    let deviation = norm(&donor) / (size.max(1) as f64).sqrt();
+    let target = &mut values[to * size..(to + 1) * size];
+    target.iter_mut().zip(donor).enumerate().for_each(|(i, (value, donor))| *value = donor + deviation * noise(i));
+}

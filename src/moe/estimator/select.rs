@@ -1,0 +1,74 @@
+//! Choosing experts for one row.
+
+use super::{Estimator, Mask, Relaxation, Selection, relax};
+
+/// What a choice is made on. `[E]` each, -inf for experts that are left out of it.
+pub(super) struct Candidates<'a> {
+    /// Logits without noise.
+    pub(super) clean: &'a [f64],
+    /// Logits with noise; under [`Relaxation::SmoothStep`], which has none, the weights.
+    pub(super) seen: &'a [f64],
+    /// Relaxed weights.
+    pub(super) relaxed: &'a [f64],
+    /// Added to the score.
+    pub(super) bias: Option<&'a [f64]>,
+}
+
+impl Estimator {
+    /// Chosen experts in order of choice.
+    pub(super) fn choose(&self, row: &Candidates<'_>) -> Vec<u32> {
+        match (self.selection, self.relaxation) {
+            (Selection::All, _) => top_k(row.relaxed, row.relaxed.len()),
+            (Selection::Support, _) => {
+                let mut support = top_k(row.relaxed, row.relaxed.len());
+                support.retain(|&e| row.relaxed[e as usize] > 0.0);
+                support
+            }
+            (Selection::TopK { k }, Relaxation::MaskedSoftmax { r, mask, .. }) => row.one_after_the_other(k, r, mask),
+            (Selection::TopK { k }, Relaxation::Sigmoid { temperature }) if row.bias.is_some() => {
+                let score: Vec<f64> = row.seen.iter().map(|&z| open(z, relax::sigmoid(z / temperature))).collect();
+                top_k(&row.biased(&score), k)
+            }
+            (Selection::TopK { k }, _) => top_k(&row.biased(row.seen), k),
+        }
+    }
+}
+
+impl Candidates<'_> {
+    fn biased(&self, score: &[f64]) -> Vec<f64> {
+        match self.bias {
+            Some(bias) => score.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
+            None => score.to_vec(),
+        }
+    }
+
+    /// Each time the largest among the logits near the largest of those left.
+    fn one_after_the_other(&self, k: usize, r: f64, mask: Mask) -> Vec<u32> {
+        let (mut left, score) = (self.clean.to_vec(), self.biased(self.seen));
+        let mut chosen = Vec::with_capacity(k);
+        for _ in 0..k {
+            let near: Vec<f64> =
+                score.iter().zip(relax::kept(&left, r, mask)).map(|(&s, kept)| if kept { s } else { f64::NEG_INFINITY }).collect();
+            let near: Vec<f64> = left.iter().zip(near).map(|(&left, score)| open(left, score)).collect();
+            let Some(&best) = top_k(&near, 1).first() else { break };
+            left[best as usize] = f64::NEG_INFINITY;
+            chosen.push(best);
+        }
+        chosen
+    }
+}
+
+/// The score of an expert that is not left out.
+fn open(logit: f64, score: f64) -> f64 {
+    if logit == f64::NEG_INFINITY { logit } else { score }
+}
+
+/// The k largest scores, descending, ties by the lowest index; never one at -inf.
+pub(super) fn top_k(score: &[f64], k: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..score.len() as u32).filter(|&e| score[e as usize] > f64::NEG_INFINITY).collect();
+    // Adding 0 makes -0 and 0 one value.
+    let key = |e: u32| score[e as usize] + 0.0;
+    order.sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
+    order.truncate(k);
+    order
+}

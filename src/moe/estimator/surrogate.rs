@@ -1,0 +1,166 @@
+//! The backward: from credit to the gradient of the router outputs.
+
+use super::{
+    Combine, Estimator, Execution, Gradient, NoiseKind, RoutedBatch, Scope, Weights, relax,
+    route::{finite, mass},
+};
+
+impl Estimator {
+    /// `dz += A c`: gradient of `z [T, G]`, which `routed` was made of, from the credit `[T, E]` of the weights.
+    ///
+    /// Credit is 0 where no expert ran. A row that is not finite gets none.
+    pub fn vjp(&self, z: &[f64], routed: &RoutedBatch, credit: &[f64], dz: &mut [f64]) {
+        let width = self.router_width(routed.experts).max(1);
+        let rows = z.chunks_exact(width).zip(dz.chunks_exact_mut(width)).zip(credit.chunks_exact(routed.experts.max(1)));
+        for (token, ((z, dz), credit)) in rows.enumerate().filter(|(_, ((z, _), _))| finite(z)) {
+            let mut d_point = vec![0.0; routed.point_row(token).len()];
+            RowBackward { estimator: self, routed, token, credit }.add(&mut d_point);
+            self.through_noise(z, routed, token, &d_point, dz);
+        }
+    }
+
+    /// Log-probability `[T]` of the choice of each token, as draws without replacement from the noisy softmax (Plackett
+    /// 1975, Luce 1959). 0 for a token that is not finite.
+    pub fn log_prob(&self, z: &[f64], routed: &RoutedBatch) -> Vec<f64> {
+        let mut log_probs = Vec::with_capacity(routed.tokens);
+        for (token, z) in z.chunks_exact(self.router_width(routed.experts).max(1)).enumerate() {
+            let mut log_prob = 0.0;
+            if finite(z) {
+                self.each_draw(routed, token, |expert, p| log_prob += p[expert].max(f64::MIN_POSITIVE).ln());
+            }
+            log_probs.push(log_prob);
+        }
+        log_probs
+    }
+
+    /// `dz += advantage_t ∇ log π_t` for the choice of every token t; `advantage [T]`.
+    pub fn score(&self, z: &[f64], routed: &RoutedBatch, advantage: &[f64], dz: &mut [f64]) {
+        let width = self.router_width(routed.experts).max(1);
+        let rows = z.chunks_exact(width).zip(dz.chunks_exact_mut(width)).zip(advantage);
+        for (token, ((_, dz), advantage)) in rows.enumerate().filter(|(_, ((z, _), _))| finite(z)) {
+            let factor = advantage / self.sampling_temperature();
+            self.each_draw(routed, token, |expert, p| {
+                dz.iter_mut().zip(p).for_each(|(dz, p)| *dz -= factor * p);
+                dz[expert] += factor;
+            });
+        }
+    }
+
+    /// Calls `visit` with each drawn expert and the probabilities it was drawn with.
+    fn each_draw(&self, routed: &RoutedBatch, token: usize, mut visit: impl FnMut(usize, &[f64])) {
+        let mut logits = routed.point_row(token).to_vec();
+        logits.iter_mut().zip(&routed.bias).for_each(|(z, bias)| *z += bias);
+        let mut p = vec![0.0; logits.len()];
+        for &expert in routed.wanted().of(token) {
+            relax::softmax(&logits, self.sampling_temperature(), &mut p);
+            visit(expert as usize, &p);
+            logits[expert as usize] = f64::NEG_INFINITY;
+        }
+    }
+
+    /// τ of the softmax that a choice under Gumbel noise is drawn from.
+    fn sampling_temperature(&self) -> f64 {
+        if self.noise.scale > 0.0 { self.noise.scale } else { 1.0 }
+    }
+
+    /// From where the relaxation was evaluated to the router outputs.
+    fn through_noise(&self, z: &[f64], routed: &RoutedBatch, token: usize, d_point: &[f64], dz: &mut [f64]) {
+        dz.iter_mut().zip(d_point).for_each(|(dz, d)| *dz += d);
+        if self.noise.kind == NoiseKind::Learned && self.noise.scope == Scope::Both {
+            let experts = routed.experts;
+            let normals = &routed.normals[token * experts..][..experts];
+            for (e, (d, normal)) in d_point.iter().zip(normals).enumerate() {
+                dz[experts + e] += d * normal * relax::sigmoid(z[experts + e]);
+            }
+        }
+    }
+}
+
+/// The backward of one row, up to where its relaxation was evaluated.
+struct RowBackward<'a> {
+    estimator: &'a Estimator,
+    routed: &'a RoutedBatch,
+    token: usize,
+    credit: &'a [f64],
+}
+
+impl RowBackward<'_> {
+    fn add(&self, d: &mut [f64]) {
+        match self.estimator.gradient {
+            Gradient::Zero => {}
+            Gradient::Exact | Gradient::Score { .. } => self.exact(d),
+            Gradient::StraightThrough { normalised } => self.straight_through(normalised, d),
+            Gradient::ReinMax => self.reinmax(d),
+            Gradient::Corrected { star } => self.corrected(|_, _| if star { 2.0 } else { 1.0 }, d),
+        }
+    }
+
+    fn exact(&self, d: &mut [f64]) {
+        match self.estimator.weights {
+            Weights::Relaxed => self.relaxation(self.credit, d),
+            Weights::Chosen => self.relaxation(&self.of_chosen(|e| self.credit[e]), d),
+            Weights::Renorm => self.relaxation(&self.normalised(|_| 0.0), d),
+            Weights::Unit => {}
+            Weights::Corrected { .. } => {
+                let weights = self.routed.weights_row(self.token);
+                self.corrected(|expert, relaxed| if relaxed > 0.0 { weights[expert] / relaxed } else { 0.0 }, d);
+            }
+        }
+    }
+
+    fn straight_through(&self, normalised: bool, d: &mut [f64]) {
+        let Estimator { weights, combine, .. } = self.estimator;
+        match (combine, weights) {
+            (Combine::Mixture(Execution::Chosen), _) => self.relaxation(&self.of_chosen(|e| self.credit[e]), d),
+            (_, Weights::Renorm) if normalised => self.relaxation(&self.normalised(|e| self.credit[e]), d),
+            _ => self.relaxation(self.credit, d),
+        }
+    }
+
+    /// `2 J(π) c - ½ J(p) c`; p is the distribution that the choice was drawn from, at temperature 1, π half the
+    /// relaxation and half the draw.
+    fn reinmax(&self, d: &mut [f64]) {
+        let point = self.routed.point_row(self.token);
+        let mut p = vec![0.0; point.len()];
+        relax::softmax(point, 1.0, &mut p);
+        let mut pi: Vec<f64> = self.routed.relaxed_row(self.token).iter().map(|p| 0.5 * p).collect();
+        self.routed.wanted().of(self.token).iter().take(1).for_each(|&e| pi[e as usize] += 0.5);
+        relax::softmax_vjp(&pi, self.credit, 2.0, d);
+        relax::softmax_vjp(&p, self.credit, -0.5, d);
+    }
+
+    /// Of each draw by itself: `factor · J (c ⊙ m)`, the factor from the expert and its relaxed weight.
+    fn corrected(&self, factor: impl Fn(usize, f64) -> f64, d: &mut [f64]) {
+        for draw in self.estimator.draws(self.routed, self.token) {
+            let mut v = vec![0.0; self.credit.len()];
+            v[draw.expert] = factor(draw.expert, draw.relaxed[draw.expert]) * self.credit[draw.expert];
+            self.estimator.relaxation.vjp(&draw.point, &draw.relaxed, &v, d);
+        }
+    }
+
+    fn relaxation(&self, v: &[f64], d: &mut [f64]) {
+        let (point, p) = (self.routed.point_row(self.token), self.routed.relaxed_row(self.token));
+        self.estimator.relaxation.vjp(point, p, v, d);
+    }
+
+    /// A value for each chosen expert, 0 elsewhere.
+    fn of_chosen(&self, value: impl Fn(usize) -> f64) -> Vec<f64> {
+        let mut v = vec![0.0; self.credit.len()];
+        self.routed.rows().of(self.token).iter().for_each(|&e| v[e as usize] = value(e as usize));
+        v
+    }
+
+    /// Backward of the division by the sum n of the chosen: `(c - <g,c>)/n` for those, `other/n` for the rest.
+    fn normalised(&self, other: impl Fn(usize) -> f64) -> Vec<f64> {
+        let chosen = self.routed.rows().of(self.token);
+        let sum = mass(self.routed.relaxed_row(self.token), chosen);
+        if sum <= 0.0 {
+            return vec![0.0; self.credit.len()];
+        }
+        let weights = self.routed.weights_row(self.token);
+        let mean: f64 = chosen.iter().map(|&e| weights[e as usize] * self.credit[e as usize]).sum();
+        let mut v: Vec<f64> = (0..self.credit.len()).map(|e| other(e) / sum).collect();
+        chosen.iter().for_each(|&e| v[e as usize] = (self.credit[e as usize] - mean) / sum);
+        v
+    }
+}

@@ -1,0 +1,326 @@
+//! Remedies for collapse, as decisions: what to do, to which expert. Doing it belongs to whoever holds the weights.
+
+use std::{collections::BTreeMap, fmt};
+
+use serde::{Deserialize, Serialize};
+
+use super::collapse::{Health, Monitor};
+use crate::error::{Error, Result};
+
+/// Something a run may do against collapse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Remedy {
+    /// Raise the selection bias of a dead expert until it would have had its fair share of the last batch.
+    BiasBump,
+    /// Make a dead expert anew from the busiest one, with noise.
+    Reinit,
+    /// Double the weights of the balance losses, up to 0.1.
+    RaiseBalance,
+}
+
+/// One thing to do now.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "action", rename_all = "snake_case")]
+pub enum Action {
+    /// Set the selection bias of an expert. It is to fade afterwards (`balance_bias::fade`), so that the router is
+    /// served as it was trained.
+    BumpBias {
+        /// The dead expert.
+        expert: usize,
+        /// Its new bias, in units of the selection score.
+        to: f64,
+    },
+    /// Copy weights and router row of `donor` to `expert`, with normal noise, and forget the optimizer's moments of both
+    /// rows. The monitor is to be reset: what the experts had before says nothing.
+    Reinit {
+        /// The dead expert.
+        expert: usize,
+        /// The busiest expert.
+        donor: usize,
+        /// Standard deviation of the noise over that of the copied weights.
+        noise: f64,
+    },
+    /// Multiply the weights of this layer's balance losses from now on ([`Treatment::balance_weight`]).
+    RaiseBalance {
+        /// In force from now on, relative to the recipe.
+        factor: f64,
+    },
+}
+
+/// Balance weights are not raised above this.
+pub const CAP: f64 = 0.1;
+
+/// Steps that a remedy is given to work before the same one acts again.
+pub const COOLDOWN: usize = 50;
+
+/// Noise of a re-initialised expert: enough to part it from its donor, too little to spoil it.
+const REINIT_NOISE: f64 = 0.02;
+
+/// The remedies that a run has turned on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Remedies {
+    enabled: Vec<Remedy>,
+}
+
+/// What remedies have done so far to one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Treatment {
+    last: BTreeMap<Remedy, usize>,
+    factor: f64,
+}
+
+/// What a decision is made on.
+#[derive(Clone, Copy, Debug)]
+pub struct Evidence<'a> {
+    /// Of the layer.
+    pub monitor: &'a Monitor,
+    /// `[T, E]` selection scores of the last batch without bias: router logits, or their sigmoid where that is what the
+    /// bias is added to.
+    pub scores: &'a [f64],
+    /// `[E]` selection bias in force; empty is none.
+    pub bias: &'a [f64],
+    /// The largest weight of a balance loss in force ([`Treatment::balance_weight`]); 0 without one.
+    pub balance_weight: f64,
+}
+
+impl Remedy {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::BiasBump, Self::Reinit, Self::RaiseBalance];
+
+    /// As recipes spell it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::BiasBump => "bias_bump",
+            Self::Reinit => "reinit",
+            Self::RaiseBalance => "raise_balance",
+        }
+    }
+}
+
+impl Remedies {
+    /// Reads the names of a recipe; `balanced` tells whether it has a balance loss to raise. `field` is the path of the
+    /// list, for messages.
+    pub fn new(field: &str, names: &[String], balanced: bool) -> Result<Self> {
+        let mut enabled = Vec::new();
+        for name in names {
+            let Some(remedy) = Remedy::ALL.into_iter().find(|remedy| remedy.id() == name) else {
+                let known = Remedy::ALL.map(Remedy::id).join(", ");
+                return Err(Error::invalid(field, format!("'{name}' is unknown; remedies are {known}")));
+            };
+            if enabled.contains(&remedy) {
+                return Err(Error::invalid(field, format!("'{name}' is there twice")));
+            }
+            if remedy == Remedy::RaiseBalance && !balanced {
+                return Err(Error::invalid(field, "'raise_balance' needs a balance loss with a weight above 0, such as switch"));
+            }
+            enabled.push(remedy);
+        }
+        Ok(Self { enabled })
+    }
+
+    /// Whether `remedy` may act.
+    pub fn has(&self, remedy: Remedy) -> bool {
+        self.enabled.contains(&remedy)
+    }
+
+    /// Whether none may act.
+    pub fn is_empty(&self) -> bool {
+        self.enabled.is_empty()
+    }
+
+    /// What to do after `step`, remembered in `treatment`. Nothing while the layer is healthy or not yet judged, and no
+    /// kind of remedy within [`COOLDOWN`] steps of its last act.
+    ///
+    /// Dead experts get a bias or are made anew, whichever acted longer ago, the bias first. The balance weight rises with
+    /// any uneven load until it has reached [`CAP`].
+    pub fn decide(&self, evidence: &Evidence<'_>, treatment: &mut Treatment, step: usize) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let monitor = evidence.monitor;
+        if monitor.health().is_none_or(|health| health == Health::Healthy) {
+            return actions;
+        }
+        let dead = monitor.dead();
+        let reviving = [Remedy::BiasBump, Remedy::Reinit];
+        if !dead.is_empty() && treatment.rested(&reviving, step) {
+            let turn = reviving.into_iter().filter(|remedy| self.has(*remedy)).min_by_key(|remedy| treatment.last.get(remedy).copied());
+            let donor = monitor.busiest();
+            let act = |expert| match turn? {
+                Remedy::BiasBump => Some(Action::BumpBias { expert, to: evidence.fair_bias(expert)? }),
+                _ => Some(Action::Reinit { expert, donor, noise: REINIT_NOISE }),
+            };
+            actions.extend(dead.into_iter().filter_map(act));
+            treatment.last.extend(turn.filter(|_| !actions.is_empty()).map(|remedy| (remedy, step)));
+        }
+        let room = evidence.balance_weight > 0.0 && evidence.balance_weight < CAP;
+        if self.has(Remedy::RaiseBalance) && room && treatment.rested(&[Remedy::RaiseBalance], step) {
+            treatment.factor *= 2.0;
+            treatment.last.insert(Remedy::RaiseBalance, step);
+            actions.push(Action::RaiseBalance { factor: treatment.factor });
+        }
+        actions
+    }
+}
+
+impl Treatment {
+    /// Factor on the weights of the balance losses of this layer.
+    pub fn factor(&self) -> f64 {
+        self.factor
+    }
+
+    /// A recipe's balance weight as it is in force in this layer: raised, up to [`CAP`].
+    pub fn balance_weight(&self, weight: f64) -> f64 {
+        (weight * self.factor).min(CAP).max(weight)
+    }
+
+    fn rested(&self, remedies: &[Remedy], step: usize) -> bool {
+        remedies.iter().filter_map(|remedy| self.last.get(remedy)).all(|last| step >= last + COOLDOWN)
+    }
+}
+
+impl Default for Treatment {
+    fn default() -> Self {
+        Self { last: BTreeMap::new(), factor: 1.0 }
+    }
+}
+
+impl Evidence<'_> {
+    /// The bias with which `expert` would have had a fair share, k/E, of the batch's tokens, the other biases as they
+    /// are; at least its present one. `None` where no token says anything.
+    fn fair_bias(&self, expert: usize) -> Option<f64> {
+        let (experts, k) = (self.monitor.load().len(), self.monitor.k());
+        let bias = |e: usize| self.bias.get(e).copied().unwrap_or(0.0);
+        let mut missing: Vec<f64> = self
+            .scores
+            .chunks_exact(experts)
+            .filter(|row| row.iter().all(|score| score.is_finite()))
+            .map(|row| {
+                let mut others: Vec<f64> = (0..experts).filter(|&e| e != expert).map(|e| row[e] + bias(e)).collect();
+                others.sort_by(|a, b| b.total_cmp(a));
+                others.get(k - 1).copied().unwrap_or(row[expert]) - row[expert]
+            })
+            .collect();
+        missing.sort_by(f64::total_cmp);
+        let fair = (missing.len() * k).div_ceil(experts).min(missing.len());
+        // A hair above: a tie goes to the lower index, which need not be this expert.
+        let needed = *missing.get(fair.checked_sub(1)?)?;
+        Some((needed + 1e-9 * (1.0 + needed.abs())).max(bias(expert)))
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BumpBias { expert, to } => write!(f, "selection bias of dead expert {expert} raised to {to:.3}"),
+            Self::Reinit { expert, donor, noise } => {
+                write!(f, "dead expert {expert} made anew from expert {donor} with noise of {:.0} %", noise * 100.0)
+            }
+            Self::RaiseBalance { factor } => write!(f, "weights of balance losses now {factor} times those of the recipe"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::moe::RoutingStats;
+
+    fn monitor(expert_tokens: &[u64], k: usize) -> Monitor {
+        let routes: u64 = expert_tokens.iter().sum();
+        let tokens = routes / k as u64;
+        let mut monitor = Monitor::new(expert_tokens.len(), k, 1000);
+        monitor.observe(&RoutingStats { tokens, routes, expert_tokens: expert_tokens.to_vec(), ..RoutingStats::new(expert_tokens.len()) });
+        monitor
+    }
+
+    fn remedies(names: &[&str]) -> Remedies {
+        Remedies::new("remedies", &names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>(), true).unwrap()
+    }
+
+    /// Four tokens that all prefer expert 0; expert 3 is 1, 2, 3 and 4 behind.
+    const SCORES: [f64; 16] = [8.0, 1.0, 2.0, 7.0, 8.0, 1.0, 2.0, 6.0, 8.0, 1.0, 2.0, 5.0, 8.0, 1.0, 2.0, 4.0];
+
+    fn evidence(monitor: &Monitor) -> Evidence<'_> {
+        Evidence { monitor, scores: &SCORES, bias: &[], balance_weight: 0.02 }
+    }
+
+    #[test]
+    fn a_healthy_layer_and_an_unjudged_one_are_left_alone() {
+        let all = remedies(&["bias_bump", "reinit", "raise_balance"]);
+        for monitor in [monitor(&[100, 101, 99, 100], 1), monitor(&[199, 0, 0, 0], 1)] {
+            assert_eq!(all.decide(&evidence(&monitor), &mut Treatment::default(), 0), []);
+        }
+        let collapsed = monitor(&[900, 0, 0, 0], 1);
+        assert_eq!(Remedies::default().decide(&evidence(&collapsed), &mut Treatment::default(), 0), []);
+    }
+
+    #[test]
+    fn a_bump_gives_the_fair_share() {
+        let monitor = monitor(&[300, 300, 300, 0], 1);
+        let actions = remedies(&["bias_bump"]).decide(&evidence(&monitor), &mut Treatment::default(), 7);
+        let [Action::BumpBias { expert: 3, to }] = actions[..] else { panic!("{actions:?}") };
+        let won = SCORES.chunks_exact(4).filter(|row| row[3] + to > row[0]).count();
+        assert_eq!(won, 1, "a quarter of four tokens, with a bias of {to}");
+        let biased = Evidence { bias: &[0.0, 0.0, 0.0, 5.0], ..evidence(&monitor) };
+        let actions = remedies(&["bias_bump"]).decide(&biased, &mut Treatment::default(), 7);
+        assert_eq!(actions, [Action::BumpBias { expert: 3, to: 5.0 }], "never lowered");
+        let nothing = Evidence { scores: &[f64::NAN; 4], ..evidence(&monitor) };
+        assert_eq!(remedies(&["bias_bump"]).decide(&nothing, &mut Treatment::default(), 7), []);
+    }
+
+    #[test]
+    fn remedies_for_the_dead_take_turns_and_rest() {
+        let monitor = monitor(&[450, 450, 0, 0], 1);
+        let both = remedies(&["reinit", "bias_bump"]);
+        let mut treatment = Treatment::default();
+        let mut kinds = Vec::new();
+        for step in 0..200 {
+            for action in both.decide(&evidence(&monitor), &mut treatment, step) {
+                kinds.push((step, matches!(action, Action::Reinit { donor: 0, .. })));
+            }
+        }
+        assert_eq!(kinds, [(0, false), (0, false), (50, true), (50, true), (100, false), (100, false), (150, true), (150, true)]);
+    }
+
+    #[test]
+    fn the_balance_weight_doubles_up_to_its_cap() {
+        let monitor = monitor(&[600, 100, 100, 100], 1);
+        let raise = remedies(&["raise_balance"]);
+        let mut treatment = Treatment::default();
+        let mut weights = Vec::new();
+        for step in 0..400 {
+            let evidence = Evidence { balance_weight: treatment.balance_weight(0.02), ..evidence(&monitor) };
+            if let [action] = raise.decide(&evidence, &mut treatment, step)[..] {
+                assert_eq!(action, Action::RaiseBalance { factor: treatment.factor() });
+                weights.push((step, treatment.balance_weight(0.02)));
+            }
+        }
+        assert_eq!(weights, [(0, 0.04), (50, 0.08), (100, 0.1)]);
+        assert_eq!(treatment.balance_weight(0.5), 0.5, "what a recipe has above the cap stays");
+    }
+
+    #[test]
+    fn names_are_checked() {
+        let read = |names: &[&str], balanced| {
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            Remedies::new("routing.remedies", &names, balanced).map_err(|error| error.to_string())
+        };
+        assert!(read(&["bias_bump", "reinit", "raise_balance"], true).is_ok() && read(&[], false).unwrap().is_empty());
+        for (names, balanced, message) in [
+            (&["reset"][..], true, "routing.remedies: 'reset' is unknown; remedies are bias_bump, reinit, raise_balance"),
+            (&["reinit", "reinit"], true, "routing.remedies: 'reinit' is there twice"),
+            (&["raise_balance"], false, "routing.remedies: 'raise_balance' needs a balance loss"),
+        ] {
+            assert!(read(names, balanced).unwrap_err().starts_with(message), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn a_treatment_survives_a_save() {
+        let mut treatment = Treatment::default();
+        remedies(&["reinit", "raise_balance"]).decide(&evidence(&monitor(&[900, 0, 0, 0], 1)), &mut treatment, 3);
+        let text = serde_json::to_string(&treatment).unwrap();
+        assert_eq!(serde_json::from_str::<Treatment>(&text).unwrap(), treatment);
+        assert_ne!(treatment, Treatment::default());
+    }
+}

@@ -1,0 +1,237 @@
+//! Curves and points over two axes.
+
+use super::{
+    axis::{Axis, Fitted},
+    font,
+    marks::{Align, Area, At, Canvas, Colour, Mark},
+};
+
+/// Curves and points over two axes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Chart {
+    /// Above it.
+    pub title: String,
+    /// Along the bottom.
+    pub x: Axis,
+    /// Along the left.
+    pub y: Axis,
+    /// Drawn in order, later ones above earlier ones; in the legend as well.
+    pub series: Vec<Series>,
+    /// Where names are.
+    pub legend: Legend,
+}
+
+/// Something to be seen in a [`Chart`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Series {
+    /// In the legend; empty for what is not to be in it.
+    pub name: String,
+    /// Of all of it.
+    pub colour: Colour,
+    /// Values. Those that are not finite, or have no place on a logarithmic axis, are left out; a curve has a gap there.
+    /// Those beyond fixed ends of an axis are drawn at its end.
+    pub form: Form,
+}
+
+/// How values are shown.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Form {
+    /// A curve through (x, y).
+    Line(Vec<(f64, f64)>),
+    /// The same, dashed.
+    Dashed(Vec<(f64, f64)>),
+    /// A tint between two curves, (x, from, to).
+    Band(Vec<(f64, f64, f64)>),
+    /// A dot at each (x, y).
+    Dots(Vec<(f64, f64)>),
+    /// A dot at each (x, y) with its name beside it, where there is room.
+    Named(Vec<(f64, f64, String)>),
+}
+
+/// Where the names of a chart's series are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Legend {
+    /// Nowhere.
+    None,
+    /// In the upper right corner, above the curves.
+    #[default]
+    Inside,
+    /// Beside the chart.
+    Right,
+}
+
+const TITLE: f64 = 15.0;
+const TEXT: f64 = 12.0;
+const SMALL: f64 = 11.0;
+const LINE: f64 = 16.0;
+const DOT: f64 = 3.5;
+
+/// A chart whose axes have found their place.
+struct Frame<'a> {
+    chart: &'a Chart,
+    area: Area,
+    x: Fitted,
+    y: Fitted,
+}
+
+impl Chart {
+    pub(super) fn draw(&self, canvas: &mut Canvas, area: Area) {
+        let frame = self.frame(area);
+        frame.draw_axes(canvas, area);
+        self.series.iter().for_each(|series| frame.draw_form(canvas, series));
+        frame.draw_names(canvas);
+        frame.draw_legend(canvas);
+    }
+
+    fn frame(&self, area: Area) -> Frame<'_> {
+        let margin = if self.series.iter().any(|series| matches!(series.form, Form::Dots(_) | Form::Named(_))) { 0.06 } else { 0.0 };
+        let x = self.x.fit(self.places().map(|(x, _)| x), margin);
+        let y = self.y.fit(self.places().map(|(_, y)| y), 0.05);
+        let ticks = y.ticks(5).iter().map(|tick| font::width(&tick.label, SMALL)).fold(0.0, f64::max);
+        let (left, top) = (ticks + if self.y.label.is_empty() { 14.0 } else { 34.0 }, if self.title.is_empty() { 12.0 } else { 32.0 });
+        let right = if self.legend == Legend::Right { self.legend_width() + 14.0 } else { 16.0 };
+        let bottom = if self.x.label.is_empty() { 26.0 } else { 44.0 };
+        let area = Area {
+            left: area.left + left,
+            top: area.top + top,
+            width: (area.width - left - right).max(1.0),
+            height: (area.height - top - bottom).max(1.0),
+        };
+        Frame { chart: self, area, x, y }
+    }
+
+    /// All values that have a place on both axes.
+    fn places(&self) -> impl Iterator<Item = At> + '_ {
+        let of = |series: &Series| -> Vec<At> {
+            match &series.form {
+                Form::Line(points) | Form::Dashed(points) | Form::Dots(points) => points.clone(),
+                Form::Band(points) => points.iter().flat_map(|&(x, from, to)| [(x, from), (x, to)]).collect(),
+                Form::Named(points) => points.iter().map(|&(x, y, _)| (x, y)).collect(),
+            }
+        };
+        self.series.iter().flat_map(of).filter(|(x, y)| self.x.has(*x) && self.y.has(*y))
+    }
+
+    fn named(&self) -> impl Iterator<Item = &Series> {
+        self.series.iter().filter(|series| !series.name.is_empty())
+    }
+
+    fn legend_width(&self) -> f64 {
+        self.named().map(|series| font::width(&series.name, TEXT)).fold(0.0, f64::max) + 34.0
+    }
+}
+
+impl Frame<'_> {
+    fn at(&self, (x, y): At) -> At {
+        let [right, up] = [self.x.share(x), self.y.share(y)].map(|share| share.clamp(0.0, 1.0));
+        (self.area.left + right * self.area.width, self.area.bottom() - up * self.area.height)
+    }
+
+    fn has(&self, (x, y): At) -> bool {
+        self.chart.x.has(x) && self.chart.y.has(y)
+    }
+
+    fn draw_axes(&self, canvas: &mut Canvas, whole: Area) {
+        let area = self.area;
+        for tick in self.x.ticks((area.width / 80.0) as usize) {
+            let x = area.left + tick.share * area.width;
+            canvas.line(vec![(x, area.top), (x, area.bottom())], 1.0, Colour::FAINT);
+            canvas.text((x, area.bottom() + 11.0), &tick.label, SMALL, Align::Middle);
+        }
+        for tick in self.y.ticks(5) {
+            let y = area.bottom() - tick.share * area.height;
+            canvas.line(vec![(area.left, y), (area.right(), y)], 1.0, Colour::FAINT);
+            canvas.text((area.left - 6.0, y), &tick.label, SMALL, Align::End);
+        }
+        canvas.frame(area, Colour::GREY);
+        let middle = (area.left + area.width / 2.0, area.top + area.height / 2.0);
+        canvas.text((middle.0, area.top - 15.0), &self.chart.title, TITLE, Align::Middle);
+        canvas.text((middle.0, area.bottom() + 29.0), &self.chart.x.label, TEXT, Align::Middle);
+        canvas.turned_text((whole.left + 12.0, middle.1), &self.chart.y.label, TEXT);
+    }
+
+    fn draw_form(&self, canvas: &mut Canvas, series: &Series) {
+        match &series.form {
+            Form::Line(points) => self.pieces(points).into_iter().for_each(|piece| canvas.line(piece, 2.0, series.colour)),
+            Form::Dashed(points) => self.pieces(points).into_iter().for_each(|piece| canvas.dashed(&piece, 1.6, series.colour)),
+            Form::Band(points) => {
+                let there = |(x, from, to): &(f64, f64, f64)| self.has((*x, *from)) && self.has((*x, *to));
+                let edge = |pick: fn(&(f64, f64, f64)) -> At| points.iter().filter(|point| there(point)).map(pick).map(|at| self.at(at));
+                let mut outline: Vec<At> = edge(|&(x, from, _)| (x, from)).collect();
+                outline.extend(edge(|&(x, _, to)| (x, to)).collect::<Vec<_>>().into_iter().rev());
+                if outline.len() > 3 {
+                    canvas.marks.push(Mark::Polygon { points: outline, colour: series.colour.with_alpha(0.15) });
+                }
+            }
+            Form::Dots(points) => points.iter().for_each(|&at| self.dot(canvas, at, series.colour)),
+            Form::Named(points) => points.iter().for_each(|&(x, y, _)| self.dot(canvas, (x, y), series.colour)),
+        }
+    }
+
+    /// Runs of values that have a place.
+    fn pieces(&self, points: &[At]) -> Vec<Vec<At>> {
+        points.split(|&at| !self.has(at)).map(|piece| piece.iter().map(|&at| self.at(at)).collect()).collect()
+    }
+
+    fn dot(&self, canvas: &mut Canvas, at: At, colour: Colour) {
+        if self.has(at) {
+            canvas.marks.push(Mark::Dot { at: self.at(at), radius: DOT, colour: colour.with_alpha(0.85) });
+        }
+    }
+
+    /// Names of dots, each at the first place beside its dot that is free; a name without one is moved down until it is.
+    fn draw_names(&self, canvas: &mut Canvas) {
+        let names = |series: &Series| match &series.form {
+            Form::Named(points) => points.clone(),
+            _ => Vec::new(),
+        };
+        let dots: Vec<(At, String)> = (self.chart.series.iter().flat_map(names))
+            .filter(|&(x, y, _)| self.has((x, y)))
+            .map(|(x, y, name)| (self.at((x, y)), name))
+            .collect();
+        let around = |(x, y): At, r: f64| Area { left: x - r, top: y - r, width: 2.0 * r, height: 2.0 * r };
+        let mut taken: Vec<Area> = dots.iter().map(|(at, _)| around(*at, DOT)).collect();
+        for ((x, y), name) in &dots {
+            let size = (font::width(name, SMALL), 12.0);
+            let place = |(dx, dy): (f64, f64)| Area { left: x + dx, top: y + dy - size.1 / 2.0, width: size.0, height: size.1 };
+            let (right, left, centre) = (DOT + 3.0, -DOT - 3.0 - size.0, -size.0 / 2.0);
+            let beside = [0.0, -6.0, 6.0, -12.0, 12.0].into_iter().flat_map(|dy| [(right, dy), (left, dy)]);
+            let further =
+                (1..12).flat_map(|i| [(centre, 12.0 * f64::from(i)), (centre, -12.0 * f64::from(i)), (right + 8.0, 12.0 * f64::from(i))]);
+            let free = |area: &Area| self.area.contains(area) && !taken.iter().any(|other| other.meets(area));
+            let Some(area) = beside.chain(further).map(place).find(free) else { continue };
+            let middle = area.top + area.height / 2.0;
+            if (middle - y).abs() > 13.0 {
+                canvas.line(vec![(*x, *y), (area.left + area.width / 2.0, middle)], 0.5, Colour::GREY);
+            }
+            canvas.text((area.left, middle), name, SMALL, Align::Start);
+            taken.push(area);
+        }
+    }
+
+    fn draw_legend(&self, canvas: &mut Canvas) {
+        let (rows, width) = (self.chart.named().count() as f64, self.chart.legend_width());
+        if rows == 0.0 {
+            return;
+        }
+        let (left, top) = match self.chart.legend {
+            Legend::None => return,
+            Legend::Inside => (self.area.right() - width - 6.0, self.area.top + 6.0),
+            Legend::Right => (self.area.right() + 8.0, self.area.top),
+        };
+        canvas.rect(Area { left, top, width, height: rows * LINE + 4.0 }, Colour::WHITE.with_alpha(0.8));
+        for (i, series) in self.chart.named().enumerate() {
+            let y = top + 2.0 + LINE * (i as f64 + 0.5);
+            let line = [(left + 4.0, y), (left + 24.0, y)];
+            match &series.form {
+                Form::Line(_) => canvas.line(line.to_vec(), 2.0, series.colour),
+                Form::Dashed(_) => canvas.dashed(&line, 1.6, series.colour),
+                Form::Band(_) => {
+                    canvas.rect(Area { left: left + 4.0, top: y - 5.0, width: 20.0, height: 10.0 }, series.colour.with_alpha(0.3));
+                }
+                Form::Dots(_) | Form::Named(_) => canvas.marks.push(Mark::Dot { at: (left + 14.0, y), radius: DOT, colour: series.colour }),
+            }
+            canvas.text((left + 29.0, y), &series.name, TEXT, Align::Start);
+        }
+    }
+}

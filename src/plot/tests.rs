@@ -1,0 +1,105 @@
+//! Figures as a whole: both forms are there, and show what they are given.
+
+use super::*;
+
+fn chart() -> Chart {
+    let line = |slope: f64| (0..50).map(|i| (f64::from(i), (-slope * f64::from(i)).exp())).collect::<Vec<_>>();
+    let series = |i: usize, name: &str, form: Form| Series { name: name.into(), colour: Colour::nth(i), form };
+    Chart {
+        title: "loss & <gap>".into(),
+        x: Axis::linear("step"),
+        y: Axis::log("τ ≤ 1"),
+        series: vec![
+            series(0, "", Form::Band(line(0.1).into_iter().map(|(x, y)| (x, 0.8 * y, 1.3 * y)).collect())),
+            series(0, "ste", Form::Line(line(0.1))),
+            series(1, "soft", Form::Dashed(line(0.05))),
+            series(2, "points", Form::Dots(vec![(10.0, 0.5), (20.0, f64::NAN), (30.0, -1.0), (40.0, 0.2)])),
+            series(3, "names", Form::Named(vec![(25.0, 0.3, "here".into()), (25.5, 0.3, "and here".into())])),
+        ],
+        legend: Legend::Right,
+    }
+}
+
+fn heat() -> HeatMap {
+    HeatMap {
+        title: "raw_topk".into(),
+        x_label: "step".into(),
+        y_label: "expert".into(),
+        x_ends: ("0".into(), "3000".into()),
+        columns: (0..40).map(|t| (0..8).map(|e| if (t + e) % 3 == 0 { f64::NAN } else { f64::from(t * e) / 40.0 }).collect()).collect(),
+        most: 8.0,
+        bar: "load / fair".into(),
+    }
+}
+
+fn figure() -> Figure {
+    Figure {
+        title: "All".into(),
+        panel: (420.0, 280.0),
+        columns: 2,
+        panels: vec![Panel::Chart(chart()), Panel::Heat(heat()), Panel::Chart(Chart::default())],
+    }
+}
+
+#[test]
+fn the_svg_is_well_formed_and_says_everything() {
+    let laid = figure().lay_out();
+    let svg = svg::write(&laid.canvas, laid.size);
+    assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"840\" height=\"590\"") && svg.ends_with("</svg>\n"));
+    for text in ["loss &amp; &lt;gap&gt;", "τ ≤ 1", ">ste<", ">soft<", ">here<", ">and here<", "raw_topk", ">3000<", "load / fair", ">All<"]
+    {
+        assert!(svg.contains(text), "{text}");
+    }
+    assert_eq!(svg.matches("<circle").count(), 2 + 2 + 2, "two dots have no place; two in the legend");
+    assert!(!svg.contains("NaN") && !svg.contains("inf"));
+}
+
+#[test]
+fn the_png_has_the_size_and_the_colours() {
+    let laid = figure().lay_out();
+    let bytes = raster::png(&laid.canvas, laid.size).unwrap();
+    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    assert_eq!((info.width, info.height, info.color_type), (840, 590, png::ColorType::Rgb));
+    let has = |rgb: [u8; 3]| pixels.chunks_exact(3).any(|pixel| pixel == rgb);
+    assert_eq!(pixels[..3], [255; 3], "paper");
+    assert!(has(Colour::nth(0).rgb) && has(Colour::nth(1).rgb), "curves");
+    assert!(has(Colour::heat(0.0).rgb) && has(Colour::heat(0.5).rgb), "the heat scale");
+    let dark = |from: usize, to: usize| pixels.chunks_exact(840 * 3).skip(from).take(to - from).flatten().filter(|&&v| v < 80).count();
+    assert!(dark(8, 28) > 100, "the title is drawn: the font is there");
+}
+
+#[test]
+fn names_do_not_lie_on_one_another() {
+    let crowd = (0..30).map(|i| (f64::from(i % 3), f64::from(i % 5), format!("estimator_{i}"))).collect();
+    let series = vec![Series { name: String::new(), colour: Colour::INK, form: Form::Named(crowd) }];
+    let chart = Chart { series, legend: Legend::None, ..Chart::default() };
+    let mut canvas = Canvas::default();
+    chart.draw(&mut canvas, Area { left: 0.0, top: 0.0, width: 900.0, height: 700.0 });
+    let names: Vec<Area> = canvas
+        .marks
+        .iter()
+        .filter_map(|mark| match mark {
+            marks::Mark::Text { at, text, size, .. } if text.starts_with("estimator") => {
+                Some(Area { left: at.0, top: at.1 - 6.0, width: font::width(text, *size), height: 12.0 })
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(names.len(), 30);
+    for (i, a) in names.iter().enumerate() {
+        assert!(names[i + 1..].iter().all(|b| !a.meets(b)), "{a:?}");
+    }
+}
+
+#[test]
+fn both_files_are_written() {
+    let folder = std::env::temp_dir().join(format!("hardmax-plot-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    figure().save(&folder.join("picture")).unwrap();
+    let size = |name: &str| std::fs::metadata(folder.join(name)).map_or(0, |data| data.len());
+    assert!(size("picture.svg") > 1000 && size("picture.png") > 1000);
+    assert!(figure().save(&folder.join("no such folder/picture")).is_err());
+    std::fs::remove_dir_all(&folder).unwrap();
+}

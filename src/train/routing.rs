@@ -1,0 +1,235 @@
+//! How the router of a run is trained: the `[routing]` table of a recipe, and the same checked and ready for use.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::trainable::Learning;
+use crate::{
+    error::{Error, Result},
+    model::ReferenceRouting,
+    moe::{
+        TrainState,
+        capacity::Capacity,
+        estimator::{Estimator, EstimatorConfig, EstimatorSpec, NoiseKind, Param, Purpose, Regulariser, Relaxation, Selection, Weights},
+        explore::Exploration,
+        loss::{AuxLoss, LossContext, LossTerm, loss_terms},
+        remedy::{Remedies, Remedy},
+    },
+    schedule::Schedule,
+};
+
+/// Routing under training and serving. Keys that are none of these fields are parameters of the estimator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoutingConfig {
+    /// A row of the catalogue.
+    pub estimator: String,
+    /// Experts per token in training, where the estimator has a choice; left out: its default.
+    #[serde(default)]
+    pub k: Option<usize>,
+    /// Experts per token that the checkpoint is served with: 1 or 2.
+    pub serve_k: usize,
+    /// Weights of auxiliary losses by name, each the mean over layers.
+    #[serde(default)]
+    pub losses: BTreeMap<String, Schedule>,
+    /// Rate of loss-free balancing: how far the selection bias of an expert moves in a step. The checkpoint has no place
+    /// for the bias, so that evaluation and serving are without it.
+    #[serde(default)]
+    pub bias_rate: f64,
+    /// Most rows of an expert in training; left out: dropless.
+    #[serde(default)]
+    pub capacity: Option<Capacity>,
+    /// Random changes of the choice.
+    #[serde(default)]
+    pub explore: ExploreConfig,
+    /// What may be done against dead experts.
+    #[serde(default)]
+    pub remedies: Vec<String>,
+    /// What learns.
+    #[serde(default)]
+    pub train: Learning,
+    /// Learning rate of routers over that of the rest.
+    #[serde(default = "one")]
+    pub router_rate: f64,
+    /// Parameters of the estimator by name.
+    #[serde(flatten)]
+    pub params: BTreeMap<String, Param>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// Exploration over a run. Left out: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExploreConfig {
+    /// Half-width of the noise that the router's input is multiplied by, below 1.
+    pub jitter: Option<Schedule>,
+    /// Probability that a token's experts are drawn evenly instead of chosen, below 1.
+    pub epsilon: Option<Schedule>,
+    /// Probability that an expert is hidden from a token, below 1.
+    pub dropout: Option<Schedule>,
+}
+
+/// What a run offers and asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct RunShape {
+    /// Experts per layer.
+    pub experts: usize,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Whether the result is to be served, or compared.
+    pub purpose: Purpose,
+    /// Whether there is a teacher with a router.
+    pub teacher: bool,
+}
+
+/// A checked [`RoutingConfig`].
+#[derive(Clone, Debug)]
+pub struct RoutingPlan {
+    /// How routers learn.
+    pub estimator: EstimatorSpec,
+    /// Auxiliary losses.
+    pub losses: Vec<LossTerm>,
+    /// Exploration.
+    pub explore: ExploreConfig,
+    /// Limit of rows per expert.
+    pub capacity: Option<Capacity>,
+    /// Rate of loss-free balancing; 0 is none.
+    pub bias_rate: f64,
+    /// What may be done against dead experts.
+    pub remedies: Remedies,
+    /// What learns.
+    pub learning: Learning,
+    /// Learning rate of routers over that of the rest.
+    pub router_rate: f64,
+    /// Optimizer steps of the run: where schedules end.
+    pub steps: usize,
+}
+
+impl RoutingConfig {
+    /// The estimator's part.
+    pub fn estimator(&self) -> EstimatorConfig {
+        EstimatorConfig { name: self.estimator.clone(), k: self.k, params: self.params.clone() }
+    }
+
+    /// Checks everything that does not depend on data.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field, `routing...`.
+    pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
+        let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
+        let first = estimator.at(0, run.steps);
+        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
+            return Err(Error::invalid("routing.losses", "the outputs of this router are no logits: losses on logits have no meaning"));
+        }
+        let normal_noise = matches!(first.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
+        let losses = loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
+        let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);
+        let remedies = Remedies::new("routing.remedies", &self.remedies, balanced)?;
+
+        let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
+        ensure((1..=2).contains(&self.serve_k), "routing.serve_k", "must be 1 or 2")?;
+        ensure(self.serve_k <= run.experts, "routing.serve_k", "is more than the experts")?;
+        ensure(self.bias_rate.is_finite() && self.bias_rate >= 0.0, "routing.bias_rate", "must be finite and not negative")?;
+        ensure(self.router_rate.is_finite() && self.router_rate > 0.0, "routing.router_rate", "must be above 0")?;
+        let chooses = "needs an estimator that chooses a fixed number of experts by largest score";
+        ensure(self.bias_rate == 0.0 || first.chooses_top_k(), "routing.bias_rate", chooses)?;
+        ensure(!remedies.has(Remedy::BiasBump) || first.chooses_top_k(), "routing.remedies", &format!("'bias_bump' {chooses}"))?;
+        ensure(
+            !remedies.has(Remedy::Reinit) || (self.train == Learning::All && first.router_width(run.experts) == run.experts),
+            "routing.remedies",
+            "'reinit' needs routers and experts that learn, and a router row for each expert",
+        )?;
+        ensure(self.capacity.is_none() || first.chooses_top_k(), "routing.capacity", chooses)?;
+        if let Some(capacity) = self.capacity {
+            capacity.check("routing.capacity")?;
+        }
+        self.explore.check(run.steps)?;
+        ensure(self.explore.epsilon.is_none() || first.chooses_top_k(), "routing.explore.epsilon", chooses)?;
+        Ok(RoutingPlan {
+            estimator,
+            losses,
+            explore: self.explore,
+            capacity: self.capacity,
+            bias_rate: self.bias_rate,
+            remedies,
+            learning: self.train,
+            router_rate: self.router_rate,
+            steps: run.steps,
+        })
+    }
+}
+
+impl ExploreConfig {
+    fn check(&self, steps: usize) -> Result<()> {
+        for (name, schedule) in [("jitter", self.jitter), ("epsilon", self.epsilon), ("dropout", self.dropout)] {
+            let Some(schedule) = schedule else { continue };
+            let field = format!("routing.explore.{name}");
+            if let Some(problem) = schedule.problem(false, steps) {
+                return Err(Error::invalid(field, problem));
+            }
+            if schedule.init.max(schedule.last()) >= 1.0 {
+                return Err(Error::invalid(field, "must be at least 0 and below 1"));
+            }
+        }
+        Ok(())
+    }
+
+    fn at(schedule: Option<Schedule>, step: usize, steps: usize) -> f64 {
+        schedule.map_or(0.0, |schedule| schedule.at(step, steps))
+    }
+}
+
+impl RoutingPlan {
+    /// The estimator in force at a step.
+    pub fn estimator(&self, step: usize) -> Estimator {
+        self.estimator.at(step, self.steps)
+    }
+
+    /// What the estimator adds to the loss at a step by its own definition.
+    pub fn regulariser(&self, step: usize) -> Regulariser {
+        self.estimator.regulariser(step, self.steps)
+    }
+
+    /// What hardens over the run: temperature or width of the relaxation; 1 for estimators that have neither.
+    pub fn sharpness(&self, step: usize) -> f64 {
+        let number = |name| self.estimator.number_at(name, step, self.steps);
+        number("temperature").or_else(|| number("width")).unwrap_or(1.0)
+    }
+
+    /// What a router is divided by when saved, so that the softmax it was trained under is the plain one.
+    pub fn folding(&self, step: usize) -> f64 {
+        match self.estimator(step).relaxation {
+            Relaxation::Softmax { temperature } => temperature,
+            _ => 1.0,
+        }
+    }
+
+    /// The routing that the saved model is compared with: the mixture that was trained, where it is one of the softmax,
+    /// else hard routing to as many experts as in training.
+    pub fn reference(&self, serve_k: usize) -> ReferenceRouting {
+        let last = self.estimator(self.steps);
+        match (last.relaxation, last.selection, last.weights) {
+            (Relaxation::Softmax { .. }, Selection::All, Weights::Relaxed) => ReferenceRouting::Soft { temperature: 1.0 },
+            (_, Selection::TopK { k }, _) if k != serve_k => ReferenceRouting::TopK { k },
+            _ => ReferenceRouting::OwnTopK { assumed: false },
+        }
+    }
+
+    /// Puts what the plan says about `step` into the state of the forward.
+    pub fn prepare(&self, state: &mut TrainState, step: usize) {
+        let at = |schedule| ExploreConfig::at(schedule, step, self.steps);
+        state.step = step;
+        state.capacity = self.capacity;
+        state.jitter = at(self.explore.jitter);
+        state.explore = Exploration { epsilon: at(self.explore.epsilon), dropout: at(self.explore.dropout) };
+    }
+
+    /// The balance loss with the largest weight at a step, and that weight.
+    pub fn balance(&self, step: usize) -> Option<(AuxLoss, f64)> {
+        let weights = self.losses.iter().filter(|term| term.loss.balances()).map(|term| (term.loss, term.weight.at(step, self.steps)));
+        weights.reduce(|best, next| if next.1 > best.1 { next } else { best })
+    }
+}

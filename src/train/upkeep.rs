@@ -1,0 +1,146 @@
+//! What a step does to routing besides gradients: the selection bias, the watch over the load, and remedies.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{
+    learner::{Memory, Watch},
+    objective::LayerGradients,
+    optimizer::AdamW,
+    routing::RoutingPlan,
+    trainable::{Parameter, Trainable},
+};
+use crate::{
+    error::{Error, Result},
+    model::ModelSpec,
+    moe::{
+        LayerRouting, Routing, balance_bias,
+        collapse::Monitor,
+        draw::{Draw, Stream},
+        estimator::{Estimator, Relaxation, RoutedBatch},
+        remedy::{Action, Evidence, Remedy, Treatment},
+    },
+};
+
+/// Tokens over which a monitor forgets.
+const WINDOW: usize = 1 << 14;
+
+/// What is left of a bump after a step where no loss-free balancing takes care of it: half after 69 steps.
+const FADE: f64 = 0.99;
+
+/// A watch for each MoE layer.
+pub(super) fn watches(spec: &ModelSpec, plan: &RoutingPlan) -> Vec<Watch> {
+    let k = plan.estimator(0).k();
+    let watch = |experts| Watch { monitor: Monitor::new(experts, k, WINDOW), treatment: Treatment::default() };
+    spec.moe_layers().map(|(_, moe)| watch(moe.num_experts)).collect()
+}
+
+/// One step's upkeep of all layers.
+pub(super) struct Upkeep<'a> {
+    pub(super) plan: &'a RoutingPlan,
+    /// In force.
+    pub(super) estimator: Estimator,
+    pub(super) step: usize,
+    /// Of the noise on an expert that is made anew.
+    pub(super) seed: u64,
+    pub(super) model: &'a Trainable,
+    pub(super) optimizer: &'a mut AdamW,
+    pub(super) memory: &'a mut Memory,
+}
+
+impl Upkeep<'_> {
+    /// After the weights have moved; returns the remedies that acted, by decoder layer.
+    pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Vec<(usize, Action)>> {
+        let mut acted = Vec::new();
+        for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
+            let Routing::Dense { routed, .. } = &layer.routing else { continue };
+            self.move_bias(layer.layer, routed);
+            for action in self.decide(index, layer, routed, [gradients.task(layer), gradients.auxiliary]) {
+                self.apply(index, layer.layer, routed.experts, action)?;
+                tracing::info!(step = self.step, layer = layer.layer, "{action}");
+                acted.push((layer.layer, action));
+            }
+        }
+        Ok(acted)
+    }
+
+    fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
+        let rate = self.plan.bias_rate;
+        if rate > 0.0 {
+            let counts: Vec<u64> = routed.wanted().counts(0..routed.tokens, routed.experts).iter().map(|&n| n as u64).collect();
+            balance_bias::update(self.bias(layer, routed.experts), &counts, rate);
+        } else if self.plan.remedies.has(Remedy::BiasBump) {
+            balance_bias::fade(self.bias(layer, routed.experts), FADE);
+        }
+    }
+
+    fn bias(&mut self, layer: usize, experts: usize) -> &mut Vec<f64> {
+        if self.memory.layers.len() <= layer {
+            self.memory.layers.resize_with(layer + 1, Default::default);
+        }
+        let bias = &mut self.memory.layers[layer].bias;
+        bias.resize(experts, 0.0);
+        bias
+    }
+
+    fn decide(&mut self, index: usize, layer: &LayerRouting, routed: &RoutedBatch, [task, auxiliary]: [f64; 2]) -> Vec<Action> {
+        let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
+        watch.monitor.observe(&layer.stats);
+        watch.monitor.observe_gradients(task, auxiliary);
+        if self.plan.remedies.is_empty() {
+            return Vec::new();
+        }
+        let scores: Vec<f64> = match self.estimator.relaxation {
+            Relaxation::Sigmoid { temperature } => routed.seen().iter().map(|z| 1.0 / (1.0 + (-z / temperature).exp())).collect(),
+            _ => routed.seen().to_vec(),
+        };
+        let bias = self.memory.layers.get(layer.layer).map_or(&[][..], |layer| &layer.bias);
+        let balance_weight = self.plan.balance(self.step).map_or(0.0, |(_, weight)| watch.treatment.balance_weight(weight));
+        let evidence = Evidence { monitor: &watch.monitor, scores: &scores, bias, balance_weight };
+        self.plan.remedies.decide(&evidence, &mut watch.treatment, self.step)
+    }
+
+    fn apply(&mut self, index: usize, layer: usize, experts: usize, action: Action) -> Result<()> {
+        match action {
+            Action::BumpBias { expert, to } => {
+                if let Some(bias) = self.bias(layer, experts).get_mut(expert) {
+                    *bias = to;
+                }
+            }
+            Action::Reinit { expert, donor, noise } => {
+                let draw = Draw::new(self.seed, self.step, layer);
+                for (number, part) in ["router", "experts.gate_up", "experts.down"].into_iter().enumerate() {
+                    self.copy(&format!("layers.{layer}.{part}"), [donor, expert], |i, std| {
+                        noise * std * draw.normal(Stream::Reinit, (number * experts + expert) as u64, i as u64)
+                    })?;
+                }
+                if let Some(watch) = self.memory.watch.get_mut(index) {
+                    watch.monitor.reset();
+                }
+            }
+            // The watch holds the factor, and the objective asks it.
+            Action::RaiseBalance { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Copies one expert's part of a stacked parameter over another's, with noise, and forgets the moments of what it
+    /// was. `noise` gets the place of a value, and the standard deviation of the copied ones.
+    fn copy(&mut self, name: &str, [from, to]: [usize; 2], noise: impl Fn(usize, f64) -> f64) -> Result<()> {
+        let found = self.model.parameters().iter().enumerate().find(|(_, parameter)| parameter.name == name);
+        let Some((index, Parameter { var, .. })) = found else {
+            return Err(Error::Internal(format!("no parameter is named {name}")));
+        };
+        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
+        let width = values.len() / var.dim(0)?.max(1);
+        let of = |expert: usize| -> Range<usize> { expert * width..(expert + 1) * width };
+        let donor: Vec<f64> = values[of(from)].iter().map(|&value| f64::from(value)).collect();
+        let mean = donor.iter().sum::<f64>() / width.max(1) as f64;
+        let std = (donor.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / width.max(1) as f64).sqrt();
+        for (i, (value, donor)) in values[of(to)].iter_mut().zip(&donor).enumerate() {
+            *value = (donor + noise(i, std)) as f32;
+        }
+        var.set(&candle_core::Tensor::from_vec(values, var.shape(), var.device())?)?;
+        self.optimizer.reset(index, of(to));
+        Ok(())
+    }
+}
