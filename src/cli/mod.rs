@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod cache;
 mod client;
+pub mod compare;
 pub mod forward;
 pub mod generate;
 pub mod healthcheck;
@@ -44,6 +45,7 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     Forward(forward::ForwardArgs),
     Bench(Box<bench::BenchArgs>),
+    Compare(compare::CompareArgs),
 }
 
 /// The form of log lines.
@@ -67,6 +69,7 @@ impl Cli {
             Command::Forward(args) => forward::run(args),
             Command::Train(args) => train::run(args),
             Command::Bench(args) => bench::run(*args),
+            Command::Compare(args) => compare::run(args),
         }
     }
 }

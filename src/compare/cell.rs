@@ -10,15 +10,14 @@ use super::{
     teacher::Teacher,
     training::Training,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Runs a cell and writes its file into `cells`, and the weights of a teacher. A cell that cannot run leaves a file that
 /// says so; only files that cannot be written are errors here.
 pub fn run(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
     let outcome = measure(spec, cells).unwrap_or_else(|error| Outcome::Failed(error.to_string()));
     let record = CellRecord { spec: spec.clone(), outcome };
-    let json = serde_json::to_vec(&record).map_err(|error| Error::Internal(format!("a result has no JSON form: {error}")))?;
-    files::write(&spec.file(cells)?, &json)?;
+    files::write_json(&spec.file(cells)?, &record)?;
     Ok(record.outcome)
 }
 

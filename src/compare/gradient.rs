@@ -9,13 +9,14 @@ use super::{
     random::Random,
     results::{GradientQuality, GradientResult, finite},
     spec::CellSpec,
+    step::{advantages, samples},
     task::Targets,
 };
 use crate::{
     error::Result,
     moe::{
         draw::Draw,
-        estimator::{Baseline, Combine, Estimator, EstimatorSpec, Gradient, Purpose, RoutedBatch, StepContext},
+        estimator::{Combine, Estimator, EstimatorSpec, Execution, Gradient, Purpose, RoutedBatch, StepContext},
     },
 };
 
@@ -58,9 +59,7 @@ impl Problem {
     }
 
     fn quality(&self, estimator: &Estimator, draws: usize, draw: Draw) -> Quality {
-        let mut unused = [0.0; OUTPUTS];
-        let f: Vec<f64> = self.outputs.chunks_exact(OUTPUTS).map(|y| self.loss(y, &mut unused)).collect();
-        let exact = expected_loss_gradient(&self.z, 1.0, &f);
+        let exact = expected_loss_gradient(&self.z, 1.0, &self.losses());
         let draws = if is_random(estimator) { draws } else { 1 };
         compare(&exact, &self.gradients(estimator, draws, draw))
     }
@@ -68,43 +67,20 @@ impl Problem {
     /// The estimator's gradient of every draw, by the first E router outputs.
     fn gradients(&self, estimator: &Estimator, draws: usize, draw: Draw) -> Vec<Vec<f64>> {
         let (experts, width) = (self.experts(), estimator.router_width(self.experts()));
-        let copies = estimator.copies();
+        let (copies, sampled) = (estimator.copies(), samples(estimator));
         let mut row = self.z.clone();
         row.resize(width, 0.0);
         let z = row.repeat(draws * copies);
-        let sampled = match estimator.gradient {
-            Gradient::Score { samples, .. } => samples,
-            _ => 1,
-        };
-        // Copies of one draw lie `draws` rows apart, the greedy ones last.
         let greedy_from = if sampled < copies { sampled * draws } else { usize::MAX };
         let routed = estimator.route(&z, experts, &StepContext { greedy_from, ..StepContext::train(draw) });
         let (losses, credit) = self.credit(estimator, &routed);
         let mut dz = vec![0.0; z.len()];
         estimator.vjp(&z, &routed, &credit, &mut dz);
         if let Gradient::Score { baseline, samples } = estimator.gradient {
-            let exact_mean = || {
-                let mut unused = [0.0; OUTPUTS];
-                let f: Vec<f64> = self.outputs.chunks_exact(OUTPUTS).map(|y| self.loss(y, &mut unused)).collect();
-                let weights = estimator.route(&row, experts, &StepContext::evaluate(draw));
-                weights.relaxed().iter().zip(f).map(|(p, f)| p * f).sum::<f64>()
-            };
-            let advantage: Vec<f64> = (0..draws * copies)
-                .map(|i| {
-                    let (copy, of) = (i / draws, i % draws);
-                    let subtract = match baseline {
-                        Baseline::None => 0.0,
-                        Baseline::MovingAverage { .. } => exact_mean(),
-                        Baseline::LeaveOneOut => {
-                            let all: f64 = (0..samples).map(|copy| losses[copy * draws + of]).sum();
-                            (all - losses[i]) / (samples.max(2) - 1) as f64
-                        }
-                        Baseline::SelfCritical => losses[samples * draws + of],
-                    };
-                    if copy < samples { losses[i] - subtract } else { 0.0 }
-                })
-                .collect();
-            estimator.score(&z, &routed, &advantage, &mut dz);
+            // A moving average is at best the expected loss.
+            let p = estimator.route(&row, experts, &StepContext::evaluate(draw));
+            let expected: f64 = p.relaxed().iter().zip(self.losses()).map(|(p, f)| p * f).sum();
+            estimator.score(&z, &routed, &advantages(&losses, draws, samples, baseline, expected), &mut dz);
         }
         let of_draw = |of: usize| {
             let mut gradient = vec![0.0; experts];
@@ -117,12 +93,17 @@ impl Problem {
         (0..draws).map(of_draw).collect()
     }
 
+    /// Loss of every expert alone.
+    fn losses(&self) -> Vec<f64> {
+        let mut unused = [0.0; OUTPUTS];
+        self.outputs.chunks_exact(OUTPUTS).map(|y| self.loss(y, &mut unused)).collect()
+    }
+
     /// Loss of every row, and the credit of its weights.
     fn credit(&self, estimator: &Estimator, routed: &RoutedBatch) -> (Vec<f64>, Vec<f64>) {
         let experts = self.experts();
         // Means stand in exactly: the outputs do not change. Linear experts merge as their outputs do.
-        let dense = matches!(estimator.combine, Combine::Means { .. } | Combine::Merged)
-            || routed.execution == crate::moe::estimator::Execution::All;
+        let dense = matches!(estimator.combine, Combine::Means { .. } | Combine::Merged) || routed.execution == Execution::All;
         let mut losses = Vec::with_capacity(routed.tokens);
         let mut credit = vec![0.0; routed.tokens * experts];
         for (t, (weights, credit)) in routed.weights.chunks_exact(experts).zip(credit.chunks_exact_mut(experts)).enumerate() {
@@ -150,4 +131,65 @@ fn medians(qualities: &[Quality]) -> GradientQuality {
     let middle =
         |value: fn(&Quality) -> f64| median(&qualities.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite);
     GradientQuality { bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::compare::{
+        arm::Arm,
+        spec::{Budget, LAB_VERSION, Mode, Size, TaskName},
+    };
+    use crate::moe::estimator::{EstimatorConfig, Param};
+
+    fn measured(name: &str, params: &[(&str, Param)]) -> GradientResult {
+        let params: BTreeMap<String, Param> = params.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        let k = if matches!(name, "soft") { None } else { Some(1) };
+        let size = Size { steps: 1, batch: 1000, test: 15, points: 0, rate: 0.0 };
+        let arm = Arm::new(name, EstimatorConfig { name: name.into(), k, params });
+        run(&CellSpec {
+            lab: LAB_VERSION,
+            task: TaskName::Gradient,
+            mode: Mode::Scratch,
+            budget: Budget::Steps,
+            arm,
+            seed: 3,
+            size,
+            teacher_size: None,
+        })
+        .expect("it can be measured")
+    }
+
+    #[test]
+    fn what_has_no_gradient_is_all_bias() {
+        for name in ["onehot", "renorm_topk"] {
+            let result = measured(name, &[]);
+            assert_eq!((result.quadratic.bias, result.quadratic.std), (Some(1.0), Some(0.0)), "{name}");
+            assert_eq!(result.quadratic.cosine, None, "{name}");
+        }
+    }
+
+    #[test]
+    fn unbiased_estimators_are_within_the_error_of_the_mean() {
+        // The mean of n draws is off by std/√n, whatever the problem; medians over problems are near that.
+        let error = |std: Option<f64>| 2.0 * std.expect("random") / 1000_f64.sqrt();
+        for baseline in ["none", "moving_average", "leave_one_out", "self_critical"] {
+            let result = measured("reinforce", &[("baseline", Param::Word(baseline.into()))]);
+            for quality in [result.quadratic, result.cross_entropy] {
+                assert!(quality.bias.expect("finite") < error(quality.std), "{baseline}: {quality:?}");
+            }
+        }
+        let reinmax = measured("reinmax", &[]).quadratic;
+        assert!(reinmax.bias.expect("finite") < error(reinmax.std), "{reinmax:?}");
+        let ste = measured("ste", &[]).quadratic;
+        assert!(ste.bias.expect("finite") > 0.5 && ste.std == Some(0.0), "{ste:?}");
+    }
+
+    #[test]
+    fn baselines_lower_the_variance() {
+        let std = |baseline: &str| measured("reinforce", &[("baseline", Param::Word(baseline.into()))]).quadratic.std.expect("random");
+        assert!(std("none") > std("moving_average") && std("moving_average") > std("leave_one_out"));
+    }
 }

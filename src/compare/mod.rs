@@ -3,11 +3,16 @@
 //! A run is planned as cells ([`spec::CellSpec`]): one arm on one task with one seed. Every cell is a process of its own
 //! and leaves one file; what is there already is not run again. From the cells come `results.json`, pictures and the report.
 //!
-//! | file | what it is for |
+//! | module | what it is for |
 //! |---|---|
 //! | [`spec`], [`arm`] | what one cell is: task, mode, budget, seed, size; estimator, losses, controls |
+//! | [`arms`], [`plan`], [`list`] | the built-in arms; all cells of a run; both in words |
+//! | [`run`], [`cell`], [`files`], [`memory`] | a process for every cell; that process |
 //! | [`task`] | data with regions, their optimal routing, the loss |
-//! | [`results`] | what a cell leaves behind; `results.json` |
+//! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
+//! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
+//! | [`lm`] | language-model cells, on the decoder that is served |
+//! | [`results`], [`table`], [`plots`], [`report`] | what is left behind, and shown |
 
 pub mod adam;
 pub mod arm;
@@ -23,13 +28,41 @@ pub mod memory;
 pub mod metric;
 pub mod net;
 pub mod plan;
+pub mod plots;
 pub mod probe;
 pub mod random;
+pub mod report;
 pub mod results;
+pub mod run;
 pub mod spec;
 pub mod step;
+pub mod table;
 pub mod task;
 pub mod teacher;
+pub mod training;
 #[cfg(test)]
 mod tests;
-pub mod training;
+
+use std::fs;
+
+use self::{
+    plan::{Request, plan},
+    results::Results,
+    run::Run,
+};
+use crate::error::{Error, Result};
+
+/// Plans, runs what is missing, and writes results, pictures and report.
+///
+/// # Errors
+/// What is asked wrongly, before a folder is made; files that cannot be written. Failed cells are results.
+pub fn compare(request: &Request, run: &Run) -> Result<Results> {
+    let cells = plan(request)?;
+    let results = run.run(&cells)?;
+    files::write_json(&run.folder.results(), &results)?;
+    let plots = run.folder.plots();
+    fs::create_dir_all(&plots).map_err(|error| Error::io(&plots, error))?;
+    let pictures = plots::draw(&results, &plots)?;
+    files::write(&run.folder.report(), report::write(&results, &pictures).as_bytes())?;
+    Ok(results)
+}

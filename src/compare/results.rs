@@ -36,6 +36,9 @@ pub struct Machine {
     pub jobs: usize,
     /// Version of hardmax.
     pub hardmax: String,
+    /// Commit it was built from, if the build knew.
+    #[serde(default)]
+    pub git: String,
 }
 
 /// A cell and what became of it.
@@ -221,6 +224,11 @@ pub struct GradientQuality {
 /// `x`, if JSON has a form for it.
 pub fn finite(x: f64) -> Option<f64> {
     x.is_finite().then_some(x)
+}
+
+/// `x` to five digits, if JSON has a form for it: for curves, which are many numbers to look at.
+pub fn brief(x: f64) -> Option<f64> {
+    finite(x).and_then(|x| format!("{x:.4e}").parse().ok())
 }
 
 impl CellResult {

@@ -69,7 +69,9 @@ pub fn step(input: &StepInput<'_>) -> Step {
     let mut dz = vec![0.0; z.len()];
     estimator.vjp(&z, &routed, &credit, &mut dz);
     if let Gradient::Score { baseline, samples } = estimator.gradient {
-        estimator.score(&z, &routed, &advantages(&losses, rows, samples, baseline, input.average_loss), &mut dz);
+        let mut advantages = advantages(&losses, rows, samples, baseline, input.average_loss);
+        advantages.iter_mut().for_each(|advantage| *advantage /= (rows * samples) as f64);
+        estimator.score(&z, &routed, &advantages, &mut dz);
     }
     net.backward_router(&router_x, &dz, &mut gradients);
     let sampled = &losses[..rows * samples(estimator)];
@@ -106,7 +108,7 @@ fn jittered(input: &StepInput<'_>, x: &[f64]) -> Vec<f64> {
 }
 
 /// Copies of a row that are draws, without the greedy one.
-fn samples(estimator: &Estimator) -> usize {
+pub fn samples(estimator: &Estimator) -> usize {
     match estimator.gradient {
         Gradient::Score { samples, .. } => samples,
         _ => 1,
@@ -137,9 +139,8 @@ fn compare(input: &StepInput<'_>, y: &[f64]) -> Compared {
     compared
 }
 
-/// What the score of each row is multiplied by, `[T']`: its share of the loss above the baseline.
-fn advantages(losses: &[f64], rows: usize, samples: usize, baseline: Baseline, average_loss: f64) -> Vec<f64> {
-    let share = 1.0 / (rows * samples).max(1) as f64;
+/// How much each draw lost above its baseline, `[copies · rows]`, copy by copy; 0 for the greedy one.
+pub fn advantages(losses: &[f64], rows: usize, samples: usize, baseline: Baseline, average_loss: f64) -> Vec<f64> {
     let of_row = |row: usize| (0..samples).map(|copy| losses[copy * rows + row]).sum::<f64>();
     let advantage = |i: usize| {
         let (copy, row) = (i / rows, i % rows);
@@ -149,7 +150,7 @@ fn advantages(losses: &[f64], rows: usize, samples: usize, baseline: Baseline, a
             Baseline::LeaveOneOut => (of_row(row) - losses[i]) / (samples.max(2) - 1) as f64,
             Baseline::SelfCritical => losses[samples * rows + row],
         };
-        if copy < samples { (losses[i] - subtract) * share } else { 0.0 }
+        if copy < samples { losses[i] - subtract } else { 0.0 }
     };
     (0..losses.len()).map(advantage).collect()
 }

@@ -46,8 +46,7 @@ impl Teacher {
     /// Writes the weights of a trained net.
     pub fn write(net: &Net, path: &Path) -> Result<()> {
         let weights = Weights { router: net.router.clone(), experts: net.experts.clone() };
-        let json = serde_json::to_vec(&weights).map_err(|error| Error::Internal(format!("a net has no JSON form: {error}")))?;
-        super::files::write(path, &json)
+        super::files::write_json(path, &weights)
     }
 
     /// Starts a student from the teacher: its experts, and its router where one learns that has the teacher's outputs.

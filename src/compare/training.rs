@@ -10,7 +10,7 @@ use super::{
     metric::{Distance, quantile},
     net::{Gradients, Means, Net, Shape},
     probe,
-    results::{CellResult, Curves, Duration, RouterGradient, finite},
+    results::{CellResult, Curves, Duration, RouterGradient, brief, finite},
     spec::{Budget, CellSpec, Mode},
     step::{Step, StepInput, step},
     task::{Batch, Task},
@@ -350,15 +350,15 @@ impl<'a> Training<'a> {
         let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.number_at(name, clock, self.spec.size.steps));
         let gap = Distance::of(&soft.y, &hard.y).relative();
         let norms = &self.record.norms[self.record.norms_at_point..];
-        let grad_norm = if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) };
+        let grad_norm = if norms.is_empty() { None } else { brief(norms.iter().sum::<f64>() / norms.len() as f64) };
         let curves = &mut self.record.curves;
         curves.step.push(clock);
-        curves.loss.push(finite(soft.loss));
-        curves.hard1.push(finite(hard.loss));
-        curves.gap.push(gap);
-        curves.sharpness.push(sharpness);
+        curves.loss.push(brief(soft.loss));
+        curves.hard1.push(brief(hard.loss));
+        curves.gap.push(gap.and_then(brief));
+        curves.sharpness.push(sharpness.and_then(brief));
         curves.grad_norm.push(grad_norm);
-        curves.load.push(load(&hard.routed));
+        curves.load.push(load(&hard.routed).into_iter().filter_map(brief).collect());
         self.record.norms_at_point = self.record.norms.len();
     }
 

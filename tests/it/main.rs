@@ -5,6 +5,7 @@
 mod bench;
 mod checkpoint;
 mod cli;
+mod compare;
 mod demo;
 mod fuzz;
 mod parity;
