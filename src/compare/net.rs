@@ -61,8 +61,8 @@ pub struct Forward {
     active: Vec<f64>,
 }
 
-/// Deviation of the router's initial weights: small, so that no expert is decided upon at the start.
-const ROUTER_STD: f64 = 0.1;
+/// Deviation of the router's initial weights times √D: that of the usual uniform ones in `±1/√D`.
+const ROUTER_STD: f64 = 0.577;
 
 impl Net {
     /// Random weights of `seed`; `handicap [E]` is added to the bias of the router. The first E rows of the router are the
@@ -70,7 +70,7 @@ impl Net {
     pub fn new(shape: Shape, seed: u64, handicap: &[f64]) -> Self {
         let ExpertShape { features, hidden, outputs } = shape.expert;
         let mut random = Random::new(seed, "router");
-        let mut router = random.normals(shape.router_width * features, ROUTER_STD);
+        let mut router = random.normals(shape.router_width * features, ROUTER_STD / (features as f64).sqrt());
         for (row, head_start) in router.chunks_exact_mut(features).zip(handicap) {
             row[features - 1] += head_start;
         }

@@ -33,7 +33,7 @@ const ROUTER_CLIP: f64 = 1.0;
 /// In tuning the router learns this much slower than the experts: it is the teacher's already.
 const TUNING_ROUTER_RATE: f64 = 0.3;
 /// Test rows of a point of the curves.
-const POINT_ROWS: usize = 512;
+const POINT_ROWS: usize = 256;
 /// Points at which the quality of the router's gradient is measured.
 const PROBES: usize = 5;
 /// Lines of remedies that a result keeps.
@@ -290,8 +290,11 @@ impl<'a> Training<'a> {
 
     /// Moves the bias of the choice and lets remedies act.
     fn balance(&mut self, estimator: &Estimator, z: &[f64], routed: &RoutedBatch, norms: [f64; 2], clock: usize) {
-        let stats = routed.stats(z);
         let rate = self.spec.arm.bias_rate;
+        if rate == 0.0 && self.remedies.is_empty() {
+            return;
+        }
+        let stats = routed.stats(z);
         if rate > 0.0 {
             balance_bias::update(&mut self.state.bias, &stats.expert_tokens, rate);
         } else {

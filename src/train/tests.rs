@@ -1,14 +1,18 @@
 //! A small run from text to checkpoint: reproducible, resumable, and served as it was evaluated.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::Arc};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::{
     config::TrainConfig,
+    data::{Stream, step_rng},
     evaluate::evaluate,
     export::export,
-    log::{self, Record},
+    learner::{Learner, Setup, Text},
+    log::{self, Record, StepRecord},
+    routing::{RoutingConfig, RunShape},
+    trainable::{Part, Trainable},
     trainer::{Trained, Trainer, folded, log_path},
 };
 use crate::{
@@ -18,7 +22,12 @@ use crate::{
         load::{DeviceKind, WeightType, load},
         weights::FeedForwardWeights,
     },
-    moe::policy::RoutingChoice,
+    moe::{
+        RoutingStats,
+        estimator::{Expected, Purpose, catalog},
+        policy::RoutingChoice,
+        remedy::Action,
+    },
 };
 
 const RECIPE: &str = r#"
@@ -82,13 +91,26 @@ fn train(dir: &Path, resume: bool) -> Trained {
 }
 
 fn values(trained: &Trained) -> Vec<(String, Vec<f32>)> {
+    weights(&trained.model)
+}
+
+fn weights(model: &Trainable) -> Vec<(String, Vec<f32>)> {
     let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    trained.model.parameters().iter().map(|p| (p.name.clone(), flat(p.var.as_tensor()))).collect()
+    model.parameters().iter().map(|p| (p.name.clone(), flat(p.var.as_tensor()))).collect()
 }
 
 fn losses(dir: &Path) -> Vec<f64> {
+    steps(dir).into_iter().map(|step| step.lm_loss).collect()
+}
+
+fn steps(dir: &Path) -> Vec<StepRecord> {
     let records = log::read(&log_path(&config(dir))).unwrap();
-    records.into_iter().filter_map(|record| if let Record::Step(step) = record { Some(step.lm_loss) } else { None }).collect()
+    records.into_iter().filter_map(|record| if let Record::Step(step) = record { Some(step) } else { None }).collect()
+}
+
+fn heldout(config: &TrainConfig, tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
+    let documents = super::data::read_documents(&config.data.heldout, &config.data.separator).unwrap();
+    super::data::tokenize(&documents, tokenizer, tokenizer.token_to_id("<|endoftext|>").unwrap()).unwrap()
 }
 
 #[test]
@@ -102,16 +124,107 @@ fn same_seed_same_weights_and_the_loss_falls() {
     assert_ne!(values(&train(a.path(), true)), values(&train(c.path(), false)), "another seed, other weights");
 }
 
+/// The recipe with other routing.
+fn routed(lines: &str) -> impl Fn(String) -> String {
+    let lines = format!("[routing]\n{lines}\n[optimizer]");
+    move |recipe: String| {
+        let (before, rest) = recipe.split_once("[routing]").unwrap();
+        let (_, after) = rest.split_once("[optimizer]").unwrap();
+        format!("{before}{lines}{after}")
+    }
+}
+
+/// Biases, running means, baselines, penalties and remedies are part of the state too.
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one() {
-    let (whole, cut) = (folder(|r| r), folder(|r| r));
-    let wanted = train(whole.path(), false);
-    let mut interrupted = Trainer::new(config(cut.path()), false).unwrap();
-    interrupted.run_until(6).unwrap();
-    drop(interrupted);
-    let found = train(cut.path(), true);
-    assert_eq!(values(&found), values(&wanted));
-    assert_eq!(losses(cut.path()), losses(whole.path()), "the log has each step once");
+    let recipes: [Box<dyn Fn(String) -> String>; 4] = [
+        Box::new(|recipe| recipe),
+        Box::new(routed(
+            "estimator = \"ste\"\nserve_k = 1\nbias_rate = 0.01\nremedies = [\"bias_bump\", \"reinit\"]\nexplore = { jitter = 0.1, epsilon = 0.1 }",
+        )),
+        Box::new(routed("estimator = \"default_moe\"\nk = 1\nserve_k = 1\ncapacity = { factor = 1.25, overflow = \"reroute\" }")),
+        Box::new(routed("estimator = \"reinforce\"\nbaseline = \"moving_average\"\nsamples = 2\nserve_k = 1\nlosses = { switch = 0.01 }")),
+    ];
+    for recipe in recipes {
+        let (whole, cut) = (folder(&recipe), folder(&recipe));
+        let wanted = train(whole.path(), false);
+        let mut interrupted = Trainer::new(config(cut.path()), false).unwrap();
+        interrupted.run_until(6).unwrap();
+        drop(interrupted);
+        let found = train(cut.path(), true);
+        assert_eq!(values(&found), values(&wanted));
+        assert_eq!(losses(cut.path()), losses(whole.path()), "the log has each step once");
+    }
+}
+
+/// Every row of the catalogue that a checkpoint can hold, by its name: trained, counted, saved, and served as evaluated.
+#[test]
+fn every_estimator_trains_and_is_served_as_it_was_evaluated() {
+    let rows: Vec<_> = catalog::CATALOG.iter().filter(|row| row.exports()).collect();
+    assert!(rows.len() >= 12, "{}", rows.len());
+    for row in rows {
+        let dir = folder(routed(&format!("estimator = \"{}\"\nserve_k = 1\nlosses = {{ router_z = 1e-4 }}", row.name)));
+        let trained = train(dir.path(), false);
+        let config = config(dir.path());
+        export(&config, &trained).unwrap();
+        let loaded = load(&config.output, DeviceKind::Cpu, WeightType::Auto, false).unwrap();
+        assert_eq!((loaded.decoder.spec().estimator.as_str(), loaded.decoder.spec().reference), (row.name, trained.spec.reference));
+        let text = heldout(&config, &loaded.checkpoint.tokenizer().unwrap());
+        let perplexity = |routing| evaluate(&loaded.decoder, &text, config.model.context, routing).unwrap().perplexity;
+        assert_eq!(perplexity(RoutingChoice::Native), trained.evaluation.top1_perplexity, "{}", row.name);
+        assert_eq!(perplexity(trained.spec.reference.choice()), trained.evaluation.reference_perplexity, "{}", row.name);
+        let counted = steps(dir.path()).into_iter().map(|step| step.executed_per_token);
+        match trained.estimator.executed_per_token(config.model.experts) {
+            Expected::Exactly(n) => assert!(counted.clone().all(|counted| counted == n as f64), "{}", row.name),
+            Expected::AtMost(n) => assert!(counted.clone().all(|counted| counted > 0.0 && counted <= n as f64), "{}", row.name),
+            Expected::Merged => assert!(counted.clone().all(|counted| counted == 1.0), "{}", row.name),
+        }
+    }
+}
+
+#[test]
+fn a_frozen_part_is_the_same_to_the_bit_after_a_run() {
+    for (learns, moved) in [("experts", [false, true, true]), ("router", [true, false, false]), ("all", [true; 3])] {
+        let dir = folder(routed(&format!("estimator = \"ste\"\nserve_k = 1\ntrain = \"{learns}\"")));
+        let trained = train(dir.path(), false);
+        let mut random = step_rng(config(dir.path()).run.seed, 0, Stream::Init);
+        let fresh = Trainable::init(&trained.spec, |experts| experts, &mut random, &Device::Cpu).unwrap();
+        let (before, after) = (weights(&fresh), values(&trained));
+        for (name, moved) in ["layers.0.router", "layers.1.experts.gate_up", "layers.0.query"].into_iter().zip(moved) {
+            let of = |values: &[(String, Vec<f32>)]| values.iter().find(|(found, _)| found == name).unwrap().1.clone();
+            assert_eq!(of(&before) != of(&after), moved, "{learns}: {name}");
+        }
+    }
+}
+
+/// All rows of the routers are equal, so that every token goes to expert 0; the un-weighted one-hot gives them no gradient.
+#[test]
+fn a_dead_expert_is_made_anew_and_lives() {
+    let run = |remedies: &[&str]| {
+        let config = config(folder(routed("estimator = \"ste\"\nserve_k = 1")).path());
+        let routing = RoutingConfig {
+            estimator: "onehot".into(),
+            remedies: remedies.iter().map(|&remedy| remedy.to_owned()).collect(),
+            ..config.routing.clone()
+        };
+        let shape = RunShape { experts: 3, steps: 12, purpose: Purpose::Laboratory, teacher: false };
+        let plan = routing.plan(shape).unwrap();
+        let spec = Arc::new(config.spec(&plan, 40));
+        let mut learner = Learner::new(Setup { spec, plan, optimizer: config.optimizer.clone(), seed: 3 }).unwrap();
+        for parameter in learner.model().parameters().iter().filter(|parameter| parameter.part == Part::Router) {
+            let first = parameter.var.as_detached_tensor().narrow(0, 0, 1).unwrap();
+            parameter.var.set(&first.repeat((3, 1)).unwrap().contiguous().unwrap()).unwrap();
+        }
+        let inputs: Vec<u32> = (0..128).map(|i| (i * i + 7 * i) as u32 % 40).collect();
+        let text = Text { inputs: &inputs, targets: &inputs, length: 16, route: None, teacher: None };
+        let reports: Vec<_> = (0..6).map(|step| learner.step(step, text, 1e-3).unwrap()).collect();
+        let actions: Vec<_> = reports.iter().flat_map(|report| &report.actions).copied().collect();
+        (actions, reports.last().unwrap().layers.iter().map(RoutingStats::dead).sum::<usize>())
+    };
+    assert_eq!(run(&[]), (Vec::new(), 4), "two of three experts in both layers");
+    let (actions, dead) = run(&["reinit"]);
+    assert!(actions.iter().all(|(_, action)| matches!(action, Action::Reinit { donor: 0, .. })) && actions.len() == 4, "{actions:?}");
+    assert_eq!(dead, 0);
 }
 
 #[test]
@@ -194,9 +307,7 @@ fn what_is_saved_is_what_was_evaluated() {
     let block = loaded.checkpoint.routing().unwrap().train.as_ref().unwrap().temperature.clone().unwrap();
     assert_eq!((block.at_save, block.folded), (Some(0.5), Some(true)));
 
-    let tokenizer = loaded.checkpoint.tokenizer().unwrap();
-    let documents = super::data::read_documents(&config.data.heldout, &config.data.separator).unwrap();
-    let tokens = super::data::tokenize(&documents, &tokenizer, tokenizer.token_to_id("<|endoftext|>").unwrap()).unwrap();
+    let tokens = heldout(&config, &loaded.checkpoint.tokenizer().unwrap());
     for (routing, wanted) in [
         (RoutingChoice::Native, trained.evaluation.top1_perplexity),
         (RoutingChoice::TopK { k: 2, weight_form: None }, trained.evaluation.top2_perplexity),

@@ -81,6 +81,13 @@ impl Batch {
         }
     }
 
+    /// Rows by their numbers, which must be below [`Self::rows`].
+    pub fn gather(&self, rows: &[usize]) -> Batch {
+        let x = rows.iter().flat_map(|row| &self.x[row * self.features..(row + 1) * self.features]).copied().collect();
+        let targets = self.targets.gather(rows, self.outputs);
+        Batch { x, targets, region: rows.iter().map(|row| self.region[*row]).collect(), ..*self }
+    }
+
     /// A hash of every row's features, `[T]`: what routes the control `hash`.
     pub fn hashes(&self) -> Vec<u64> {
         let hash =

@@ -16,6 +16,9 @@ const NORMAL: usize = 15;
 const FEATURES: usize = NORMAL + 1;
 const OUTPUTS: usize = 4;
 const REGIONS: usize = 8;
+/// Rows that steps take theirs from: so many more than there are weights that drawing new ones would change nothing but the
+/// time.
+const POOL: usize = 16_384;
 
 /// The task.
 #[derive(Clone, Debug)]
@@ -27,6 +30,8 @@ pub struct Regions {
     handicap: f64,
     /// `[E, O, D]`.
     maps: Vec<f64>,
+    /// Rows that steps take theirs from.
+    pool: Batch,
     test: Batch,
     trivial: f64,
 }
@@ -39,7 +44,8 @@ impl Regions {
         // So that the target has a variance of about 1.
         let maps = random.normals(REGIONS * OUTPUTS * FEATURES, 1.0 / (FEATURES as f64).sqrt());
         let empty = Batch { features: FEATURES, outputs: OUTPUTS, x: Vec::new(), targets: Targets::Values(Vec::new()), region: Vec::new() };
-        let mut task = Self { seed, directions, thresholds, handicap, maps, test: empty, trivial: 0.0 };
+        let mut task = Self { seed, directions, thresholds, handicap, maps, pool: empty.clone(), test: empty, trivial: 0.0 };
+        task.pool = task.draw(&mut Random::new(seed, "pool"), POOL);
         task.test = task.draw(&mut Random::new(seed, "test rows"), test_rows);
         task.trivial = trivial(&task.test);
         task
@@ -82,7 +88,9 @@ impl Task for Regions {
     }
 
     fn batch(&self, step: usize, rows: usize) -> Batch {
-        self.draw(&mut Random::of_step(self.seed, "rows", step), rows)
+        let mut random = Random::of_step(self.seed, "rows", step);
+        let drawn: Vec<usize> = (0..rows).map(|_| random.below(POOL)).collect();
+        self.pool.gather(&drawn)
     }
 
     fn test(&self) -> &Batch {

@@ -50,6 +50,16 @@ impl Targets {
             Self::Classes(classes) => Self::Classes(classes[rows].to_vec()),
         }
     }
+
+    /// The targets of rows by their numbers.
+    pub fn gather(&self, rows: &[usize], outputs: usize) -> Self {
+        match self {
+            Self::Values(values) => {
+                Self::Values(rows.iter().flat_map(|row| &values[row * outputs..(row + 1) * outputs]).copied().collect())
+            }
+            Self::Classes(classes) => Self::Classes(rows.iter().map(|row| classes[*row]).collect()),
+        }
+    }
 }
 
 /// Index of the largest value, the first among equals.

@@ -221,7 +221,7 @@ fn check(param: &ParamRow, given: Option<&Param>, k: usize, steps: usize) -> Res
 
 impl Range {
     /// What is wrong with a number over a run, if anything.
-    fn problem(self, schedule: &Schedule, steps: usize) -> Option<String> {
+    pub(super) fn problem(self, schedule: &Schedule, steps: usize) -> Option<String> {
         // Every form of the way stays between its ends.
         let ends = [schedule.init, schedule.last()];
         if let Some(bad) = ends.into_iter().find(|end| !self.contains(*end)) {

@@ -34,6 +34,7 @@ mod surrogate;
 mod values;
 
 pub use self::{
+    catalog::Needs,
     config::{EstimatorConfig, EstimatorSpec, Param, Purpose},
     regulariser::Regulariser,
     route::RoutedBatch,
@@ -400,3 +401,6 @@ impl Estimator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -206,7 +206,7 @@ impl Estimator {
     }
 
     /// Router outputs are not one logit for each expert.
-    fn reads_columns(&self) -> bool {
+    pub(super) fn reads_columns(&self) -> bool {
         matches!(self.relaxation, Relaxation::SmoothStep { .. })
     }
 

@@ -20,7 +20,8 @@ impl Estimator {
     }
 
     /// Log-probability `[T]` of the choice of each token, as draws without replacement from the noisy softmax (Plackett
-    /// 1975, Luce 1959). 0 for a token that is not finite.
+    /// 1975, Luce 1959). 0 for a token that is not finite, and for methods that do
+    /// not choose by the largest noisy logits.
     pub fn log_prob(&self, z: &[f64], routed: &RoutedBatch) -> Vec<f64> {
         let mut log_probs = Vec::with_capacity(routed.tokens);
         for (token, z) in z.chunks_exact(self.router_width(routed.experts).max(1)).enumerate() {
@@ -49,6 +50,9 @@ impl Estimator {
     /// Calls `visit` with each drawn expert and the probabilities it was drawn with.
     fn each_draw(&self, routed: &RoutedBatch, token: usize, mut visit: impl FnMut(usize, &[f64])) {
         let mut logits = routed.point_row(token).to_vec();
+        if self.reads_columns() || !self.chooses_top_k() {
+            return;
+        }
         logits.iter_mut().zip(&routed.bias).for_each(|(z, bias)| *z += bias);
         let mut p = vec![0.0; logits.len()];
         for &expert in routed.wanted().of(token) {
