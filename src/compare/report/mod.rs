@@ -55,7 +55,7 @@ fn head(results: &Results) -> String {
         "# Estimators compared\n\n\
          | | |\n|---|---|\n\
          | command | `{}` |\n\
-         | hardmax | {} (laboratory {}) |\n\
+         | hardmax | {} at {} (laboratory {}) |\n\
          | machine | {}, {} cores, {} cells at once |\n\
          | cells | {}, of which {failed} failed |\n\
          | seeds | {seeds} |\n\
@@ -64,6 +64,7 @@ fn head(results: &Results) -> String {
          perfect. The columns are explained at the end.\n\n",
         results.command,
         machine.hardmax,
+        machine.git,
         results.lab,
         machine.cpu,
         machine.cores,
