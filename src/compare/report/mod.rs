@@ -20,7 +20,8 @@ pub fn write(results: &Results, pictures: &[Picture]) -> String {
     for table in &tables {
         out += &tables::section(table);
         let (loss, more) = (format!("loss-{}", table.id()), of_table(table));
-        out += &pictures.iter().filter(|picture| picture.stem == loss || more.contains(&picture.stem.as_str())).map(shown).collect::<String>();
+        out +=
+            &pictures.iter().filter(|picture| picture.stem == loss || more.contains(&picture.stem.as_str())).map(shown).collect::<String>();
     }
     out += &tables::gradients(results);
     let placed = |stem: &str| tables.iter().any(|table| stem == format!("loss-{}", table.id()) || of_table(table).contains(&stem));
@@ -61,7 +62,13 @@ fn head(results: &Results) -> String {
          | last run | {minutes} min {seconds} s |\n\n\
          Figures are medians over seeds with [least..most]. Losses are test losses in units of the best constant prediction: 1 is useless, 0 is \
          perfect. The columns are explained at the end.\n\n",
-        results.command, machine.hardmax, results.lab, machine.cpu, machine.cores, machine.jobs, results.cells.len(),
+        results.command,
+        machine.hardmax,
+        results.lab,
+        machine.cpu,
+        machine.cores,
+        machine.jobs,
+        results.cells.len(),
     )
 }
 

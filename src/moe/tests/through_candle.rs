@@ -70,10 +70,8 @@ impl Problem {
     }
 
     fn loops(&self, estimator: &Estimator, z: &[f64], routed: &RoutedBatch) -> Found {
-        let mut found: Found = [vec![0.0; T * D], vec![0.0; T * D], vec![0.0; self.router.len()], vec![0.0; self.gate_up.len()], vec![
-            0.0;
-            self.down.len()
-        ]];
+        let mut found: Found =
+            [vec![0.0; T * D], vec![0.0; T * D], vec![0.0; self.router.len()], vec![0.0; self.gate_up.len()], vec![0.0; self.down.len()]];
         let mut credit = vec![0.0; T * E];
         for t in 0..T {
             let credit = &mut credit[t * E..][..E];
