@@ -21,6 +21,7 @@
 //! | [`Weights::Corrected`] | `s p̃`, one draw after the other, s 1 or ⅓ | [`Gradient::Corrected`]: `J (c ⊙ m)` of each draw, twice that if `star` |
 //! | any | | [`Gradient::Score`]: as exact, and `advantage · ∇ log π` |
 
+mod batch;
 pub mod catalog;
 mod config;
 mod dselect;
@@ -34,10 +35,10 @@ mod surrogate;
 mod values;
 
 pub use self::{
+    batch::RoutedBatch,
     catalog::Needs,
     config::{EstimatorConfig, EstimatorSpec, Param, Purpose},
     regulariser::Regulariser,
-    route::RoutedBatch,
 };
 use super::{capacity::Capacity, draw::Draw, explore::Exploration, policy::WeightForm};
 

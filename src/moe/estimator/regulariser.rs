@@ -1,6 +1,6 @@
 //! What a method adds to the loss by its own definition, besides the auxiliary losses that a run chooses.
 
-use super::{RoutedBatch, dselect, route::finite};
+use super::{RoutedBatch, batch::finite, dselect};
 use crate::{
     error::Result,
     moe::loss::{AuxLoss, LossInput},

@@ -1,11 +1,16 @@
 //! Choosing experts for one row.
 
+use std::borrow::Cow;
+
 use super::{Estimator, Mask, Relaxation, Selection, relax};
+
+/// Choices up to this many are found by scanning; a sort is faster above.
+const SCANS: usize = 2;
 
 /// What a choice is made on. `[E]` each, -inf for experts that are left out of it.
 pub(super) struct Candidates<'a> {
-    /// Logits without noise.
-    pub(super) clean: &'a [f64],
+    /// Logits at which the relaxation was evaluated.
+    pub(super) point: &'a [f64],
     /// Logits with noise; under [`Relaxation::SmoothStep`], which has none, the weights.
     pub(super) seen: &'a [f64],
     /// Relaxed weights.
@@ -35,21 +40,20 @@ impl Estimator {
 }
 
 impl Candidates<'_> {
-    fn biased(&self, score: &[f64]) -> Vec<f64> {
+    fn biased<'a>(&self, score: &'a [f64]) -> Cow<'a, [f64]> {
         match self.bias {
             Some(bias) => score.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
-            None => score.to_vec(),
+            None => Cow::Borrowed(score),
         }
     }
 
     /// Each time the largest among the logits near the largest of those left.
     fn one_after_the_other(&self, k: usize, r: f64, mask: Mask) -> Vec<u32> {
-        let (mut left, score) = (self.clean.to_vec(), self.biased(self.seen));
+        let (mut left, score) = (self.point.to_vec(), self.biased(self.seen));
         let mut chosen = Vec::with_capacity(k);
         for _ in 0..k {
-            let near: Vec<f64> =
-                score.iter().zip(relax::kept(&left, r, mask)).map(|(&s, kept)| if kept { s } else { f64::NEG_INFINITY }).collect();
-            let near: Vec<f64> = left.iter().zip(near).map(|(&left, score)| open(left, score)).collect();
+            let kept = relax::kept(&left, r, mask);
+            let near: Vec<f64> = (0..left.len()).map(|e| if kept[e] { open(left[e], score[e]) } else { f64::NEG_INFINITY }).collect();
             let Some(&best) = top_k(&near, 1).first() else { break };
             left[best as usize] = f64::NEG_INFINITY;
             chosen.push(best);
@@ -65,10 +69,20 @@ fn open(logit: f64, score: f64) -> f64 {
 
 /// The k largest scores, descending, ties by the lowest index; never one at -inf.
 pub(super) fn top_k(score: &[f64], k: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..score.len() as u32).filter(|&e| score[e as usize] > f64::NEG_INFINITY).collect();
-    // Adding 0 makes -0 and 0 one value.
+    let open = (0..score.len() as u32).filter(|&e| score[e as usize] > f64::NEG_INFINITY);
+    if k <= SCANS {
+        let mut chosen = Vec::with_capacity(k);
+        for _ in 0..k {
+            let left = open.clone().filter(|e| !chosen.contains(e));
+            let Some(best) = left.reduce(|best, e| if score[e as usize] > score[best as usize] { e } else { best }) else { break };
+            chosen.push(best);
+        }
+        return chosen;
+    }
+    let mut order: Vec<u32> = open.collect();
+    // Adding 0 makes -0 and 0 one value, as they are for `>` above.
     let key = |e: u32| score[e as usize] + 0.0;
-    order.sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
+    order.sort_unstable_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
     order.truncate(k);
     order
 }

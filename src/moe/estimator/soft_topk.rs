@@ -11,6 +11,9 @@ use super::{
 /// Steps of the solver: Newton takes about eight, halving alone 60.
 const STEPS: usize = 100;
 
+/// Relative error of the sum that no step would better.
+const ROUNDING: f64 = 4.0 * f64::EPSILON;
+
 /// The k largest softly, each at most 1/k. No more than k logits: all of them alike.
 pub(super) fn value(z: &[f64], kernel: Kernel, width: f64, k: usize, p: &mut [f64]) {
     if z.len() <= k {
@@ -45,6 +48,9 @@ fn threshold(z: &[f64], kernel: Kernel, width: f64, k: usize) -> f64 {
             excess += share;
             slope += kernel.density_of_share(share) / width;
         }
+        if excess.abs() <= ROUNDING * k as f64 {
+            break;
+        }
         if excess > 0.0 {
             low = b;
         } else {
@@ -52,7 +58,7 @@ fn threshold(z: &[f64], kernel: Kernel, width: f64, k: usize) -> f64 {
         }
         let newton = b + excess / slope;
         let next = if newton > low && newton < high { newton } else { 0.5 * (low + high) };
-        if next == b || excess == 0.0 {
+        if next == b {
             break;
         }
         b = next;

@@ -1,8 +1,9 @@
 //! The backward: from credit to the gradient of the router outputs.
 
 use super::{
-    Combine, Estimator, Execution, Gradient, NoiseKind, RoutedBatch, Scope, Weights, relax,
-    route::{finite, mass},
+    Combine, Estimator, Execution, Gradient, NoiseKind, RoutedBatch, Scope, Weights,
+    batch::{finite, mass},
+    relax,
 };
 
 impl Estimator {

@@ -12,7 +12,7 @@ pub(super) enum Setting {
 
 /// Settings of a catalogue row at one step of a run. Every parameter of the row is there.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Values<'a> {
+pub(in crate::moe::estimator) struct Values<'a> {
     /// Experts per token; 1 where the row has no k.
     pub(super) k: usize,
     pub(super) settings: &'a [(&'static str, Setting)],

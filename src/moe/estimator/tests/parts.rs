@@ -244,4 +244,6 @@ fn learned_noise_begins_at_the_softplus_of_zero() {
     assert_close(routed.deviation().unwrap(), &[2f64.ln(); 4], 1e-15, "ln 2");
     let noise: Vec<f64> = (0..4).map(|e| ctx.draw.normal(Stream::Select, 0, e) * 2f64.ln()).collect();
     assert_close(routed.seen(), &noise, 1e-15, "what the choice sees");
+    let calm = one(&spec, &[0.0; 8], &StepContext::evaluate(Draw::new(0, 0, 0)));
+    assert!(calm.deviation().is_none() && calm.seen() == [0.0; 4], "there is no noise in evaluation");
 }

@@ -292,6 +292,17 @@ fn the_coin_of_sparsemixer_has_its_mean() {
     }
 }
 
+#[test]
+fn evaluation_throws_no_coin() {
+    // A bias keeps the largest logit from being chosen: in training the coin decides, in evaluation nothing does.
+    let estimator = spec("sparsemixer_v2", Some(1), &[("r", Param::Number(9.0))], EXPERTS).at(0, 1);
+    let (z, bias) = ([0.4, -0.3, 1.1, 0.0].repeat(50), [5.0, 0.0, 0.0, 0.0]);
+    let p = softmax(&z[..EXPERTS])[0];
+    let ctx = StepContext { bias: Some(&bias), ..StepContext::evaluate(Draw::new(0, 0, 0)) };
+    let routed = estimator.route(&z, EXPERTS, &ctx);
+    assert!(routed.chosen.iter().all(|e| *e == 0) && routed.weights.chunks(EXPERTS).all(|row| (row[0] - p).abs() < 1e-15));
+}
+
 /// Relative bias of the mean over many draws, and the standard error of that mean.
 fn bias(task: &Task, estimator: &Estimator) -> (f64, f64) {
     let draws = 40_000;
