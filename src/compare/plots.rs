@@ -25,6 +25,8 @@ pub struct Picture {
 const CURVES: usize = 8;
 /// Heat maps in one picture.
 const MAPS: usize = 12;
+/// A relative distance that is rounding, and no gap.
+const NO_GAP: f64 = 1e-3;
 /// What is smaller is drawn here on a logarithmic axis of bias or deviation: an exact 0 has no other place.
 const FLOOR: f64 = 0.01;
 
@@ -83,12 +85,12 @@ fn gap(table: &Table<'_>) -> Drawn {
     let points = |runs: &Runs<'_>| -> Vec<(f64, f64)> {
         let of = |result: &&CellResult| {
             let pairs = result.curves.sharpness.iter().zip(&result.curves.gap);
-            pairs.filter_map(|(sharpness, gap)| Some(((*sharpness)?, (*gap)?))).collect::<Vec<_>>()
+            pairs.filter_map(|(sharpness, gap)| Some(((*sharpness)?, (*gap)?))).filter(|(_, gap)| *gap > NO_GAP).collect::<Vec<_>>()
         };
         runs.steps.iter().flat_map(of).collect()
     };
     let mut shown: Vec<(&Runs<'_>, Vec<(f64, f64)>)> = table.estimators.iter().map(|runs| (runs, points(runs))).collect();
-    shown.retain(|(_, points)| points.iter().any(|(_, gap)| *gap > 1e-2));
+    shown.retain(|(_, points)| !points.is_empty());
     shown.sort_by(|a, b| a.0.arm.name.cmp(&b.0.arm.name));
     let dots = |(i, (runs, points)): (usize, (&Runs<'_>, Vec<(f64, f64)>))| Series {
         name: runs.arm.name.clone(),
@@ -98,7 +100,7 @@ fn gap(table: &Table<'_>) -> Drawn {
     let chart = Chart {
         title: "temperature against gap".into(),
         x: Axis::log("temperature or width in force"),
-        y: Axis::log("‖y − y hard top-1‖ / ‖y‖").from_to(1e-3, 3.0),
+        y: Axis::log("‖y − y hard top-1‖ / ‖y‖"),
         series: shown.into_iter().enumerate().map(dots).collect(),
         legend: Legend::Right,
     };
@@ -252,7 +254,7 @@ fn scatter(table: &Table<'_>, x: Axis, dot: impl Fn(&Runs<'_>) -> Option<(f64, f
     let series = [("estimators", Colour::nth(0), estimators), ("controls", Colour::GREY, controls)];
     let series = series.map(|(name, colour, dots)| Series { name: name.into(), colour, form: Form::Named(dots) }).into();
     let title = format!("{}: hard top-1 loss", table.id());
-    Some(Panel::Chart(Chart { title, x, y: Axis::log("test loss / best constant"), series, legend: Legend::Inside }))
+    Some(Panel::Chart(Chart { title, x, y: Axis::log("test loss / best constant"), series, legend: Legend::Right }))
 }
 
 /// Median curves with a tint from the least to the largest, in turn the colours of the palette.

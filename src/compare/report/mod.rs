@@ -55,7 +55,7 @@ fn head(results: &Results) -> String {
         "# Estimators compared\n\n\
          | | |\n|---|---|\n\
          | command | `{}` |\n\
-         | hardmax | {} (laboratory {}) |\n\
+         | hardmax | {} at {} (laboratory {}) |\n\
          | machine | {}, {} cores, {} cells at once |\n\
          | cells | {}, of which {failed} failed |\n\
          | seeds | {seeds} |\n\
@@ -64,6 +64,7 @@ fn head(results: &Results) -> String {
          perfect. The columns are explained at the end.\n\n",
         results.command,
         machine.hardmax,
+        machine.git,
         results.lab,
         machine.cpu,
         machine.cores,
@@ -103,9 +104,9 @@ fn line<S: AsRef<str>>(cells: impl IntoIterator<Item = S>) -> String {
     cells.into_iter().fold(String::from("|"), |line, cell| line + " " + cell.as_ref() + " |") + "\n"
 }
 
-/// Heading and rule of a Markdown table: the first column is text, the others are figures.
+/// Heading and rule of a Markdown table.
 fn heading<S: AsRef<str>>(titles: &[S]) -> String {
-    line(titles) + "|---|" + &"---:|".repeat(titles.len().saturating_sub(1)) + "\n"
+    line(titles) + "|" + &"---|".repeat(titles.len()) + "\n"
 }
 
 const LEGEND: &str = "\
