@@ -52,8 +52,19 @@ pub(super) struct Evaluated {
     /// Share of bytes that were the most probable ones.
     pub(super) accuracy: f64,
     /// By MoE layer.
-    pub(super) layers: Vec<(RoutingStats, Arc<RoutedBatch>)>,
+    layers: Vec<Layer>,
 }
+
+/// One layer in all forwards of an evaluation.
+#[derive(Debug)]
+struct Layer {
+    stats: RoutingStats,
+    /// Of each forward.
+    routed: Vec<Arc<RoutedBatch>>,
+}
+
+/// Windows of a forward: as many as a training step has, so that evaluating takes no more memory than training.
+const AT_ONCE: usize = 8;
 
 impl Model<'_> {
     /// Under the training routing without noise.
@@ -67,6 +78,19 @@ impl Model<'_> {
     }
 
     fn under(&self, windows: &Windows, estimator: Estimator) -> Result<Evaluated> {
+        let (mut logits, mut layers) = (Vec::with_capacity(windows.inputs.len() * VOCABULARY), Vec::new());
+        for first in (0..windows.inputs.len() / LENGTH).step_by(AT_ONCE) {
+            self.add_forward(&windows.part(first..first + AT_ONCE), estimator, &mut logits, &mut layers)?;
+        }
+        let targets = Targets::Classes(windows.targets.iter().map(|&byte| byte as usize).collect());
+        let mut unused = vec![0.0; logits.len()];
+        let losses = targets.loss(&logits, VOCABULARY, &mut unused);
+        let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
+        let accuracy = targets.accuracy(&logits, VOCABULARY).unwrap_or(f64::NAN);
+        Ok(Evaluated { logits, loss, accuracy, layers })
+    }
+
+    fn add_forward(&self, windows: &Windows, estimator: Estimator, logits: &mut Vec<f64>, layers: &mut Vec<Layer>) -> Result<()> {
         let mut batch = Batch::default();
         for window in windows.inputs.chunks(LENGTH) {
             batch.push(&[], window, 0, RoutingChoice::Native, LogitRows::All);
@@ -75,20 +99,18 @@ impl Model<'_> {
         state.fixed = self.route.map(|route| route.of(windows).into());
         let mode = &mut RoutingMode::Train { policy: RoutingPolicy::Estimator(estimator), state: &mut state };
         let forward = self.decoder.forward(&batch, mode, None)?;
-        let logits: Vec<f64> = forward.read_logits(|logits| logits.iter().map(|&z| f64::from(z)).collect())?;
-        let targets = Targets::Classes(windows.targets.iter().map(|&byte| byte as usize).collect());
-        let mut unused = vec![0.0; logits.len()];
-        let losses = targets.loss(&logits, VOCABULARY, &mut unused);
-        let layers = forward.layers.into_iter().map(|layer| match layer.routing {
-            Routing::Dense { routed, .. } => Ok((layer.stats, routed)),
-            Routing::Sparse(_) => Err(Error::Internal("a training forward routed as serving does".into())),
-        });
-        Ok(Evaluated {
-            loss: losses.iter().sum::<f64>() / losses.len().max(1) as f64,
-            accuracy: targets.accuracy(&logits, VOCABULARY).unwrap_or(f64::NAN),
-            logits,
-            layers: layers.collect::<Result<_>>()?,
-        })
+        forward.read_logits(|values| logits.extend(values.iter().map(|&z| f64::from(z))))?;
+        for (index, layer) in forward.layers.into_iter().enumerate() {
+            let Routing::Dense { routed, .. } = layer.routing else {
+                return Err(Error::Internal("a training forward routed as serving does".into()));
+            };
+            if layers.len() <= index {
+                layers.push(Layer { stats: RoutingStats::new(routed.experts), routed: Vec::new() });
+            }
+            layers[index].stats.add(&layer.stats);
+            layers[index].routed.push(routed);
+        }
+        Ok(())
     }
 
     /// Everything about quality, load and routing; the rest of the result is left as it is by default. `teacher` are its
@@ -102,9 +124,10 @@ impl Model<'_> {
             hard1: finite(value(&hard1)),
             hard2: hard2.as_ref().map(value).and_then(finite),
         };
-        let missed = || mean(soft.layers.iter().zip(&hard1.layers).map(|((_, soft), (_, hard1))| Some(missed_mass(soft, hard1))));
-        let confusions: Vec<Confusion> = hard1.layers.iter().map(|(_, routed)| confusion(routed, &test.domains)).collect();
-        let stats = || hard1.layers.iter().map(|(stats, _)| stats);
+        let pairs = || soft.layers.iter().zip(&hard1.layers).flat_map(|(soft, hard1)| soft.routed.iter().zip(&hard1.routed));
+        let missed = || mean(pairs().map(|(soft, hard1)| Some(missed_mass(soft, hard1))));
+        let confusions: Vec<Confusion> = hard1.layers.iter().map(|layer| confusion(layer, &test.domains)).collect();
+        let stats = || hard1.layers.iter().map(|layer| &layer.stats);
         let worst = |value: fn(&RoutingStats) -> f64| finite(stats().map(value).fold(f64::NEG_INFINITY, f64::max));
         Ok(CellResult {
             loss: by_routing(|evaluated| evaluated.loss),
@@ -131,14 +154,16 @@ impl Model<'_> {
 impl Evaluated {
     /// Share of tokens per expert, in the first routed layer.
     pub(super) fn load(&self) -> Vec<f64> {
-        self.layers.first().map(|(_, routed)| load(routed)).unwrap_or_default()
+        self.layers.first().map_or_else(Vec::new, |layer| mean_rows(layer.routed.iter().map(|routed| load(routed)).collect()))
     }
 }
 
 /// Top-1 against domains.
-fn confusion(hard1: &RoutedBatch, domains: &[u32]) -> Confusion {
-    let pairs = (0..hard1.tokens).filter_map(|t| Some((*hard1.rows().of(t).first()? as usize, *domains.get(t)? as usize)));
-    Confusion::new(hard1.experts, super::text::DOMAINS, pairs)
+fn confusion(hard1: &Layer, domains: &[u32]) -> Confusion {
+    let experts = hard1.stats.expert_tokens.len();
+    let chosen = hard1.routed.iter().flat_map(|routed| (0..routed.tokens).map(|t| routed.rows().of(t).first().copied()));
+    let pairs = chosen.zip(domains).filter_map(|(expert, &domain)| Some((expert? as usize, domain as usize)));
+    Confusion::new(experts, super::text::DOMAINS, pairs)
 }
 
 /// Of those that are there.

@@ -3,6 +3,8 @@
 //! Training is [`crate::train::learner`], so that these cells measure the code that `hardmax train` runs.
 
 mod evaluate;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Instant};
