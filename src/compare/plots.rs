@@ -25,6 +25,8 @@ pub struct Picture {
 const CURVES: usize = 8;
 /// Heat maps in one picture.
 const MAPS: usize = 12;
+/// A relative distance that is rounding, and no gap.
+const NO_GAP: f64 = 1e-3;
 /// What is smaller is drawn here on a logarithmic axis of bias or deviation: an exact 0 has no other place.
 const FLOOR: f64 = 0.01;
 
@@ -57,7 +59,11 @@ fn losses(table: &Table<'_>) -> Drawn {
     let mut series = curves(table.estimators.iter().take(CURVES), &value);
     for (i, runs) in table.controls.iter().enumerate() {
         let colour = Colour::new([[60; 3], [110; 3], [150; 3], [185; 3]][i % 4]);
-        series.push(Series { name: runs.arm.name.clone(), colour, form: Form::Dashed(curve(runs, &value).into_iter().map(|(x, s)| (x, s.median)).collect()) });
+        series.push(Series {
+            name: runs.arm.name.clone(),
+            colour,
+            form: Form::Dashed(curve(runs, &value).into_iter().map(|(x, s)| (x, s.median)).collect()),
+        });
     }
     let chart = Chart {
         title: format!("{}: hard top-1 loss, best {CURVES} and controls", table.task.id()),
@@ -79,12 +85,12 @@ fn gap(table: &Table<'_>) -> Drawn {
     let points = |runs: &Runs<'_>| -> Vec<(f64, f64)> {
         let of = |result: &&CellResult| {
             let pairs = result.curves.sharpness.iter().zip(&result.curves.gap);
-            pairs.filter_map(|(sharpness, gap)| Some(((*sharpness)?, (*gap)?))).collect::<Vec<_>>()
+            pairs.filter_map(|(sharpness, gap)| Some(((*sharpness)?, (*gap)?))).filter(|(_, gap)| *gap > NO_GAP).collect::<Vec<_>>()
         };
         runs.steps.iter().flat_map(of).collect()
     };
     let mut shown: Vec<(&Runs<'_>, Vec<(f64, f64)>)> = table.estimators.iter().map(|runs| (runs, points(runs))).collect();
-    shown.retain(|(_, points)| points.iter().any(|(_, gap)| *gap > 1e-2));
+    shown.retain(|(_, points)| !points.is_empty());
     shown.sort_by(|a, b| a.0.arm.name.cmp(&b.0.arm.name));
     let dots = |(i, (runs, points)): (usize, (&Runs<'_>, Vec<(f64, f64)>))| Series {
         name: runs.arm.name.clone(),
@@ -94,7 +100,7 @@ fn gap(table: &Table<'_>) -> Drawn {
     let chart = Chart {
         title: "temperature against gap".into(),
         x: Axis::log("temperature or width in force"),
-        y: Axis::log("‖y − y hard top-1‖ / ‖y‖").from_to(1e-3, 3.0),
+        y: Axis::log("‖y − y hard top-1‖ / ‖y‖"),
         series: shown.into_iter().enumerate().map(dots).collect(),
         legend: Legend::Right,
     };
@@ -146,7 +152,8 @@ fn gradient_quality(results: &Results, equal: Option<&Table<'_>>) -> Drawn {
         ("task equal, over the run", equal.map(|table| table.estimators.iter().filter_map(along).collect()).unwrap_or_default()),
     ];
     let panels: Vec<Panel> = panels.into_iter().filter(|(_, dots)| !dots.is_empty()).map(|(title, dots)| bias_panel(title, dots)).collect();
-    let figure = Figure { title: "router gradient against the exact one".into(), panel: (520.0, 460.0), columns: panels.len().max(1), panels };
+    let figure =
+        Figure { title: "router gradient against the exact one".into(), panel: (520.0, 460.0), columns: panels.len().max(1), panels };
     let caption = format!(
         "Quality of the router's gradient: relative bias of its mean and relative standard deviation of a single draw, both against the exact \
          gradient of the expected loss by enumeration. What is {FLOOR} or less stands at {FLOOR}: deterministic estimators on the bottom line, \
@@ -170,10 +177,14 @@ fn bias_panel(title: &str, dots: Vec<(f64, f64, String)>) -> Panel {
 fn loads(table: &Table<'_>) -> Drawn {
     // What is treated beside what is not: arms of one estimator stand together.
     let mut arms: Vec<(&Runs<'_>, &CellResult)> = table.estimators.iter().filter_map(|runs| Some((runs, *runs.steps.first()?))).collect();
-    arms.retain(|(runs, result)| ["onehot", "raw_topk", "ste"].contains(&runs.arm.estimator.name.as_str()) && !result.curves.load.is_empty());
+    arms.retain(|(runs, result)| {
+        ["onehot", "raw_topk", "ste"].contains(&runs.arm.estimator.name.as_str()) && !result.curves.load.is_empty()
+    });
     arms.sort_by(|a, b| a.0.arm.name.cmp(&b.0.arm.name));
     let spare = arms.len().saturating_sub(MAPS);
-    let rare = |runs: &Runs<'_>| runs.arm.capacity.is_some() || runs.arm.jitter > 0.0 || runs.arm.explore != crate::moe::explore::Exploration::NONE;
+    let rare = |runs: &Runs<'_>| {
+        runs.arm.capacity.is_some() || runs.arm.jitter > 0.0 || runs.arm.explore != crate::moe::explore::Exploration::NONE
+    };
     let mut dropped = 0;
     arms.retain(|(runs, _)| {
         let drop = dropped < spare && rare(runs);
@@ -228,7 +239,8 @@ fn cost(tables: &[Table<'_>]) -> Drawn {
     let shown = |table: &&Table<'_>| table.mode == Mode::Scratch && matches!(table.task, TaskName::Equal | TaskName::Text);
     let panels: Vec<Panel> = tables.iter().filter(shown).filter_map(of).collect();
     let figure = Figure { title: String::new(), panel: (860.0, 560.0), columns: 1, panels };
-    let caption = "What a lower loss costs: experts executed per token in the training forward against the loss under hard top-1, at equal steps.";
+    let caption =
+        "What a lower loss costs: experts executed per token in the training forward against the loss under hard top-1, at equal steps.";
     (!figure.panels.is_empty()).then_some(("cost".into(), caption.into(), figure))
 }
 
@@ -242,7 +254,7 @@ fn scatter(table: &Table<'_>, x: Axis, dot: impl Fn(&Runs<'_>) -> Option<(f64, f
     let series = [("estimators", Colour::nth(0), estimators), ("controls", Colour::GREY, controls)];
     let series = series.map(|(name, colour, dots)| Series { name: name.into(), colour, form: Form::Named(dots) }).into();
     let title = format!("{}: hard top-1 loss", table.id());
-    Some(Panel::Chart(Chart { title, x, y: Axis::log("test loss / best constant"), series, legend: Legend::Inside }))
+    Some(Panel::Chart(Chart { title, x, y: Axis::log("test loss / best constant"), series, legend: Legend::Right }))
 }
 
 /// Median curves with a tint from the least to the largest, in turn the colours of the palette.
@@ -263,7 +275,8 @@ fn curves<'a>(arms: impl Iterator<Item = &'a Runs<'a>>, value: &impl Fn(&CellRes
 fn curve(runs: &Runs<'_>, value: &impl Fn(&CellResult, usize) -> Option<f64>) -> Vec<(f64, Spread)> {
     let steps = runs.steps.iter().map(|result| &result.curves.step).max_by_key(|steps| steps.len());
     let at = |(i, step): (usize, &usize)| {
-        let spread = Spread::of(runs.steps.iter().filter(|result| result.curves.step.get(i) == Some(step)).filter_map(|result| value(result, i)))?;
+        let spread =
+            Spread::of(runs.steps.iter().filter(|result| result.curves.step.get(i) == Some(step)).filter_map(|result| value(result, i)))?;
         Some((*step as f64, spread))
     };
     steps.into_iter().flatten().enumerate().filter_map(at).collect()

@@ -150,11 +150,11 @@ impl fmt::Display for Spread {
     }
 }
 
-/// Three significant digits.
+/// Three significant digits; a whole number as such.
 pub fn figure(value: f64) -> String {
     let size = value.abs();
-    if size == 0.0 {
-        "0".to_owned()
+    if value.fract() == 0.0 && size < 1e5 {
+        format!("{:.0}", value + 0.0)
     } else if (1e-3..1e5).contains(&size) {
         let decimals = (2.0 - size.log10().floor()).clamp(0.0, 5.0) as usize;
         format!("{value:.decimals$}")
@@ -169,15 +169,15 @@ mod tests {
 
     #[test]
     fn figures_have_three_digits() {
-        let shown = [0.0, 0.001234, 0.12345, 1.0, 12.34, 123.4, 99_999.0, -0.5, 1e-5, 2.5e7].map(figure);
-        assert_eq!(shown, ["0", "0.00123", "0.123", "1.00", "12.3", "123", "99999", "-0.500", "1.0e-5", "2.5e7"]);
+        let shown = [-0.0, 0.001234, 0.12345, 1.0, 1.004, 12.34, 123.4, 99_999.0, -0.5, 1e-5, 2.5e7].map(figure);
+        assert_eq!(shown, ["0", "0.00123", "0.123", "1", "1.00", "12.3", "123", "99999", "-0.500", "1.0e-5", "2.5e7"]);
     }
 
     #[test]
     fn spreads() {
         let spread = |values: &[f64]| Spread::of(values.iter().copied()).map(|spread| spread.to_string());
-        assert_eq!(spread(&[3.0, 1.0, 2.0]).unwrap(), "2.00 [1.00..3.00]");
-        assert_eq!(spread(&[1.0, 2.0, 4.0, 3.0, f64::NAN]).unwrap(), "2.50 [1.00..4.00]");
+        assert_eq!(spread(&[3.0, 1.0, 2.0]).unwrap(), "2 [1..3]");
+        assert_eq!(spread(&[1.0, 2.0, 4.0, 3.0, f64::NAN]).unwrap(), "2.50 [1..4]");
         assert_eq!(spread(&[0.5]).unwrap(), "0.500");
         assert_eq!(spread(&[]), None);
     }

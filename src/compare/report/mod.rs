@@ -20,7 +20,8 @@ pub fn write(results: &Results, pictures: &[Picture]) -> String {
     for table in &tables {
         out += &tables::section(table);
         let (loss, more) = (format!("loss-{}", table.id()), of_table(table));
-        out += &pictures.iter().filter(|picture| picture.stem == loss || more.contains(&picture.stem.as_str())).map(shown).collect::<String>();
+        out +=
+            &pictures.iter().filter(|picture| picture.stem == loss || more.contains(&picture.stem.as_str())).map(shown).collect::<String>();
     }
     out += &tables::gradients(results);
     let placed = |stem: &str| tables.iter().any(|table| stem == format!("loss-{}", table.id()) || of_table(table).contains(&stem));
@@ -54,14 +55,21 @@ fn head(results: &Results) -> String {
         "# Estimators compared\n\n\
          | | |\n|---|---|\n\
          | command | `{}` |\n\
-         | hardmax | {} (laboratory {}) |\n\
+         | hardmax | {} at {} (laboratory {}) |\n\
          | machine | {}, {} cores, {} cells at once |\n\
          | cells | {}, of which {failed} failed |\n\
          | seeds | {seeds} |\n\
          | last run | {minutes} min {seconds} s |\n\n\
          Figures are medians over seeds with [least..most]. Losses are test losses in units of the best constant prediction: 1 is useless, 0 is \
          perfect. The columns are explained at the end.\n\n",
-        results.command, machine.hardmax, results.lab, machine.cpu, machine.cores, machine.jobs, results.cells.len(),
+        results.command,
+        machine.hardmax,
+        machine.git,
+        results.lab,
+        machine.cpu,
+        machine.cores,
+        machine.jobs,
+        results.cells.len(),
     )
 }
 
@@ -96,9 +104,9 @@ fn line<S: AsRef<str>>(cells: impl IntoIterator<Item = S>) -> String {
     cells.into_iter().fold(String::from("|"), |line, cell| line + " " + cell.as_ref() + " |") + "\n"
 }
 
-/// Heading and rule of a Markdown table: the first column is text, the others are figures.
+/// Heading and rule of a Markdown table.
 fn heading<S: AsRef<str>>(titles: &[S]) -> String {
-    line(titles) + "|---|" + &"---:|".repeat(titles.len().saturating_sub(1)) + "\n"
+    line(titles) + "|" + &"---|".repeat(titles.len()) + "\n"
 }
 
 const LEGEND: &str = "\

@@ -32,7 +32,8 @@ pub(super) fn write(tables: &[Table<'_>]) -> String {
         "**needs**",
     ];
     let base = step_of(tables);
-    let row = |arm: &Arm<'_>| line([format!("`{}`", arm.name), figure(arm.loss()), arm.fidelity(), arm.stability(), arm.cost(base), arm.needs()]);
+    let row =
+        |arm: &Arm<'_>| line([format!("`{}`", arm.name), figure(arm.loss()), arm.fidelity(), arm.stability(), arm.cost(base), arm.needs()]);
     let (controls, estimators): (Vec<_>, Vec<_>) = arms.iter().partition(|arm| arm.is_control());
     let rows = |arms: Vec<&Arm<'_>>| arms.into_iter().map(row).collect::<String>();
     let rule = line(["*controls*", "", "", "", "", ""]);
@@ -107,7 +108,8 @@ impl Arm<'_> {
     fn cost(&self, base: impl Fn(&Table<'_>) -> Option<f64>) -> String {
         let of_8 = self.places.iter().filter(|(table, _)| table.task.experts() == 8);
         let executed = Spread::of(of_8.filter_map(|(_, runs)| Some(runs.spread(|result| Some(result.executed_per_token))?.median)));
-        let ratio = |(table, runs): &(&Table<'_>, &Runs<'_>)| Some(runs.spread(|result| Some(result.step_ms.median))?.median / base(table)?);
+        let ratio =
+            |(table, runs): &(&Table<'_>, &Runs<'_>)| Some(runs.spread(|result| Some(result.step_ms.median))?.median / base(table)?);
         let step = Spread::of(self.places.iter().filter_map(ratio));
         let peak = self.medians(|result| result.peak_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))).into_iter().fold(0.0, f64::max);
         let or_dash = |spread: Option<Spread>| spread.map_or("-".to_owned(), |spread| figure(spread.median));

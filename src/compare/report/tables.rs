@@ -23,9 +23,8 @@ const HARD1: Column = ("hard top-1", |_, runs| shown(runs.hard1()));
 const HARD2: Column = ("hard top-2", |_, runs| shown(runs.spread(|result| result.relative(result.loss.hard2))));
 const GAP: Column = ("gap top-1", |_, runs| shown(runs.spread(|result| result.relative(result.gap().hard1))));
 const ACCURACY: Column = ("accuracy, training / top-1", |_, runs| {
-    let percent = |pick: fn(&CellResult) -> Option<f64>| {
-        runs.spread(pick).map_or("-".to_owned(), |spread| format!("{:.1} %", spread.median * 100.0))
-    };
+    let percent =
+        |pick: fn(&CellResult) -> Option<f64>| runs.spread(pick).map_or("-".to_owned(), |spread| format!("{:.1} %", spread.median * 100.0));
     format!("{} / {}", percent(|result| result.accuracy?.train), percent(|result| result.accuracy?.hard1))
 });
 const AGREEMENT: Column = ("agreement / NMI", |_, runs| {
@@ -53,7 +52,7 @@ const FLOPS: Column = ("equal expert-FLOPs", |_, runs| {
     if runs.flops.is_empty() { "=".to_owned() } else { shown(flops) }
 });
 const FIDELITY: Column = ("fidelity: rel. L2 to the teacher", |table, runs| ranked(table, runs, distance));
-const QUALITY: Column = ("quality: hard top-1", |table, runs| ranked(table, runs, Runs::hard1));
+const QUALITY: Column = ("quality: hard top-1", |table, runs| ranked(table, runs, |runs| runs.hard1()));
 const TEACHER: Column = ("KL, agreement with the teacher", |_, runs| {
     let of = |pick: fn(&CellResult) -> Option<f64>| median(runs.spread(pick));
     format!("{}, {}", of(|result| result.fidelity?.kl), of(|result| result.fidelity?.agreement))
@@ -72,7 +71,9 @@ pub(super) fn section(table: &Table<'_>) -> String {
     let flops = table.all().any(|runs| !runs.flops.is_empty());
     let accuracy = classes.then_some(ACCURACY);
     let columns: Vec<Column> = match (table.mode, table.task) {
-        (Mode::Tune, _) => [NAME, QUALITY, FIDELITY, TEACHER, TRAIN, HARD2].into_iter().chain(accuracy).chain([AGREEMENT, DEAD, EXECUTED]).collect(),
+        (Mode::Tune, _) => {
+            [NAME, QUALITY, FIDELITY, TEACHER, TRAIN, HARD2].into_iter().chain(accuracy).chain([AGREEMENT, DEAD, EXECUTED]).collect()
+        }
         (Mode::Scratch, TaskName::Collapsed) => vec![NAME, K, HARD1, DEAD, ENTROPY, AGREEMENT, REMEDIES, TRAIN, GAP, EXECUTED],
         (Mode::Scratch, _) => {
             let losses = [NAME, K, TRAIN, HARD1, HARD2, GAP].into_iter().chain(accuracy);
