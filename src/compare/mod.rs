@@ -39,9 +39,9 @@ pub mod step;
 pub mod table;
 pub mod task;
 pub mod teacher;
-pub mod training;
 #[cfg(test)]
 mod tests;
+pub mod training;
 
 use std::fs;
 

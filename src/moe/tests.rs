@@ -16,6 +16,8 @@ use super::{
 };
 use crate::model::{MoeSpec, ReferenceRouting, weights::MoeWeights};
 
+mod through_candle;
+
 const E: usize = 6;
 
 fn random(shape: &[usize], rng: &mut StdRng) -> Tensor {
