@@ -35,7 +35,11 @@ pub const UNTOUCHED: &str = "untouched";
 pub fn arms(task: TaskName, mode: Mode) -> Vec<Arm> {
     let mut arms: Vec<Arm> = CATALOG.iter().map(|row| top_1(row.name)).collect();
     match (task, mode) {
-        (TaskName::Gradient, _) => arms.extend(gradient_variants()),
+        (TaskName::Gradient, _) => {
+            // Its router has no output for each expert, so there is no gradient to compare with.
+            arms.retain(|arm| arm.estimator.name != "dselect_k");
+            arms.extend(gradient_variants());
+        }
         (TaskName::Equal, Mode::Scratch) => {
             arms.extend(top_2(&CATALOG.iter().filter(|row| has_top_2(row.k)).map(|row| row.name).collect::<Vec<_>>()));
             arms.extend(variants());

@@ -13,10 +13,10 @@ use super::{
     task::Targets,
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     moe::{
         draw::Draw,
-        estimator::{Combine, Estimator, EstimatorSpec, Execution, Gradient, Purpose, RoutedBatch, StepContext},
+        estimator::{Combine, Estimator, EstimatorSpec, Execution, Gradient, Purpose, Relaxation, RoutedBatch, StepContext},
     },
 };
 
@@ -38,6 +38,9 @@ pub fn run(spec: &CellSpec) -> Result<GradientResult> {
     let experts = spec.task.experts();
     let estimator =
         EstimatorSpec::new(&spec.arm.estimator, experts, spec.size.steps, Purpose::Laboratory)?.at(spec.size.steps, spec.size.steps);
+    if matches!(estimator.relaxation, Relaxation::SmoothStep { .. }) {
+        return Err(Error::invalid("arm.estimator", "the task `gradient` needs a router with an output for each expert"));
+    }
     let measure = |make: fn(&mut Random) -> Targets, purpose| {
         let mut random = Random::new(spec.seed, purpose);
         let qualities = (0..spec.size.test).map(|i| {

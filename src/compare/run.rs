@@ -128,7 +128,7 @@ fn run_child(program: &Path, cells: &Path, spec: &CellSpec) -> Result<String> {
     let error = |error| Error::io(program, error);
     let json = serde_json::to_vec(spec).map_err(|error| Error::Internal(format!("a cell has no JSON form: {error}")))?;
     let mut command = Command::new(program);
-    command.arg("compare").arg("--cell").arg(cells).envs(ONE_THREAD.map(|name| (name, "1")));
+    command.arg("compare").arg("--cell").arg(cells).envs(ONE_THREAD.map(|name| (name, "1"))).env("RUST_BACKTRACE", "0");
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(error)?;
     if let Some(mut stdin) = child.stdin.take() {
         // A child that died before reading says why on its standard error.
