@@ -33,6 +33,9 @@ use crate::{
     },
 };
 
+/// Name of the threads of a server's runtime, as the system shows it.
+pub const IO_THREADS: &str = "hardmax-io";
+
 /// How often an idle connection is asked whether it lives, and how long it has to answer.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 

@@ -141,6 +141,16 @@ impl Answer {
         })
     }
 
+    /// Seconds per token of each message from `start` to `end`, since the one before it.
+    pub fn steps(&self, start: Instant, end: Instant) -> impl Iterator<Item = f64> {
+        self.arrivals.windows(2).filter_map(move |pair| match pair {
+            [(before, _), (after, tokens)] if *before >= start && *after <= end && *tokens > 0 => {
+                Some(after.duration_since(*before).as_secs_f64() / *tokens as f64)
+            }
+            _ => None,
+        })
+    }
+
     /// Seconds per token between the first and the last arrival from `start` to `end`; `None` if fewer than two lie there.
     pub fn seconds_per_token(&self, start: Instant, end: Instant) -> Option<f64> {
         let mut inside = self.arrivals.iter().filter(|(at, _)| (start..=end).contains(at));
@@ -170,6 +180,8 @@ mod tests {
         let per_token = answer.seconds_per_token(at(55), at(95)).unwrap();
         assert!((per_token - 0.015).abs() < 1e-9, "30 ms for the 2 tokens after the one at 60: {per_token}");
         assert_eq!(answer.seconds_per_token(at(91), at(100)), None);
+        let steps: Vec<f64> = answer.steps(at(50), at(95)).map(|step| (step * 1e3).round()).collect();
+        assert_eq!(steps, [10.0, 15.0]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod cost;
+pub mod cpu_time;
 pub mod experiment;
 pub mod grpc;
 pub mod limits;

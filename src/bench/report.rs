@@ -264,25 +264,40 @@ impl Report {
             table.row(head.into_iter().chain(latency(&m.time_to_first_token)).chain(latency(&m.inter_token)));
         }
         writeln!(f, "{table}")?;
-        let columns = ["routing", "clients", "client ms", "engine forward ms", "model alone ms", "over engine", "over model"];
-        let title =
-            "A decode step with all clients in it: as clients see it, its forward inside the engine, and the same step of the model alone.";
-        let mut table = Table::new(title, &columns);
-        let mut any = false;
+        let columns = ["routing", "clients", "", "client ms", "engine forward ms", "model alone ms", "over engine", "over model"];
+        let title = "A decode step with all clients in it: as clients see it, its forward inside the engine, and the same tokens on the model \
+                     alone. Shares are medians over bursts, each against its own replay.";
+        let mut times = Table::new(title, &columns);
+        let columns =
+            ["routing", "clients", "compute ms", "waiting ms", "engine ms", "sockets ms", "clients ms", "engine and sockets / compute"];
+        let title = "CPU time of that step, all threads of a kind together; waiting is what those that compute spent without a core.";
+        let mut cpu = Table::new(title, &columns);
+        let (mut any, mut any_cpu) = (false, false);
         for m in &self.grpc {
             let Some(steps) = m.steps else { continue };
             any = true;
-            table.row([
-                m.routing.clone(),
-                m.clients.to_string(),
-                milliseconds(steps.client),
-                milliseconds(steps.engine),
-                milliseconds(steps.model),
-                percent(steps.overhead_in_engine()),
-                percent(steps.overhead()),
-            ]);
+            let head = || [m.routing.clone(), m.clients.to_string()];
+            let row =
+                |kind: &str, client: f64, engine: Option<f64>, model: Option<f64>, over_engine: Option<f64>, over_model: Option<f64>| {
+                    let times = [milliseconds(client), milliseconds(engine), milliseconds(model)];
+                    head().into_iter().chain([kind.to_owned()]).chain(times).chain([percent(over_engine), percent(over_model)])
+                };
+            let (model, over) = (steps.model, steps.overhead);
+            times.row(row("median", steps.client.median, None, model.map(|m| m.median), None, over.map(|o| o.median)));
+            times.row(row("mean", steps.client.mean, steps.engine, model.map(|m| m.mean), steps.overhead_in_engine, over.map(|o| o.mean)));
+            if let Some(step) = steps.cpu {
+                any_cpu = true;
+                let parts = [step.compute, step.compute_waited, step.engine, step.io, step.clients];
+                cpu.row(head().into_iter().chain(parts.map(milliseconds)).chain([percent(step.serving_share())]));
+            }
         }
-        if any { writeln!(f, "{table}") } else { Ok(()) }
+        if any {
+            writeln!(f, "{times}")?;
+        }
+        if any_cpu {
+            writeln!(f, "{cpu}")?;
+        }
+        Ok(())
     }
 
     fn write_experiments(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -337,6 +337,35 @@ impl<'a> Runner<'a> {
         self.decode(&mut sequences.lanes, sequences.context, steps, routing)
     }
 
+    /// Reads `prompts`, all of one length, and decodes after each of them the tokens of `continuations` step by step: what a server
+    /// computed for the same requests. The run is that of the decoding.
+    pub fn replay(&mut self, prompts: &[&[u32]], continuations: &[&[u32]], routing: RoutingChoice) -> Result<Run> {
+        let shortest = |texts: &[&[u32]]| texts.iter().map(|text| text.len()).min().unwrap_or(0);
+        // The last token is never read.
+        let (context, steps) = (shortest(prompts), shortest(continuations).saturating_sub(1));
+        let mut lanes = lanes(0, prompts.len().min(continuations.len()), context + steps);
+        let (mut run, mut batch) = (Run::default(), Batch::default());
+        for (lane, prompt) in lanes.iter_mut().zip(prompts) {
+            for chunk in prompt[..context].chunks(self.step_tokens) {
+                batch.clear();
+                batch.push(&lane.blocks, chunk, lane.past, routing, LogitRows::None);
+                lane.past += chunk.len();
+                let forward = self.model.forward(&batch)?;
+                self.model.recycle(forward);
+            }
+        }
+        for step in 0..steps {
+            batch.clear();
+            for (lane, continuation) in lanes.iter_mut().zip(continuations) {
+                batch.push(&lane.blocks, &continuation[step..=step], lane.past, routing, LogitRows::Last);
+                lane.past += 1;
+            }
+            run.decoded += lanes.len();
+            self.step(&batch, &mut run)?;
+        }
+        Ok(run)
+    }
+
     /// Sequences with their contexts in the cache, after a warm-up.
     fn prepare(&mut self, config: &StepsConfig, setting: &Setting) -> Result<Vec<Lane>> {
         let (length, filled) = match setting.work {
@@ -438,6 +467,7 @@ impl<'a> Runner<'a> {
         run.experts += forward.time.experts;
         run.cost += Cost::of(&self.subject.spec, self.subject.sizes, batch, forward.layers.iter().map(|layer| &layer.stats));
         run.imbalance = forward.layers.iter().map(|layer| 1.0 / layer.stats.balancedness()).fold(0.0, f64::max);
+        self.model.recycle(forward);
         Ok(())
     }
 }
@@ -549,6 +579,26 @@ mod tests {
             };
             assert_eq!(m.step_seconds.count as u64, 2 * steps, "{}", m.setting);
         }
+    }
+
+    #[test]
+    fn a_replay_reads_the_tokens_it_is_given() {
+        let subject = subject();
+        let mut runner = Runner::new(&subject, 8, 3, 1).unwrap();
+        let run = runner.replay(&[&[1, 2, 3, 4, 5], &[6, 7, 8, 9, 10]], &[&[11, 12, 13], &[14, 15, 16]], RoutingChoice::Native).unwrap();
+        assert_eq!((run.decoded, run.prefilled, run.steps.values().len()), (4, 0, 2), "the last tokens are not read");
+        // The lane of the first prompt goes on as if its tokens had come at once.
+        let decoded = {
+            let mut batch = Batch::default();
+            batch.push(&[0], &[12], 6, RoutingChoice::Native, LogitRows::Last);
+            runner.model.forward(&batch).unwrap().logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let at_once = {
+            let mut batch = Batch::default();
+            batch.push(&[7], &[1, 2, 3, 4, 5, 11, 12], 0, RoutingChoice::Native, LogitRows::Last);
+            runner.model.forward(&batch).unwrap().logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert!(decoded.iter().zip(&at_once).all(|(a, b)| (a - b).abs() < 1e-4), "{decoded:?} {at_once:?}");
     }
 
     #[test]

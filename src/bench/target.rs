@@ -96,7 +96,7 @@ pub struct Page(String);
 impl LocalServer {
     /// Starts a server over a model of `subject`, and waits until it serves.
     pub fn start(subject: &Subject, limits: ServerLimits) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("bench-server").build();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(server::IO_THREADS).build();
         let runtime = runtime.map_err(|error| Error::Internal(format!("no runtime: {error}")))?;
         let loaded = loaded(subject, limits)?;
         let bind = |name: &str| {

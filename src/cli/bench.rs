@@ -23,7 +23,7 @@ use crate::{
         load::{DeviceKind, WeightType},
     },
     moe::policy::RoutingChoice,
-    ops::cpu::Reduction,
+    ops::{cpu::Reduction, start_compute_threads},
 };
 
 /// Tokens of a prompt where nothing is said, less where the context is shorter.
@@ -170,10 +170,7 @@ struct Lengths {
 
 /// Measures and prints. Fails after that where a soak or an experiment found something wrong.
 pub fn run(args: BenchArgs) -> Result<()> {
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
-        pool.map_err(|error| Error::Internal(format!("--threads: {error}")))?;
-    }
+    start_compute_threads(args.threads)?;
     let report = args.measure()?;
     println!("{report}");
     if let Some(path) = &args.json {

@@ -29,7 +29,7 @@ use crate::{
         load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::policy::RoutingChoice,
-    ops::cpu::Reduction,
+    ops::{cpu::Reduction, start_compute_threads},
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
 };
@@ -136,11 +136,8 @@ pub enum MetricsListen {
 
 /// Serves until SIGTERM or SIGINT, then drains. A second signal exits at once.
 pub fn run(args: ServeArgs) -> Result<()> {
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
-        pool.map_err(|error| Error::Internal(format!("--threads: {error}")))?;
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    start_compute_threads(args.threads)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(server::IO_THREADS).build();
     let runtime = runtime.map_err(|error| Error::Internal(format!("no runtime: {error}")))?;
     let result = runtime.block_on(serve(args));
     // A load that was interrupted is not waited for.

@@ -50,6 +50,9 @@ use crate::{
     telemetry::metrics::{Metrics, Rejection},
 };
 
+/// Name of the engine's thread, as the system shows it.
+pub const THREAD_NAME: &str = "hardmax-engine";
+
 /// Limits of an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use super::{
-    EngineConfig, Event, FinishReason, Finished, PrefixCache, Task, Timing,
+    EngineConfig, Event, FinishReason, Finished, PrefixCache, THREAD_NAME, Task, Timing,
     blocks::Salt,
     scheduler::{Admitted, Arrival, Limits, Scheduler, SequenceId, Share},
     sequence::{Progress, Rows, Sequence, Submission, Surroundings},
@@ -145,7 +145,7 @@ impl Worker {
     pub(super) fn spawn(self) -> Result<JoinHandle<()>> {
         let last_words = LastWords(self.shared.clone());
         thread::Builder::new()
-            .name("hardmax-engine".into())
+            .name(THREAD_NAME.into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let _last_words = last_words;
@@ -352,6 +352,7 @@ impl Worker {
                     engine: begun.elapsed().saturating_sub(forward_time),
                     layers: &forward.layers,
                 });
+                self.model.recycle(forward);
             }
             Err(reason) => {
                 for share in shares {

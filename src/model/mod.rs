@@ -32,6 +32,11 @@ pub trait LanguageModel: Send {
 
     /// Runs the new tokens of `batch`, reading and writing the cache blocks that its spans name.
     fn forward(&mut self, batch: &Batch) -> Result<Forward>;
+
+    /// Takes back what a forward returned, whose memory the next one can use. Nobody may hold a tensor of it any more.
+    fn recycle(&mut self, forward: Forward) {
+        drop(forward);
+    }
 }
 
 /// The size of a cache of keys and values.

@@ -9,7 +9,7 @@ use super::{
     kernel::{ExpertKernel, Experts},
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy},
-    route,
+    route::{self, RowReport},
     train::{self, TrainState},
 };
 use crate::{
@@ -93,42 +93,55 @@ impl MoeLayer {
     fn serve(&self, x_td: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, LayerRouting)> {
         let router_logits = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
         let host = router_logits.to_device(&candle_core::Device::Cpu)?;
-        let routed = cpu_slice::<f32, _>(&host, |z| route_layer(&self.spec, self.reference, z, runs.iter().copied()))?;
-        let Routed { routing, plan, stats, non_finite } = routed;
-        let mut y_td = self.kernel.grouped(x_td, &plan, &self.experts)?;
-        if !non_finite.is_empty() {
-            y_td = poison(&y_td, &non_finite)?;
+        let mut routed = Routed::default();
+        cpu_slice::<f32, _>(&host, |z| routed.fill(&self.spec, self.reference, z, runs.iter().copied()))?;
+        let mut y_td = self.kernel.grouped(x_td, &routed.plan, &self.experts)?;
+        if !routed.non_finite().is_empty() {
+            y_td = poison(&y_td, routed.non_finite())?;
         }
+        let Routed { routing, stats, .. } = routed;
         Ok((y_td, LayerRouting { layer: self.index, router_logits, routing: Routing::Sparse(routing), stats }))
     }
 }
 
-/// The routing of one layer for one forward, ready to be dispatched.
-#[derive(Clone, Debug)]
+/// The routing of one layer for one forward, ready to be dispatched. Used again, it keeps its memory.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Routed {
     pub(crate) routing: SparseRouting,
     pub(crate) plan: DispatchPlan,
     pub(crate) stats: RoutingStats,
-    /// Tokens whose router logits are not finite: they have no route.
-    pub(crate) non_finite: Vec<u32>,
+    report: RowReport,
+    /// With the tokens that each is for.
+    policies: Vec<(RoutingPolicy, usize)>,
 }
 
-/// Routes `logits [T, E]` by the choices of their sequences: (choice, tokens) runs in order.
-pub(crate) fn route_layer(
-    spec: &MoeSpec,
-    reference: ReferenceRouting,
-    logits: &[f32],
-    runs: impl Iterator<Item = (RoutingChoice, usize)>,
-) -> Result<Routed> {
-    let runs: Vec<(RoutingPolicy, usize)> =
-        runs.map(|(choice, tokens)| Ok((spec.resolve(choice, reference)?, tokens))).collect::<Result<_>>()?;
-    let policies = runs.into_iter().flat_map(|(policy, tokens)| std::iter::repeat_n(policy, tokens));
-    let (routing, report) = route::route_rows(logits, spec.num_experts, policies);
-    let plan = DispatchPlan::new(&routing, spec.num_experts);
-    let mut stats = plan.load();
-    stats.entropy_sum = report.entropy_sum;
-    stats.non_finite = report.non_finite.len() as u64;
-    Ok(Routed { routing, plan, stats, non_finite: report.non_finite })
+impl Routed {
+    /// Routes `logits [T, E]` by the choices of their sequences: (choice, tokens) runs in order.
+    pub(crate) fn fill(
+        &mut self,
+        spec: &MoeSpec,
+        reference: ReferenceRouting,
+        logits: &[f32],
+        runs: impl Iterator<Item = (RoutingChoice, usize)>,
+    ) -> Result<()> {
+        let Self { routing, plan, stats, report, policies } = self;
+        policies.clear();
+        for (choice, tokens) in runs {
+            policies.push((spec.resolve(choice, reference)?, tokens));
+        }
+        let by_token = policies.iter().flat_map(|&(policy, tokens)| std::iter::repeat_n(policy, tokens));
+        route::route_rows_into(logits, spec.num_experts, by_token, routing, report);
+        plan.fill(routing, spec.num_experts);
+        plan.load_into(stats);
+        stats.entropy_sum = report.entropy_sum;
+        stats.non_finite = report.non_finite.len() as u64;
+        Ok(())
+    }
+
+    /// Tokens whose router logits are not finite: they have no route.
+    pub(crate) fn non_finite(&self) -> &[u32] {
+        &self.report.non_finite
+    }
 }
 
 impl SharedExpert {

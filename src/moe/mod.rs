@@ -27,7 +27,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::Tensor;
 
 use self::estimator::RoutedBatch;
-pub(crate) use self::layer::{Routed, route_layer};
+pub(crate) use self::layer::Routed;
 pub use self::{
     layer::{LayerRouting, MoeLayer, RoutingMode},
     stats::RoutingStats,

@@ -24,19 +24,35 @@ impl SparseRouting {
 ///
 /// A row with a non-finite logit gets no route and is listed in the second result.
 pub fn route_rows(logits: &[f32], num_experts: usize, policies: impl Iterator<Item = RoutingPolicy>) -> (SparseRouting, RowReport) {
-    let mut routing = SparseRouting { offsets: vec![0], ..SparseRouting::default() };
-    let mut report = RowReport::default();
-    let mut scratch = Vec::with_capacity(num_experts);
+    let (mut routing, mut report) = (SparseRouting::default(), RowReport::default());
+    route_rows_into(logits, num_experts, policies, &mut routing, &mut report);
+    (routing, report)
+}
+
+/// [`route_rows`] into results of an earlier call, for their memory.
+pub(super) fn route_rows_into(
+    logits: &[f32],
+    num_experts: usize,
+    policies: impl Iterator<Item = RoutingPolicy>,
+    routing: &mut SparseRouting,
+    report: &mut RowReport,
+) {
+    routing.offsets.clear();
+    routing.offsets.push(0);
+    routing.expert_ids.clear();
+    routing.weights.clear();
+    let RowReport { non_finite, entropy_sum, scratch } = report;
+    non_finite.clear();
+    *entropy_sum = 0.0;
     for (token, (row, policy)) in logits.chunks_exact(num_experts).zip(policies).enumerate() {
         if row.iter().all(|z| z.is_finite()) {
-            report.entropy_sum += entropy(row, &mut scratch);
-            route_row(row, policy, &mut scratch, &mut routing);
+            *entropy_sum += entropy(row, scratch);
+            route_row(row, policy, scratch, routing);
         } else {
-            report.non_finite.push(token as u32);
+            non_finite.push(token as u32);
         }
         routing.offsets.push(routing.expert_ids.len() as u32);
     }
-    (routing, report)
 }
 
 /// What [`route_rows`] saw besides the routes.
@@ -46,6 +62,8 @@ pub struct RowReport {
     pub non_finite: Vec<u32>,
     /// Sum over finite tokens of the entropy of `softmax(z)`, in nats.
     pub entropy_sum: f64,
+    /// Probabilities of a row, for their memory.
+    scratch: Vec<f32>,
 }
 
 fn route_row(row: &[f32], policy: RoutingPolicy, scratch: &mut Vec<f32>, routing: &mut SparseRouting) {

@@ -28,6 +28,16 @@ impl RoutingStats {
         Self { expert_tokens: vec![0; num_experts], expert_weights: vec![0.0; num_experts], ..Self::default() }
     }
 
+    /// Back to no load, on `num_experts` experts.
+    pub(super) fn clear(&mut self, num_experts: usize) {
+        let Self { tokens, routes, executed, expert_tokens, expert_weights, entropy_sum, non_finite } = self;
+        (*tokens, *routes, *executed, *entropy_sum, *non_finite) = (0, 0, 0, 0.0, 0);
+        expert_tokens.clear();
+        expert_tokens.resize(num_experts, 0);
+        expert_weights.clear();
+        expert_weights.resize(num_experts, 0.0);
+    }
+
     /// Adds the load of another forward of the same layer.
     pub fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;

@@ -7,12 +7,16 @@ pub mod cpu;
 mod fused;
 mod grouped;
 mod known;
+mod refill;
+mod threads;
 mod views;
 
 use candle_core::{D, DType, Device, Storage, Tensor, WithDType};
 use half::bf16;
 
 use self::cpu::{Arithmetic, AttentionShape, Data, Input, Matrix, Output, Product, Scratch, Store};
+pub(crate) use self::refill::refill;
+pub use self::threads::{COMPUTE_THREADS, start_compute_threads};
 use crate::error::{Error, Result};
 
 /// `x [T, K]` times `weight [N, K]` transposed, in the dtype of `x`: `[T, N]`.

@@ -40,7 +40,7 @@ fn of_table(table: &Table<'_>) -> &'static [&'static str] {
 }
 
 fn shown(picture: &Picture) -> String {
-    format!("![{0}](plots/{1}.svg)\n\n*{0}*\n\n", picture.caption, picture.stem)
+    format!("![{1}](plots/{1}.svg)\n\n*{0}*\n\n", picture.caption, picture.stem)
 }
 
 fn head(results: &Results) -> String {

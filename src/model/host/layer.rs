@@ -2,7 +2,7 @@
 
 use std::{ops::Range, time::Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::{
     super::{
@@ -16,9 +16,13 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    moe::{LayerRouting, Routed, Routing, route_layer},
-    ops::cpu::{
-        Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Output, Product, Reduction, Store, attention,
+    moe::{LayerRouting, Routing},
+    ops::{
+        cpu::{
+            Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Output, Product, Reduction, Store,
+            attention,
+        },
+        refill,
     },
 };
 
@@ -29,6 +33,8 @@ pub(super) struct Step<'a> {
     pub(super) batch: &'a Batch,
     pub(super) cache: &'a mut KvCache,
     pub(super) buffers: &'a mut Buffers,
+    /// What earlier steps said of the layers that are still to come, for its memory; the last is for the next layer.
+    pub(super) spare: &'a mut Vec<LayerRouting>,
     pub(super) time: ForwardTime,
     /// The most elements of `routed` that a layer needed.
     pub(super) routed: usize,
@@ -283,7 +289,7 @@ impl Step<'_> {
     /// Adds what the routed experts, and the shared one, make of `normed` to the residual stream.
     fn moe(&mut self, index: usize, moe: &Moe) -> Result<LayerRouting> {
         let (t, d, e) = (self.batch.tokens.len(), self.spec.hidden_size, moe.spec.num_experts);
-        let Buffers { x, normed, router_logits, routed, scratch, .. } = &mut *self.buffers;
+        let Buffers { x, normed, router_logits, routed, route, scratch, .. } = &mut *self.buffers;
         grow(router_logits, t * e);
         {
             let router = moe.router.lend();
@@ -293,7 +299,15 @@ impl Step<'_> {
         }
         let logits = &router_logits[..t * e];
         let runs = self.batch.spans.iter().map(|span| (span.routing, span.new));
-        let Routed { routing, plan, stats, non_finite } = route_layer(&moe.spec, self.spec.reference, logits, runs)?;
+        let spare = self.spare.pop().map(|LayerRouting { router_logits, routing, stats, .. }| {
+            route.stats = stats;
+            if let Routing::Sparse(routing) = routing {
+                route.routing = routing;
+            }
+            router_logits
+        });
+        route.fill(&moe.spec, self.spec.reference, logits, runs)?;
+        let plan = &route.plan;
         {
             self.routed = self.routed.max(plan.tokens.len() * d);
             grow(routed, plan.tokens.len() * d);
@@ -318,9 +332,10 @@ impl Step<'_> {
                 }
             });
             // So that their logits say what happened.
-            non_finite.iter().for_each(|&row| x[row as usize * d..(row as usize + 1) * d].fill(f32::NAN));
+            route.non_finite().iter().for_each(|&row| x[row as usize * d..(row as usize + 1) * d].fill(f32::NAN));
         }
-        let router_logits = Tensor::from_slice(logits, (t, e), &Device::Cpu)?;
+        let router_logits = refill(spare, (t, e), |values| values.copy_from_slice(logits))?;
+        let (routing, stats) = (std::mem::take(&mut route.routing), std::mem::take(&mut route.stats));
         if let Some((expert, gate)) = &moe.shared {
             let sigmoid = |row: &[f32]| 1.0 / (1.0 + (-row.iter().zip(gate).map(|(x, w)| x * w).sum::<f32>()).exp());
             let gates: Vec<f32> = self.buffers.normed.chunks_exact(d).take(t).map(sigmoid).collect();

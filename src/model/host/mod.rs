@@ -21,7 +21,11 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    ops::cpu::{Arithmetic, Input, Output, Product, Reduction, Scratch, Store, trim},
+    moe::{LayerRouting, Routed},
+    ops::{
+        cpu::{Arithmetic, Input, KEPT_BYTES, Output, Product, Reduction, Scratch, Store, trim},
+        refill,
+    },
 };
 
 /// How weights are held and products computed.
@@ -39,6 +43,17 @@ pub struct HostDecoder {
     weights: Arc<HostWeights>,
     cache: KvCache,
     buffers: Buffers,
+    spare: Spare,
+}
+
+/// What came back of an earlier forward.
+#[derive(Debug, Default)]
+struct Spare {
+    logits: Option<Tensor>,
+    /// The last is for the first layer.
+    layers: Vec<LayerRouting>,
+    /// Empty, with room for every layer.
+    list: Vec<LayerRouting>,
 }
 
 /// The weights of a [`HostDecoder`]. Decoders may share them.
@@ -72,6 +87,7 @@ struct Buffers {
     router_logits: Vec<f32>,
     /// Outputs of experts, `[R, D]`.
     routed: Vec<f32>,
+    route: Routed,
     scratch: Scratch,
 }
 
@@ -108,24 +124,25 @@ impl HostDecoder {
     /// With an empty cache.
     pub fn new(weights: Arc<HostWeights>, shape: CacheShape) -> Result<Self> {
         let cache = KvCache::new(&weights.spec, shape, DType::F32, &Device::Cpu)?;
-        Ok(Self { weights, cache, buffers: Buffers::default() })
+        Ok(Self { weights, cache, buffers: Buffers::default(), spare: Spare::default() })
     }
 
     fn run(&mut self, batch: &Batch) -> Result<Forward> {
-        let Self { weights, cache, buffers } = self;
+        let Self { weights, cache, buffers, spare } = self;
         let (spec, arithmetic) = (&weights.spec, &weights.arithmetic);
         check_batch(spec, batch, Some(cache.shape()))?;
         let d = spec.hidden_size;
         embed(&weights.embedding, &batch.tokens, d, &mut buffers.x)?;
         weights.rope.fill(batch.spans.iter().flat_map(|span| span.past..span.past + span.new), &mut buffers.cos, &mut buffers.sin);
 
-        let mut step = Step { spec, arithmetic, batch, cache, buffers, time: ForwardTime::default(), routed: 0 };
-        let mut layers = Vec::with_capacity(weights.layers.len());
+        let mut layers = std::mem::take(&mut spare.list);
+        layers.reserve(weights.layers.len());
+        let mut step = Step { spec, arithmetic, batch, cache, buffers, spare: &mut spare.layers, time: ForwardTime::default(), routed: 0 };
         for layer in &weights.layers {
             layers.extend(layer.forward(&mut step)?);
         }
         let (time, routed) = (step.time, step.routed);
-        let logits = weights.logits(batch, buffers)?;
+        let logits = weights.logits(batch, buffers, spare.logits.take())?;
         buffers.scratch.trim();
         trim(&mut buffers.routed, routed);
         Ok(Forward { logits, layers, time })
@@ -134,7 +151,7 @@ impl HostDecoder {
 
 impl HostWeights {
     /// `[R, V]` of the rows that the batch asks for.
-    fn logits(&self, batch: &Batch, buffers: &mut Buffers) -> Result<Tensor> {
+    fn logits(&self, batch: &Batch, buffers: &mut Buffers, spare: Option<Tensor>) -> Result<Tensor> {
         let (spec, d) = (&self.spec, self.spec.hidden_size);
         let rows: usize = batch
             .spans
@@ -145,19 +162,20 @@ impl HostWeights {
                 LogitRows::All => span.new,
             })
             .sum();
-        let mut logits = vec![0f32; rows * spec.vocab_size];
+        let head = self.head.lend();
+        let matrix = head.matrix()?;
         if rows > 0 {
             let picked = batch.logit_rows();
             rows::grow(&mut buffers.normed, rows * d);
             for (row, normed) in picked.iter().zip(buffers.normed.chunks_exact_mut(d)) {
                 rows::rms_norm(&buffers.x[*row as usize * d..][..d], &self.final_norm, spec.rms_norm_eps as f32, normed);
             }
-            let head = self.head.lend();
-            let product = Product { weights: head.matrix()?, rows: 0..rows, column: 0 };
-            let output = Output { values: &mut logits, stride: spec.vocab_size, store: Store::Set };
-            self.arithmetic.linear(&mut buffers.scratch, Input { x: &buffers.normed, k: d, source: None }, &[product], output);
         }
-        Ok(Tensor::from_vec(logits, (rows, spec.vocab_size), &Device::Cpu)?)
+        refill(spare, (rows, spec.vocab_size), |logits| {
+            let product = Product { weights: matrix, rows: 0..rows, column: 0 };
+            let output = Output { values: logits, stride: spec.vocab_size, store: Store::Set };
+            self.arithmetic.linear(&mut buffers.scratch, Input { x: &buffers.normed, k: d, source: None }, &[product], output);
+        })
     }
 }
 
@@ -185,6 +203,16 @@ impl LanguageModel for HostDecoder {
         let mut result = Err(Error::Internal("the forward did not run".into()));
         rayon::scope(|_| result = self.run(batch));
         result
+    }
+
+    fn recycle(&mut self, forward: Forward) {
+        let Forward { logits, mut layers, .. } = forward;
+        let small = logits.elem_count() * size_of::<f32>() <= KEPT_BYTES;
+        layers.reverse();
+        let list = std::mem::replace(&mut self.spare.layers, layers);
+        self.spare.logits = small.then_some(logits);
+        self.spare.list = list;
+        self.spare.list.clear();
     }
 }
 

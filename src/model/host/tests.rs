@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{
     super::{
-        Batch, CacheShape, CachedDecoder, Decoder, FeedForwardSpec, LanguageModel, LogitRows, ModelSpec, MoeSpec, QkNorm,
+        Batch, CacheShape, CachedDecoder, Decoder, FeedForwardSpec, Forward, LanguageModel, LogitRows, ModelSpec, MoeSpec, QkNorm,
         weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights},
     },
     HostDecoder, HostOptions, HostWeights,
@@ -189,4 +189,32 @@ fn the_fast_order_differs_by_rounding() {
         alone.extend(logits(&mut model, &batch));
     }
     assert!(furthest(&alone, &together[..21]) < 1e-5);
+}
+
+/// What came back is memory: values of an earlier step, of other sizes too, are nowhere in a later one, and steps of one shape share a place.
+#[test]
+fn recycled_forwards_leave_nothing_behind() {
+    let spec = Arc::new(spec(QkNorm::None, false, false));
+    let make = || host(&spec, weights(&spec, DType::F32), false, Reduction::BatchInvariant);
+    let (mut recycling, mut fresh) = (make(), make());
+    let place = |forward: &Forward| forward.read_logits(|logits| logits.as_ptr() as usize).unwrap();
+    let mut last = None;
+    for tokens in [5, 12, 3, 3, 3] {
+        let mut batch = Batch::default();
+        let tokens: Vec<u32> = (0..tokens).collect();
+        batch.push(&[3, 9], &tokens, 0, RoutingChoice::TopK { k: 1, weight_form: None }, LogitRows::All);
+        let (found, wanted) = (recycling.forward(&batch).unwrap(), fresh.forward(&batch).unwrap());
+        assert_eq!(found.logits.to_vec2::<f32>().unwrap(), wanted.logits.to_vec2::<f32>().unwrap());
+        assert_eq!(found.layers.len(), wanted.layers.len());
+        for (a, b) in found.layers.iter().zip(&wanted.layers) {
+            assert_eq!((a.layer, &a.stats), (b.layer, &b.stats));
+            assert_eq!(a.router_logits.to_vec2::<f32>().unwrap(), b.router_logits.to_vec2::<f32>().unwrap());
+            let (Routing::Sparse(a), Routing::Sparse(b)) = (&a.routing, &b.routing) else { panic!("dense") };
+            assert_eq!(a, b);
+        }
+        let at = (tokens.len(), place(&found));
+        assert!(last.is_none_or(|(length, place)| length != at.0 || place == at.1), "steps of one shape");
+        last = Some(at);
+        recycling.recycle(found);
+    }
 }

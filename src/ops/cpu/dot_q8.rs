@@ -17,6 +17,9 @@ use super::{
 /// Blocks whose scales are multiplied at once: one vector.
 const GROUP: usize = 16;
 
+/// Weights that [`tile`] asks for ahead of time, at least half of it.
+const TILE_AHEAD: usize = 8192;
+
 /// Weights that [`narrow`] asks for ahead of time.
 const AHEAD: usize = 4096;
 
@@ -124,6 +127,8 @@ fn tile<const M: usize, const N: usize>(x: &Rows, weights: Q8Rows<'_>, k: usize,
     let (blocks, stride) = (x.blocks, x.stride());
     let values = rows.map(|row| weights.values[row * k..(row + 1) * k].as_ptr());
     let scales = rows.map(|row| weights.scales[row * blocks..(row + 1) * blocks].as_ptr());
+    // What a tile some thousands of bytes further on will read: the next one, unless rows are short.
+    let ahead = N * k * (TILE_AHEAD / (N * k)).max(1);
     let mut sums = [[_mm512_setzero_ps(); N]; M];
     for group in (0..blocks).step_by(GROUP) {
         let count = (blocks - group).min(GROUP);
@@ -151,8 +156,10 @@ fn tile<const M: usize, const N: usize>(x: &Rows, weights: Q8Rows<'_>, k: usize,
                     activations[i] = _mm512_loadu_si512(x.integers.as_ptr().add(i * stride * Q8_BLOCK + at).cast());
                 }
                 for j in 0..N {
-                    // The next tile's row lies N rows further, or one after the next if they are paired.
-                    _mm_prefetch::<_MM_HINT_T0>(values[j].wrapping_add(at + N * k));
+                    // A line holds two blocks.
+                    if block % 2 == 0 {
+                        _mm_prefetch::<_MM_HINT_T0>(values[j].wrapping_add(at + ahead));
+                    }
                     let weights = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, values[j].add(at)));
                     for i in 0..M {
                         let sum = _mm512_cvtepi32_ps(_mm512_madd_epi16(weights, activations[i]));

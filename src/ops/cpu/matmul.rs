@@ -295,7 +295,7 @@ impl Scratch {
 
 /// Buffers that are larger than this are given back when a step needs less than a fourth of them: soft routing of one long prompt
 /// should not cost memory for ever.
-const KEPT_BYTES: usize = 64 << 20;
+pub(crate) const KEPT_BYTES: usize = 64 << 20;
 
 /// Gives memory back that a step which needed `used` elements did not need.
 pub(crate) fn trim<T>(buffer: &mut Vec<T>, used: usize) {

@@ -237,7 +237,10 @@ pub(crate) fn quantize_q8(weights: &[f32], k: usize, values: &mut [i8], scales: 
             let finite = block.iter().all(|w| w.is_finite());
             *scale = if finite { round_up(largest / 127.0) } else { bf16::NAN };
             let inverse = if scale.to_f32() >= f32::MIN_POSITIVE { 1.0 / scale.to_f32() } else { 0.0 };
-            values.iter_mut().zip(block).for_each(|(value, w)| *value = (w * inverse).round_ties_even().clamp(-127.0, 127.0) as i8);
+            // Adding and subtracting it rounds to the nearest integer, ties to even, as vector code.
+            const ROUND: f32 = 12_582_912.0;
+            let nearest = |w: f32| (w * inverse + ROUND) - ROUND;
+            values.iter_mut().zip(block).for_each(|(value, &w)| *value = nearest(w).clamp(-127.0, 127.0) as i8);
         }
     }
 }

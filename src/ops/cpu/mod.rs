@@ -19,7 +19,7 @@ mod sink;
 pub(crate) use self::{
     attention::{AttentionShape, KeyLayout, KeyValue, attention},
     exp::exp,
-    matmul::{Expert, Input, Output, Product, Scratch, parallel, trim},
+    matmul::{Expert, Input, KEPT_BYTES, Output, Product, Scratch, parallel, trim},
     matrix::{Data, Matrix, Q8_BLOCK, quantize_q8},
     sink::{Disjoint, Store},
 };
