@@ -68,7 +68,7 @@ pub fn run(args: CompareArgs) -> Result<()> {
         folder: Folder(args.out.clone()),
         jobs: args.jobs.unwrap_or_else(cores),
         program: std::env::current_exe().map_err(|error| Error::Internal(format!("this program has no path: {error}")))?,
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: std::iter::once("hardmax".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
     };
     let results = compare(&args.request()?, &run)?;
     tracing::info!("{}", run.folder.report().display());

@@ -61,8 +61,8 @@ pub struct Forward {
     active: Vec<f64>,
 }
 
-/// Deviation of the router's initial weights times √D: that of the usual uniform ones in `±1/√D`.
-const ROUTER_STD: f64 = 0.577;
+/// Deviation of initial weights times the root of a layer's inputs: that of the usual uniform ones in `±1/√D`.
+const INITIAL_STD: f64 = 0.577;
 
 impl Net {
     /// Random weights of `seed`; `handicap [E]` is added to the bias of the router. The first E rows of the router are the
@@ -70,7 +70,7 @@ impl Net {
     pub fn new(shape: Shape, seed: u64, handicap: &[f64]) -> Self {
         let ExpertShape { features, hidden, outputs } = shape.expert;
         let mut random = Random::new(seed, "router");
-        let mut router = random.normals(shape.router_width * features, ROUTER_STD / (features as f64).sqrt());
+        let mut router = random.normals(shape.router_width * features, INITIAL_STD / (features as f64).sqrt());
         for (row, head_start) in router.chunks_exact_mut(features).zip(handicap) {
             row[features - 1] += head_start;
         }
@@ -81,10 +81,9 @@ impl Net {
         let mut experts = Vec::with_capacity(shape.experts * shape.expert.parameters());
         for _ in 0..shape.experts {
             let inner = if hidden == 0 { outputs } else { hidden };
-            let gain = if hidden == 0 { 1.0 } else { 2.0_f64.sqrt() };
-            experts.extend(random.normals(features * inner, gain / (features as f64).sqrt()));
+            experts.extend(random.normals(features * inner, INITIAL_STD / (features as f64).sqrt()));
             if hidden > 0 {
-                experts.extend(random.normals(hidden * outputs, 1.0 / (hidden as f64).sqrt()));
+                experts.extend(random.normals(hidden * outputs, INITIAL_STD / (hidden as f64).sqrt()));
                 experts.extend(vec![0.0; outputs]);
             }
         }

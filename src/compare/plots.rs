@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    plot::{Axis, Chart, Colour, Figure, Form, HeatMap, Legend, Panel, Series},
+    plot::{Axis, Chart, Colour, ColourBar, Figure, Form, HeatMap, Legend, Panel, Series},
 };
 
 /// A picture that was written.
@@ -23,8 +23,11 @@ pub struct Picture {
 
 /// Curves in one picture, besides controls.
 const CURVES: usize = 8;
-/// Heat maps in one picture.
-const MAPS: usize = 12;
+/// Tints in one picture of curves: more would hide one another.
+const TINTS: usize = 3;
+/// Estimators whose load is shown, and what is done for it; suffixes of arms.
+const TREATED: [&str; 3] = ["onehot", "raw_topk", "ste"];
+const TREATMENTS: [&str; 5] = ["", "+switch", "+bias", "+reinit", "+remedies"];
 /// A relative distance that is rounding, and no gap.
 const NO_GAP: f64 = 1e-3;
 /// What is smaller is drawn here on a logarithmic axis of bias or deviation: an exact 0 has no other place.
@@ -73,8 +76,8 @@ fn losses(table: &Table<'_>) -> Drawn {
         legend: Legend::Right,
     };
     let caption = format!(
-        "Test loss of task `{}` under hard top-1 over the run, in units of the best constant prediction: median over seeds, tint from the \
-         best to the worst seed, of the {CURVES} best estimators and (dashed) the controls.",
+        "Test loss of task `{}` under hard top-1 over the run, in units of the best constant prediction: median over seeds of the \
+         {CURVES} best estimators and (dashed) the controls; tints from the best to the worst seed, of the best {TINTS}.",
         table.task.id()
     );
     single(format!("loss-{}", table.id()), caption, (860.0, 480.0), chart)
@@ -152,8 +155,13 @@ fn gradient_quality(results: &Results, equal: Option<&Table<'_>>) -> Drawn {
         ("task equal, over the run", equal.map(|table| table.estimators.iter().filter_map(along).collect()).unwrap_or_default()),
     ];
     let panels: Vec<Panel> = panels.into_iter().filter(|(_, dots)| !dots.is_empty()).map(|(title, dots)| bias_panel(title, dots)).collect();
-    let figure =
-        Figure { title: "router gradient against the exact one".into(), panel: (520.0, 460.0), columns: panels.len().max(1), panels };
+    let figure = Figure {
+        title: "router gradient against the exact one".into(),
+        panel: (520.0, 460.0),
+        columns: panels.len().max(1),
+        panels,
+        bar: None,
+    };
     let caption = format!(
         "Quality of the router's gradient: relative bias of its mean and relative standard deviation of a single draw, both against the exact \
          gradient of the expected loss by enumeration. What is {FLOOR} or less stands at {FLOOR}: deterministic estimators on the bottom line, \
@@ -173,40 +181,25 @@ fn bias_panel(title: &str, dots: Vec<(f64, f64, String)>) -> Panel {
     })
 }
 
-/// Load of each expert over the run, one map for each arm, of the first seed.
+/// Load of each expert over the run, one map for each arm, of the first seed: a row for each estimator, untreated first.
 fn loads(table: &Table<'_>) -> Drawn {
-    // What is treated beside what is not: arms of one estimator stand together.
-    let mut arms: Vec<(&Runs<'_>, &CellResult)> = table.estimators.iter().filter_map(|runs| Some((runs, *runs.steps.first()?))).collect();
-    arms.retain(|(runs, result)| {
-        ["onehot", "raw_topk", "ste"].contains(&runs.arm.estimator.name.as_str()) && !result.curves.load.is_empty()
-    });
-    arms.sort_by(|a, b| a.0.arm.name.cmp(&b.0.arm.name));
-    let spare = arms.len().saturating_sub(MAPS);
-    let rare = |runs: &Runs<'_>| {
-        runs.arm.capacity.is_some() || runs.arm.jitter > 0.0 || runs.arm.explore != crate::moe::explore::Exploration::NONE
-    };
-    let mut dropped = 0;
-    arms.retain(|(runs, _)| {
-        let drop = dropped < spare && rare(runs);
-        dropped += usize::from(drop);
-        !drop
-    });
-    arms.truncate(MAPS);
-    let map = |(i, (runs, result)): (usize, &(&Runs<'_>, &CellResult))| {
-        let experts = table.task.experts() as f64;
-        let steps = result.curves.step.last().map_or(String::new(), ToString::to_string);
-        Panel::Heat(HeatMap {
-            title: runs.arm.name.clone(),
+    let experts = table.task.experts() as f64;
+    let map = |name: String| {
+        let result = table.find(&name)?.steps.first()?;
+        Some(Panel::Heat(HeatMap {
+            title: name,
             x_label: "step".into(),
-            y_label: if i % 4 == 0 { "expert".into() } else { " ".into() },
-            x_ends: ("0".into(), steps),
+            y_label: "expert".into(),
+            x_ends: ("0".into(), result.curves.step.last()?.to_string()),
             columns: result.curves.load.iter().map(|load| load.iter().map(|share| share * experts).collect()).collect(),
             most: experts / 2.0,
-            bar: if i % 4 == 3 || i + 1 == arms.len() { "load / fair share".into() } else { String::new() },
-        })
+        }))
     };
-    let panels: Vec<Panel> = arms.iter().enumerate().map(map).collect();
-    let figure = Figure { title: "load of each expert, task collapsed".into(), panel: (270.0, 190.0), columns: 4, panels };
+    let row = |estimator: &str| TREATMENTS.map(|treatment| map(format!("{estimator}{treatment}")));
+    let panels: Vec<Panel> = TREATED.into_iter().flat_map(row).flatten().collect();
+    let bar = Some(ColourBar { label: "load / fair share".into(), most: experts / 2.0 });
+    let title = "load of each expert, task collapsed".into();
+    let figure = Figure { title, panel: (236.0, 176.0), columns: TREATMENTS.len(), panels, bar };
     let caption = "Share of the tokens that hard top-1 gives each expert over the run, times the number of experts (1 is fair), first seed of task \
                    `collapsed`, in which expert 0 starts far ahead. The darkest colour is half of all tokens.";
     (!figure.panels.is_empty()).then_some(("load-collapsed".into(), caption.into(), figure))
@@ -222,7 +215,7 @@ fn quality_fidelity(tables: &[Table<'_>]) -> Drawn {
         scatter(table, Axis::linear("distance to the teacher's soft output (relative L2)"), dots)
     };
     let panels: Vec<Panel> = tables.iter().filter(|table| table.mode == Mode::Tune).filter_map(of).collect();
-    let figure = Figure { title: String::new(), panel: (860.0, 520.0), columns: 1, panels };
+    let figure = Figure { title: String::new(), panel: (860.0, 520.0), columns: 1, panels, bar: None };
     let caption = "Tuning a soft-trained model: what is near to the teacher (left) and what has the lower loss (bottom) are not the same.";
     (!figure.panels.is_empty()).then_some(("quality-fidelity".into(), caption.into(), figure))
 }
@@ -238,7 +231,7 @@ fn cost(tables: &[Table<'_>]) -> Drawn {
     };
     let shown = |table: &&Table<'_>| table.mode == Mode::Scratch && matches!(table.task, TaskName::Equal | TaskName::Text);
     let panels: Vec<Panel> = tables.iter().filter(shown).filter_map(of).collect();
-    let figure = Figure { title: String::new(), panel: (860.0, 560.0), columns: 1, panels };
+    let figure = Figure { title: String::new(), panel: (860.0, 560.0), columns: 1, panels, bar: None };
     let caption =
         "What a lower loss costs: experts executed per token in the training forward against the loss under hard top-1, at equal steps.";
     (!figure.panels.is_empty()).then_some(("cost".into(), caption.into(), figure))
@@ -264,7 +257,9 @@ fn curves<'a>(arms: impl Iterator<Item = &'a Runs<'a>>, value: &impl Fn(&CellRes
         let points = curve(runs, value);
         let colour = Colour::nth(i);
         let band = points.iter().map(|(x, spread)| (*x, spread.low, spread.high)).collect();
-        series.push(Series { name: String::new(), colour, form: Form::Band(band) });
+        if i < TINTS {
+            series.push(Series { name: String::new(), colour, form: Form::Band(band) });
+        }
         let line = points.into_iter().map(|(x, spread)| (x, spread.median)).collect();
         series.push(Series { name: runs.arm.name.clone(), colour, form: Form::Line(line) });
     }

@@ -100,15 +100,20 @@ impl Fitted {
     /// About `wanted` ticks at round values.
     pub(super) fn ticks(&self, wanted: usize) -> Vec<Tick> {
         match self.scale {
-            Scale::Linear => self.linear_ticks(wanted),
-            Scale::Log => self.log_ticks(wanted),
+            Scale::Linear => self.linear_ticks(self.low, self.high, wanted),
+            Scale::Log => {
+                let ticks = self.log_ticks(wanted);
+                let [low, high] = [self.low, self.high].map(|exponent| 10f64.powf(exponent));
+                // Within a part of a decade there are too few values of one digit.
+                if ticks.len() < 3 { self.linear_ticks(low, high, wanted) } else { ticks }
+            }
         }
     }
 
-    fn linear_ticks(&self, wanted: usize) -> Vec<Tick> {
-        let step = round_step((self.high - self.low) / wanted.max(1) as f64);
+    fn linear_ticks(&self, low: f64, high: f64, wanted: usize) -> Vec<Tick> {
+        let step = round_step((high - low) / wanted.max(1) as f64);
         let decimals = (-step.log10().floor()).clamp(0.0, 9.0) as usize;
-        let (first, last) = ((self.low / step - 1e-9).ceil() as i64, (self.high / step + 1e-9).floor() as i64);
+        let (first, last) = ((low / step - 1e-9).ceil() as i64, (high / step + 1e-9).floor() as i64);
         (first..=last).map(|i| self.tick(i as f64 * step, format!("{:.decimals$}", i as f64 * step + 0.0))).collect()
     }
 
@@ -166,6 +171,7 @@ mod tests {
         assert_eq!(labels(&linear, &[f64::NAN]), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"], "nothing to show");
         let log = Axis::log("");
         assert_eq!(labels(&log, &[0.001, 10.0, -1.0, 0.0]), ["0.001", "0.01", "0.1", "1", "10"]);
+        assert_eq!(labels(&log, &[0.85, 1.05]), ["0.85", "0.90", "0.95", "1.00", "1.05"]);
         assert_eq!(labels(&log, &[0.1, 2.0]), ["0.1", "0.2", "0.5", "1", "2"]);
         assert_eq!(labels(&log, &[1e-10, 1.0]), ["1e\u{2212}10", "1e\u{2212}8", "1e\u{2212}6", "0.0001", "0.01", "1"]);
     }

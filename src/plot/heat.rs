@@ -1,9 +1,6 @@
 //! Values over time and index, as colours.
 
-use super::{
-    font,
-    marks::{Align, Area, Canvas, Colour},
-};
+use super::marks::{Align, Area, Canvas, Colour};
 
 /// Columns of values, for example the load of each expert at points of a run.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,24 +17,30 @@ pub struct HeatMap {
     pub columns: Vec<Vec<f64>>,
     /// The value of the darkest colour; 0 has the lightest.
     pub most: f64,
-    /// What the colours mean; empty for no colour bar.
-    pub bar: String,
 }
 
 const TITLE: f64 = 13.0;
 const SMALL: f64 = 11.0;
 
+/// What the colours of heat maps mean: a bar at the right of a figure.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ColourBar {
+    /// What the values are.
+    pub label: String,
+    /// [`HeatMap::most`] of all maps in the figure.
+    pub most: f64,
+}
+
 /// Width of a colour bar with its labels.
-const BAR: f64 = 58.0;
+pub(super) const BAR: f64 = 64.0;
 
 impl HeatMap {
     pub(super) fn draw(&self, canvas: &mut Canvas, whole: Area) {
-        let right = if self.bar.is_empty() { 10.0 } else { BAR + 8.0 };
-        let (left, top) = (if self.y_label.is_empty() { 10.0 } else { 34.0 }, 28.0);
+        let (left, top) = (34.0, 28.0);
         let area = Area {
             left: whole.left + left,
             top: whole.top + top,
-            width: (whole.width - left - right).max(1.0),
+            width: (whole.width - left - 10.0).max(1.0),
             height: (whole.height - top - 32.0).max(1.0),
         };
         self.draw_cells(canvas, area);
@@ -49,9 +52,6 @@ impl HeatMap {
         canvas.text((area.right(), area.bottom() + 13.0), &self.x_ends.1, SMALL, Align::End);
         self.draw_rows(canvas, area);
         canvas.turned_text((whole.left + 9.0, y), &self.y_label, SMALL);
-        if !self.bar.is_empty() {
-            self.draw_bar(canvas, area);
-        }
     }
 
     /// Neighbours of one colour become one rectangle: a long run has thousands of cells.
@@ -84,9 +84,22 @@ impl HeatMap {
         }
     }
 
-    fn draw_bar(&self, canvas: &mut Canvas, area: Area) {
+    fn rows(&self) -> usize {
+        self.columns.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// In 32 steps, so that neighbours can be equal. What is not finite has the colour of nothing.
+    fn colour(&self, value: f64) -> Colour {
+        let share = if value.is_finite() && self.most > 0.0 { value / self.most } else { return Colour::FAINT };
+        Colour::heat((share.clamp(0.0, 1.0) * 32.0).round() / 32.0)
+    }
+}
+
+impl ColourBar {
+    /// Into an area of width [`BAR`].
+    pub(super) fn draw(&self, canvas: &mut Canvas, area: Area) {
         const STEPS: usize = 48;
-        let bar = Area { left: area.right() + 12.0, width: 12.0, ..area };
+        let bar = Area { left: area.left + 6.0, top: area.top + 28.0, width: 13.0, height: (area.height - 60.0).max(1.0) };
         let height = bar.height / STEPS as f64;
         for i in 0..STEPS {
             let top = bar.bottom() - (i + 1) as f64 * height;
@@ -96,16 +109,6 @@ impl HeatMap {
         let most = format!("{:.1}", self.most);
         canvas.text((bar.right() + 4.0, bar.bottom() - 4.0), "0", SMALL, Align::Start);
         canvas.text((bar.right() + 4.0, bar.top + 4.0), &most, SMALL, Align::Start);
-        canvas.turned_text((bar.right() + 12.0 + font::width("0", SMALL), bar.top + bar.height / 2.0), &self.bar, SMALL);
-    }
-
-    fn rows(&self) -> usize {
-        self.columns.iter().map(Vec::len).max().unwrap_or(0)
-    }
-
-    /// In 32 steps, so that neighbours can be equal. What is not finite has the colour of nothing.
-    fn colour(&self, value: f64) -> Colour {
-        let share = if value.is_finite() && self.most > 0.0 { value / self.most } else { return Colour::FAINT };
-        Colour::heat((share.clamp(0.0, 1.0) * 32.0).round() / 32.0)
+        canvas.turned_text((bar.right() + 12.0, bar.top + bar.height / 2.0), &self.label, SMALL);
     }
 }

@@ -18,7 +18,7 @@ use self::marks::{Align, Area, Canvas};
 pub use self::{
     axis::{Axis, Scale},
     chart::{Chart, Form, Legend, Series},
-    heat::HeatMap,
+    heat::{ColourBar, HeatMap},
     marks::Colour,
 };
 use crate::error::{Error, Result};
@@ -34,6 +34,8 @@ pub struct Figure {
     pub columns: usize,
     /// Row by row.
     pub panels: Vec<Panel>,
+    /// What colours mean, at the right.
+    pub bar: Option<ColourBar>,
 }
 
 /// One cell of a [`Figure`].
@@ -57,7 +59,7 @@ struct Laid {
 impl Figure {
     /// One panel.
     pub fn single(size: (f64, f64), panel: Panel) -> Self {
-        Self { title: String::new(), panel: size, columns: 1, panels: vec![panel] }
+        Self { title: String::new(), panel: size, columns: 1, panels: vec![panel], bar: None }
     }
 
     /// Writes `stem.svg` and `stem.png`. `stem` has no extension of its own.
@@ -80,7 +82,8 @@ impl Figure {
         let rows = self.panels.len().div_ceil(columns);
         let (width, height) = self.panel;
         let top = if self.title.is_empty() { 0.0 } else { TITLE };
-        let size = (width * columns.min(self.panels.len().max(1)) as f64, height * rows as f64 + top);
+        let inner = width * columns.min(self.panels.len().max(1)) as f64;
+        let size = (if self.bar.is_some() { inner + heat::BAR } else { inner }, height * rows as f64 + top);
         let mut canvas = Canvas::default();
         if !self.title.is_empty() {
             canvas.text((size.0 / 2.0, TITLE / 2.0 + 4.0), &self.title, 17.0, Align::Middle);
@@ -92,6 +95,9 @@ impl Figure {
                 Panel::Chart(chart) => chart.draw(&mut canvas, area),
                 Panel::Heat(heat) => heat.draw(&mut canvas, area),
             }
+        }
+        if let Some(bar) = &self.bar {
+            bar.draw(&mut canvas, Area { left: inner, top, width: heat::BAR, height: size.1 - top });
         }
         Laid { canvas, size }
     }

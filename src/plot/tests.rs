@@ -28,7 +28,6 @@ fn heat() -> HeatMap {
         x_ends: ("0".into(), "3000".into()),
         columns: (0..40).map(|t| (0..8).map(|e| if (t + e) % 3 == 0 { f64::NAN } else { f64::from(t * e) / 40.0 }).collect()).collect(),
         most: 8.0,
-        bar: "load / fair".into(),
     }
 }
 
@@ -38,6 +37,7 @@ fn figure() -> Figure {
         panel: (420.0, 280.0),
         columns: 2,
         panels: vec![Panel::Chart(chart()), Panel::Heat(heat()), Panel::Chart(Chart::default())],
+        bar: Some(ColourBar { label: "load / fair".into(), most: 8.0 }),
     }
 }
 
@@ -45,7 +45,7 @@ fn figure() -> Figure {
 fn the_svg_is_well_formed_and_says_everything() {
     let laid = figure().lay_out();
     let svg = svg::write(&laid.canvas, laid.size);
-    assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"840\" height=\"590\"") && svg.ends_with("</svg>\n"));
+    assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"904\" height=\"590\"") && svg.ends_with("</svg>\n"));
     for text in ["loss &amp; &lt;gap&gt;", "τ ≤ 1", ">ste<", ">soft<", ">here<", ">and here<", "raw_topk", ">3000<", "load / fair", ">All<"]
     {
         assert!(svg.contains(text), "{text}");
@@ -61,12 +61,12 @@ fn the_png_has_the_size_and_the_colours() {
     let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().unwrap();
     let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut pixels).unwrap();
-    assert_eq!((info.width, info.height, info.color_type), (840, 590, png::ColorType::Rgb));
+    assert_eq!((info.width, info.height, info.color_type), (904, 590, png::ColorType::Rgb));
     let has = |rgb: [u8; 3]| pixels.chunks_exact(3).any(|pixel| pixel == rgb);
     assert_eq!(pixels[..3], [255; 3], "paper");
     assert!(has(Colour::nth(0).rgb) && has(Colour::nth(1).rgb), "curves");
-    assert!(has(Colour::heat(0.0).rgb) && has(Colour::heat(0.5).rgb), "the heat scale");
-    let dark = |from: usize, to: usize| pixels.chunks_exact(840 * 3).skip(from).take(to - from).flatten().filter(|&&v| v < 80).count();
+    assert!(has(Colour::heat(0.0).rgb) && has(Colour::heat(1.0 - 0.5 / 48.0).rgb), "the heat scale");
+    let dark = |from: usize, to: usize| pixels.chunks_exact(904 * 3).skip(from).take(to - from).flatten().filter(|&&v| v < 80).count();
     assert!(dark(8, 28) > 100, "the title is drawn: the font is there");
 }
 

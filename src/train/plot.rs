@@ -41,7 +41,7 @@ pub fn curves(records: &[Record], stem: &Path) -> Result<()> {
         ),
         panel("router temperature and noise", last, vec![("temperature", of_step(|s| s.temperature)), ("noise", of_step(|s| s.noise))]),
     ];
-    Figure { title: String::new(), panel: (500.0, 330.0), columns: 2, panels }.save(stem)
+    Figure { title: String::new(), panel: (500.0, 330.0), columns: 2, panels, bar: None }.save(stem)
 }
 
 /// Curves over the steps of the run. One name has the same colour in every panel of this picture.

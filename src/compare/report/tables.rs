@@ -2,6 +2,7 @@
 
 use super::{expected, heading, line};
 use crate::compare::{
+    arm::{Arm, Route},
     results::{CellResult, Expected, GradientQuality, Outcome, Results},
     spec::{Mode, TaskName},
     table::{Runs, Spread, Table, figure},
@@ -38,11 +39,12 @@ const GRADIENT: Column = ("router gradient: norm, bias, std", |_, runs| {
     let of = |pick: fn(&CellResult) -> Option<f64>| median(runs.spread(pick));
     format!("{}, {}, {}", of(|result| result.router_grad.norm), of(|result| result.router_grad.bias), of(|result| result.router_grad.std))
 });
-const EXECUTED: Column = ("experts/token", |_, runs| {
+const EXECUTED: Column = ("experts/token", |table, runs| {
+    let experts = table.task.experts();
     let Some(result) = runs.steps.first() else { return "-".to_owned() };
     let Some(counted) = runs.spread(|result| Some(result.executed_per_token)) else { return "-".to_owned() };
-    let text = format!("{} ({})", figure(counted.median), expected(result.executed_expected));
-    if runs.steps.iter().all(|result| as_expected(result)) { text } else { format!("**{text}**") }
+    let text = format!("{} ({})", figure(counted.median), expected(due(experts, runs.arm, result)));
+    if runs.steps.iter().all(|result| as_expected(experts, runs.arm, result)) { text } else { format!("**{text}**") }
 });
 const STEP: Column = ("step, ms", |_, runs| median(runs.spread(|result| Some(result.step_ms.median))));
 const PEAK: Column =
@@ -117,10 +119,23 @@ fn ranked(table: &Table<'_>, runs: &Runs<'_>, value: fn(&Runs<'_>) -> Option<Spr
     format!("{spread} ({})", better + 1)
 }
 
-/// Whether as many experts ran as the method should take.
-pub(super) fn as_expected(result: &CellResult) -> bool {
+/// Experts per token that a run of this arm should execute: those of its estimator, fewer where capacity drops rows or
+/// nothing was trained, and all of them while the control `experts_only` has its router prepared.
+fn due(experts: usize, arm: &Arm, result: &CellResult) -> Expected {
+    match (result.executed_expected, arm.route) {
+        (_, Route::ExpertsAfter { share }) => {
+            let dense = (experts as f64 - 1.0) * (share * result.steps as f64).ceil() / result.steps.max(1) as f64;
+            Expected::AtMost(1.0 + dense)
+        }
+        (Expected::Exactly(n), _) if arm.capacity.is_some() || result.steps == 0 => Expected::AtMost(n),
+        (expected, _) => expected,
+    }
+}
+
+/// Whether as many experts ran as should.
+pub(super) fn as_expected(experts: usize, arm: &Arm, result: &CellResult) -> bool {
     let counted = result.executed_per_token;
-    match result.executed_expected {
+    match due(experts, arm, result) {
         Expected::Exactly(n) => (counted - n).abs() < 1e-9 * n.max(1.0),
         Expected::AtMost(n) => counted <= n * (1.0 + 1e-9),
         Expected::Merged => (counted - 1.0).abs() < 1e-9,

@@ -10,7 +10,10 @@ use crate::{
         results::{ByRouting, CellRecord, CellResult, Curves, Fidelity, GradientQuality, GradientResult, Machine, RESULTS_VERSION},
         spec::{Budget, CellSpec, LAB_VERSION, Size},
     },
-    moe::estimator::EstimatorConfig,
+    moe::{
+        capacity::{Capacity, Order, Overflow},
+        estimator::EstimatorConfig,
+    },
 };
 
 fn arm(name: &str, k: Option<usize>) -> Arm {
@@ -81,6 +84,13 @@ fn results() -> Results {
     cells.push(cell(TaskName::Collapsed, Mode::Scratch, &treated, 1, done(trained(0.6, 1.0))));
     let counted = CellResult { executed_expected: Expected::Exactly(1.0), ..trained(0.5, 2.0) };
     cells.push(cell(TaskName::Collapsed, Mode::Scratch, &raw, 1, done(counted)));
+    let drop = Capacity { factor: 1.0, overflow: Overflow::Drop, order: Order::Position };
+    let dropping = Arm { capacity: Some(drop), ..arm("raw_topk+drop", Some(1)) };
+    let dropped = CellResult { executed_expected: Expected::Exactly(1.0), ..trained(0.5, 0.7) };
+    cells.push(cell(TaskName::Collapsed, Mode::Scratch, &dropping, 1, done(dropped)));
+    let prepared = Arm { route: Route::ExpertsAfter { share: 1.0 / 3.0 }, name: "experts_only".into(), ..arm("onehot", Some(1)) };
+    let dense_first = CellResult { executed_expected: Expected::Exactly(1.0), ..trained(0.5, 3.38) };
+    cells.push(cell(TaskName::Collapsed, Mode::Scratch, &prepared, 1, done(dense_first)));
     cells.push(cell(TaskName::Equal, Mode::Tune, &ste, 1, tuned(0.2, 0.5)));
     cells.push(cell(TaskName::Equal, Mode::Tune, &raw, 1, tuned(0.4, 0.1)));
     let gradient = GradientResult { quadratic: quality(1.6), cross_entropy: quality(0.9) };
@@ -142,8 +152,10 @@ fn quality_and_fidelity_have_ranks_of_their_own() {
 #[test]
 fn experts_that_should_not_have_run_are_seen() {
     let report = write(&results(), &[]);
-    assert!(report.contains("differ from what the method should take: `raw_topk` (collapsed)"), "{report}");
+    assert!(report.contains("differ from what the method should take: `raw_topk` (collapsed).\n"), "{report}");
     assert!(row(&report, "## Task `collapsed`", "raw_topk").contains("**2 (1)**"));
+    assert!(row(&report, "## Task `collapsed`", "raw_topk+drop").contains("| 0.700 (at most 1) |"), "full experts take no more");
+    assert!(row(&report, "## Task `collapsed`", "experts_only").contains("| 3.38 (at most 3.38) |"), "34 of 100 steps are soft");
     let treated = row(&report, "## Task `collapsed`", "raw_topk+reinit");
     assert!(treated.contains("| 3 |") && treated.contains("| 1 (1) |"), "three actions: {treated}");
 }

@@ -20,7 +20,7 @@ pub struct RoutedBatch {
     pub offsets: Vec<u32>,
     /// `[R]`, within a token in order of choice. None of a token whose router outputs are not finite.
     pub chosen: Vec<u32>,
-    /// Which experts have to run; has no meaning under [`Combine::Merged`].
+    /// Which experts have to run; has no meaning under [`Combine::Merged`](super::Combine::Merged).
     pub execution: Execution,
     /// What capacity changed.
     pub capacity: CapacityReport,
@@ -28,7 +28,7 @@ pub struct RoutedBatch {
     pub(super) wanted: Choices,
     /// `[T, E]`, relaxed weights p.
     pub(super) relaxed: Vec<f64>,
-    /// `[T, E]`, where p was evaluated; `[T, G]` under [`Relaxation::SmoothStep`].
+    /// `[T, E]`, where p was evaluated; `[T, G]` under [`SmoothStep`](super::Relaxation::SmoothStep).
     pub(super) point: Vec<f64>,
     /// `[T, E]`, what the choice was made on, without bias.
     pub(super) seen: Vec<f64>,

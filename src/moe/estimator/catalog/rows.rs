@@ -112,7 +112,7 @@ pub const CATALOG: &[Row] = &[
         forward: "softmax of the noisy logits of the k largest; the deviation of the normal noise is learned, softplus of E further router outputs",
         backward: "exact at the draw, for the noise outputs too",
         source: "Shazeer et al. 2017 (1701.06538)",
-        note: "Router and noise begin at 0, so the deviation at ln 2.",
+        note: "Where the noise outputs begin at 0, as in the paper, the deviation begins at ln 2.",
         k: KRange::From { from: 1 },
         params: &[ParamRow {
             name: "weights",
