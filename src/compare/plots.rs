@@ -95,16 +95,14 @@ fn gap(table: &Table<'_>) -> Drawn {
     let mut shown: Vec<(&Runs<'_>, Vec<(f64, f64)>)> = table.estimators.iter().map(|runs| (runs, points(runs))).collect();
     shown.retain(|(_, points)| !points.is_empty());
     shown.sort_by(|a, b| a.0.arm.name.cmp(&b.0.arm.name));
-    let dots = |(i, (runs, points)): (usize, (&Runs<'_>, Vec<(f64, f64)>))| Series {
-        name: runs.arm.name.clone(),
-        colour: Colour::nth(i).with_alpha(0.7),
-        form: Form::Dots(points),
-    };
+    let dots =
+        |i: usize, name: &str, points| Series { name: name.to_owned(), colour: Colour::nth(i).with_alpha(0.7), form: Form::Dots(points) };
+    let series = shown.into_iter().enumerate().map(|(i, (runs, points))| dots(i, &runs.arm.name, points)).collect();
     let chart = Chart {
         title: "temperature against gap".into(),
         x: Axis::log("temperature or width in force"),
         y: Axis::log("‖y − y hard top-1‖ / ‖y‖"),
-        series: shown.into_iter().enumerate().map(dots).collect(),
+        series,
         legend: Legend::Right,
     };
     let caption = "What hardening changes, at every evaluation of the runs of task `equal`, against the temperature (or width) in force: pooled \

@@ -38,8 +38,8 @@ pub(super) fn global_batch(view: &View<'_>, sink: &mut Sink<'_>) -> Result<f64> 
 
 /// Each sequence by itself, f and P; the mean over sequences that have a token.
 pub(super) fn sequence(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
-    let whole = [0..view.input.choices.tokens()];
-    let ranges: &[Range<usize>] = if view.input.sequences.is_empty() { &whole } else { view.input.sequences };
+    let whole = 0..view.input.choices.tokens();
+    let ranges = if view.input.sequences.is_empty() { std::slice::from_ref(&whole) } else { view.input.sequences };
     let live = |range: &Range<usize>| view.live.iter().copied().filter(|t| range.contains(t)).collect::<Vec<_>>();
     let sequences: Vec<_> = ranges.iter().map(|range| (range.clone(), live(range))).filter(|(_, live)| !live.is_empty()).collect();
     let weight = 1.0 / sequences.len().max(1) as f64;
