@@ -41,6 +41,7 @@ const KNOWN_TO: &[(&str, &[&str])] = &[
     ("tonic", &["bench", "service", "server", "cli"]),
     ("prost", &["service", "server", "cli"]),
     ("axum", &["telemetry"]),
+    ("plotters", &["plot"]),
     ("tokio", &["bench", "engine", "service", "server", "cli", "telemetry"]),
 ];
 

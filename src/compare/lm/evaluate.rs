@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::text::{LENGTH, VOCABULARY, Windows};
+use super::{
+    routes::FixedRoute,
+    text::{LENGTH, VOCABULARY, Windows},
+};
 use crate::{
     compare::{
         evaluate::{load, missed_mass},
@@ -34,12 +37,6 @@ pub(super) struct Model<'a> {
     pub(super) layers: Vec<LayerState>,
     /// Expert of each token of some windows, in the place of the router.
     pub(super) route: Option<&'a dyn FixedRoute>,
-}
-
-/// A route that is known without a router.
-pub(super) trait FixedRoute: std::fmt::Debug {
-    /// Expert of each token.
-    fn of(&self, windows: &Windows) -> Vec<u32>;
 }
 
 /// One routing of test windows.

@@ -3,52 +3,39 @@
 //! Training is [`crate::train::learner`], so that these cells measure the code that `hardmax train` runs.
 
 mod evaluate;
+mod model;
+mod routes;
+mod teacher;
 #[cfg(test)]
 mod tests;
 mod text;
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Instant};
-
-use candle_core::{Device, Tensor};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use self::{
-    evaluate::{Evaluated, FixedRoute, Model},
-    text::{Corpus, LENGTH, VOCABULARY, Windows},
+    evaluate::Model,
+    model::{learning, model_spec, optimizer, plan, rate},
+    routes::{ByDomain, ByHash, FixedRoute},
+    text::{Corpus, LENGTH, Windows},
 };
 use super::{
     arm::{Arm, Route},
-    files,
     metric::{Distance, quantile},
     results::{CellResult, Curves, Duration, RouterGradient, finite},
-    spec::{Budget, CellSpec, Mode},
+    spec::{Budget, CellSpec},
 };
 use crate::{
-    error::{Error, Result},
-    model::{Decoder, FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
-    moe::{
-        estimator::{Combine, Estimator, Purpose, Relaxation},
-        policy::{RoutingPolicy, WeightForm},
-    },
-    schedule::{Schedule, learning_rate},
+    error::Result,
+    model::Decoder,
+    moe::estimator::Combine,
     train::{
-        config::OptimizerConfig,
         learner::{Distillation, Learner, Setup, StepReport, Text},
         optimizer::Outcome,
-        routing::{ExploreConfig, RoutingConfig, RoutingPlan, RunShape},
-        trainable::{Learning, Part, Trainable},
+        routing::RoutingPlan,
+        trainable::Learning,
     },
 };
 
-/// Width of the residual stream.
-const HIDDEN: usize = 32;
-/// Hidden width of an expert.
-const EXPERT_WIDTH: usize = 64;
-/// Decoder layers.
-const LAYERS: usize = 2;
-/// One step in so many is warm-up.
-const WARM_UP: usize = 20;
-/// In tuning the router learns this much slower: it is the teacher's already.
-const TUNING_ROUTER_RATE: f64 = 0.3;
 /// Test windows of a point of the curves.
 const POINT_WINDOWS: usize = 8;
 /// Lines of remedies that a result keeps.
@@ -60,7 +47,7 @@ pub fn run(spec: &CellSpec, cells: &Path) -> Result<CellResult> {
     cell.train()?;
     let result = cell.result()?;
     if spec.is_teacher() {
-        write(cell.learner.model(), &spec.weights(cells)?)?;
+        teacher::write(cell.learner.model(), &spec.weights(cells)?)?;
     }
     Ok(result)
 }
@@ -109,10 +96,10 @@ impl<'a> Cell<'a> {
         let shape = Arc::new(model_spec(spec));
         let learner = Learner::new(Setup { spec: Arc::clone(&shape), plan: begin, optimizer: optimizer(spec), seed: spec.seed })?;
         let teacher = match spec.teacher() {
-            Some(teacher) => {
-                let weights = read(&teacher.weights(cells)?)?;
-                copy(&weights, &learner, spec.arm.route, own.estimator(0))?;
-                Some(teacher_decoder(spec, &weights)?)
+            Some(of) => {
+                let weights = teacher::read(&of.weights(cells)?)?;
+                teacher::copy(&weights, &learner, spec.arm.route, own.estimator(0))?;
+                Some(teacher::decoder(spec, &weights)?)
             }
             None => None,
         };
@@ -170,7 +157,7 @@ impl<'a> Cell<'a> {
         let route = self.route.as_ref().map(|route| route.of(&windows));
         let weight = self.spec.arm.distill;
         let teacher = match (&self.teacher, weight > 0.0) {
-            (Some(teacher), true) => Some(soft(teacher, &windows)?.logits),
+            (Some(teacher), true) => Some(teacher::soft(teacher, &windows)?.logits),
             _ => None,
         };
         let text = Text {
@@ -180,8 +167,7 @@ impl<'a> Cell<'a> {
             route: route.as_deref(),
             teacher: teacher.as_deref().map(|logits| Distillation { logits, weight }),
         };
-        let rate = learning_rate(clock, size.steps, size.steps / WARM_UP, size.rate, 0.0);
-        let report = self.learner.step(clock, text, rate)?;
+        let report = self.learner.step(clock, text, rate(self.spec, clock))?;
         self.note_step(&report, windows.inputs.len());
         self.record.milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
         self.updates += 1;
@@ -237,7 +223,7 @@ impl<'a> Cell<'a> {
 
     fn result(&self) -> Result<CellResult> {
         let steps = self.spec.size.steps;
-        let teacher = self.teacher.as_ref().map(|teacher| soft(teacher, &self.test)).transpose()?;
+        let teacher = self.teacher.as_ref().map(|teacher| teacher::soft(teacher, &self.test)).transpose()?;
         let model = self.model(steps);
         let (record, norms) = (&self.record, &self.record.norms);
         Ok(CellResult {
@@ -257,149 +243,4 @@ impl<'a> Cell<'a> {
             ..model.measure(&self.test, teacher.as_ref().map(|teacher| &teacher.logits[..]))?
         })
     }
-}
-
-// === routes without a router ===
-
-/// By the byte alone.
-#[derive(Debug)]
-struct ByHash {
-    experts: usize,
-}
-
-impl FixedRoute for ByHash {
-    fn of(&self, windows: &Windows) -> Vec<u32> {
-        let hash = |byte: u32| byte.wrapping_add(1).wrapping_mul(0x9e37_79b1) >> 16;
-        windows.inputs.iter().map(|&byte| hash(byte) % self.experts as u32).collect()
-    }
-}
-
-/// By the domain of the text: the optimum that routing is compared with.
-#[derive(Debug)]
-struct ByDomain;
-
-impl FixedRoute for ByDomain {
-    fn of(&self, windows: &Windows) -> Vec<u32> {
-        windows.domains.clone()
-    }
-}
-
-// === shape, plan, teacher ===
-
-fn model_spec(spec: &CellSpec) -> ModelSpec {
-    let moe = MoeSpec {
-        num_experts: spec.task.experts(),
-        expert_width: EXPERT_WIDTH,
-        top_k: 1,
-        weight_form: WeightForm::Renorm,
-        shared_expert_width: None,
-    };
-    ModelSpec {
-        family: "mixtral".into(),
-        vocab_size: VOCABULARY,
-        hidden_size: HIDDEN,
-        num_heads: 2,
-        num_kv_heads: 2,
-        head_dim: HIDDEN / 2,
-        qkv_bias: false,
-        out_bias: false,
-        qk_norm: QkNorm::None,
-        clip_qkv: None,
-        rms_norm_eps: 1e-5,
-        rope: RopeSpec { theta: 10_000.0, scaling: RopeScaling::None },
-        max_context: LENGTH,
-        tied_head: false,
-        layers: vec![LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe) }; LAYERS],
-        reference: ReferenceRouting::OwnTopK { assumed: false },
-        estimator: spec.arm.estimator.name.clone(),
-    }
-}
-
-fn optimizer(spec: &CellSpec) -> OptimizerConfig {
-    OptimizerConfig {
-        learning_rate: spec.size.rate,
-        final_ratio: 0.0,
-        warmup_steps: spec.size.steps / WARM_UP,
-        weight_decay: 0.0,
-        beta1: 0.9,
-        beta2: 0.95,
-        clip_norm: 1.0,
-    }
-}
-
-fn learning(route: Route) -> Learning {
-    if route == Route::Learned { Learning::All } else { Learning::Experts }
-}
-
-fn plan(spec: &CellSpec, arm: &Arm, train: Learning) -> Result<RoutingPlan> {
-    let some = |rate: f64| (rate > 0.0).then(|| Schedule::constant(rate));
-    let config = RoutingConfig {
-        estimator: arm.estimator.name.clone(),
-        k: arm.estimator.k,
-        serve_k: 1,
-        losses: arm.losses.clone(),
-        bias_rate: arm.bias_rate,
-        capacity: arm.capacity,
-        explore: ExploreConfig { jitter: some(arm.jitter), epsilon: some(arm.explore.epsilon), dropout: some(arm.explore.dropout) },
-        remedies: arm.remedies.clone(),
-        train,
-        router_rate: if spec.mode == Mode::Tune { TUNING_ROUTER_RATE } else { 1.0 },
-        params: arm.estimator.params.clone(),
-    };
-    let run = RunShape { experts: spec.task.experts(), steps: spec.size.steps, purpose: Purpose::Laboratory, teacher: false };
-    config.plan(run)
-}
-
-/// Logits of a teacher under its own soft routing.
-fn soft(teacher: &Decoder, windows: &Windows) -> Result<Evaluated> {
-    let estimator = RoutingPolicy::Soft { temperature: 1.0 }.estimator();
-    Model { decoder: teacher, estimator, layers: Vec::new(), route: None }.soft(windows)
-}
-
-/// Parameters by name.
-type Weights = BTreeMap<String, Tensor>;
-
-fn write(model: &Trainable, path: &Path) -> Result<()> {
-    let weights: Weights = model.parameters().iter().map(|p| (p.name.clone(), p.var.as_detached_tensor())).collect();
-    let bytes = safetensors::serialize(weights.iter(), None).map_err(|error| Error::Internal(format!("{}: {error}", path.display())))?;
-    files::write(path, &bytes)
-}
-
-fn read(path: &Path) -> Result<Weights> {
-    let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    Ok(candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?.into_iter().collect())
-}
-
-fn teacher_decoder(spec: &CellSpec, weights: &Weights) -> Result<Decoder> {
-    let plan = plan(spec, &Arm::teacher(), Learning::All)?;
-    let learner = Learner::new(Setup { spec: Arc::new(model_spec(spec)), plan, optimizer: optimizer(spec), seed: spec.seed })?;
-    for (name, value) in weights {
-        learner.model().set(name, value)?;
-    }
-    Decoder::new(Arc::clone(learner.spec()), learner.model().detached(), learner.kernel())
-}
-
-/// Starts a student from the teacher: all weights, and the router where one learns that has the teacher's outputs.
-///
-/// A frozen random router stays random; further outputs (learned noise) stay as they are made; a router whose outputs are
-/// no logits (DSelect-k) begins anew.
-fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator) -> Result<()> {
-    let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
-    let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. });
-    for parameter in student.model().parameters() {
-        let Some(value) = teacher.get(&parameter.name) else {
-            return Err(Error::NotFound(format!("the teacher has no {}", parameter.name)));
-        };
-        if parameter.part != Part::Router {
-            student.model().set(&parameter.name, value)?;
-        } else if routers {
-            let (rows, all) = (value.dim(0)?, parameter.var.dim(0)?);
-            let whole = match all > rows {
-                true => Tensor::cat(&[value, &parameter.var.as_detached_tensor().narrow(0, rows, all - rows)?], 0)?,
-                false => value.clone(),
-            };
-            student.model().set(&parameter.name, &whole)?;
-        }
-    }
-    Ok(())
 }

@@ -6,7 +6,7 @@ use super::*;
 use crate::compare::{
     arms::{UNTOUCHED, arms},
     results::Expected,
-    spec::{LAB_VERSION, Size, TaskName},
+    spec::{LAB_VERSION, Mode, Size, TaskName},
 };
 
 fn spec(arm: Arm, mode: Mode, steps: usize) -> CellSpec {

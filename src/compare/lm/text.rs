@@ -22,7 +22,7 @@ pub(super) struct Corpus {
 }
 
 /// Windows, one after the other.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Windows {
     /// `[T]`.
     pub(super) inputs: Vec<u32>,
@@ -78,12 +78,6 @@ impl Corpus {
         let all: f64 = counts.iter().sum();
         let losses = windows.targets.iter().map(|&byte| -(counts[byte as usize % VOCABULARY] / all).ln());
         losses.sum::<f64>() / windows.targets.len().max(1) as f64
-    }
-}
-
-impl Default for Windows {
-    fn default() -> Self {
-        Self { inputs: Vec::new(), targets: Vec::new(), domains: Vec::new() }
     }
 }
 
