@@ -21,6 +21,8 @@ use crate::{
 const PREPARATION: f64 = 1.0 / 3.0;
 /// Weight of the balance losses.
 const BALANCE: f64 = 0.01;
+/// Weight that keeps experts alive even where the start has collapsed.
+const STRONG_BALANCE: f64 = 0.1;
 /// Rate of loss-free balancing; larger than for language models, whose runs are longer.
 const BIAS_RATE: f64 = 0.01;
 /// Final temperatures of the steep softmax beside its default, 0.1.
@@ -146,8 +148,12 @@ fn gradient_variants() -> Vec<Arm> {
 }
 
 fn balanced(arm: Arm) -> Arm {
-    let losses = BTreeMap::from([("switch".to_owned(), Schedule::constant(BALANCE))]);
-    Arm { losses, ..named(arm.clone(), format!("{}+switch", arm.name)) }
+    with_switch(&arm, BALANCE, "switch")
+}
+
+fn with_switch(arm: &Arm, weight: f64, suffix: &str) -> Arm {
+    let losses = BTreeMap::from([("switch".to_owned(), Schedule::constant(weight))]);
+    Arm { losses, ..named(arm.clone(), format!("{}+{suffix}", arm.name)) }
 }
 
 fn biased(arm: Arm) -> Arm {
@@ -162,6 +168,7 @@ fn against_collapse(arm: &Arm) -> Vec<Arm> {
     let raised = Arm { remedies: vec!["raise_balance".to_owned()], ..named(balanced(arm.clone()), format!("{}+switch+raise", arm.name)) };
     vec![
         balanced(arm.clone()),
+        with_switch(arm, STRONG_BALANCE, "switch_0.1"),
         biased(arm.clone()),
         treated("bump", &["bias_bump"]),
         treated("reinit", &["reinit"]),
