@@ -148,9 +148,11 @@ mod tests {
     use crate::moe::estimator::{EstimatorConfig, Param};
 
     fn measured(name: &str, params: &[(&str, Param)]) -> GradientResult {
+        measured_at(name, Some(1), params, [1000, 15])
+    }
+
+    fn measured_at(name: &str, k: Option<usize>, params: &[(&str, Param)], [batch, test]: [usize; 2]) -> GradientResult {
         let params: BTreeMap<String, Param> = params.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
-        let k = if matches!(name, "soft") { None } else { Some(1) };
-        let size = Size { steps: 1, batch: 1000, test: 15, points: 0, rate: 0.0 };
         let arm = Arm::new(name, EstimatorConfig { name: name.into(), k, params });
         run(&CellSpec {
             lab: LAB_VERSION,
@@ -159,10 +161,19 @@ mod tests {
             budget: Budget::Steps,
             arm,
             seed: 3,
-            size,
+            size: Size { steps: 1, batch, test, points: 0, rate: 0.0 },
             teacher_size: None,
         })
         .expect("it can be measured")
+    }
+
+    #[test]
+    fn every_arm_of_the_task_is_measured_or_has_nothing_to_measure() {
+        for arm in crate::compare::arms::arms(TaskName::Gradient, Mode::Scratch) {
+            let params: Vec<(&str, Param)> = arm.estimator.params.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+            let result = measured_at(&arm.estimator.name, arm.estimator.k, &params, [20, 2]);
+            assert_eq!(result.quadratic.bias.is_some(), arm.estimator.name != "dselect_k", "{}", arm.name);
+        }
     }
 
     #[test]
@@ -193,6 +204,8 @@ mod tests {
     #[test]
     fn baselines_lower_the_variance() {
         let std = |baseline: &str| measured("reinforce", &[("baseline", Param::Word(baseline.into()))]).quadratic.std.expect("random");
-        assert!(std("none") > std("moving_average") && std("moving_average") > std("leave_one_out"));
+        for baseline in ["moving_average", "leave_one_out", "self_critical"] {
+            assert!(std(baseline) < std("none"), "{baseline}");
+        }
     }
 }

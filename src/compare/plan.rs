@@ -76,7 +76,7 @@ fn allowance(task: TaskName) -> Allowance {
             quick_steps: 15,
             seeds: 3,
             flops_seeds: 2,
-            step_seconds: [1.5e-2, 4e-3],
+            step_seconds: [1.2e-2, 3e-3],
         },
         TaskName::Gradient => Allowance {
             size: Size { points: 0, ..size(1, 2000, 100, 0.0) },
@@ -205,18 +205,19 @@ impl CellSpec {
     /// Roughly how long it takes, in seconds of one core: for the order of cells and the estimate of what is left.
     pub fn estimated_seconds(&self) -> f64 {
         let allowance = allowance(self.task);
-        let executed = match self.arm.check(self.task.experts(), self.size.steps.max(1)) {
-            Ok(checked) => match checked.estimator.at(0, self.size.steps).executed_per_token(self.task.experts()) {
-                Expected::Exactly(n) | Expected::AtMost(n) => n as f64,
-                Expected::Merged => self.task.experts() as f64,
-            },
-            Err(_) => 0.0,
+        let Ok(checked) = self.arm.check(self.task.experts(), self.size.steps.max(1)) else { return 0.0 };
+        let estimator = checked.estimator.at(0, self.size.steps);
+        let executed = match estimator.executed_per_token(self.task.experts()) {
+            Expected::Exactly(n) | Expected::AtMost(n) => n as f64,
+            // Adding up the parameters of a decoder's experts, token by token, is memory traffic.
+            Expected::Merged if self.task == TaskName::Text => 10.0 * self.task.experts() as f64,
+            Expected::Merged => self.task.experts() as f64,
         };
         let steps = match self.budget {
             Budget::Steps => self.size.steps as f64,
             Budget::Flops => self.size.steps as f64 / executed.max(1.0),
         };
-        0.05 + steps * (allowance.step_seconds[0] + allowance.step_seconds[1] * executed)
+        0.05 + steps * (allowance.step_seconds[0] * estimator.copies() as f64 + allowance.step_seconds[1] * executed)
     }
 }
 
