@@ -13,7 +13,7 @@ impl Random {
     pub fn new(seed: u64, purpose: &str) -> Self {
         let hashed = purpose.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let mut random = Self { state: hashed ^ seed.wrapping_mul(0xd134_2543_de82_ef95), spare: None };
-        random.next();
+        random.bits();
         random
     }
 
@@ -21,12 +21,12 @@ impl Random {
     pub fn of_step(seed: u64, purpose: &str, step: usize) -> Self {
         let mut random = Self::new(seed, purpose);
         random.state ^= (step as u64 + 1).wrapping_mul(0xda94_2042_e4dd_58b5);
-        random.next();
+        random.bits();
         random
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.state;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -36,12 +36,12 @@ impl Random {
 
     /// Uniform in (0, 1).
     pub fn uniform(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64
+        ((self.bits() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64
     }
 
     /// Uniform below `bound`, which must not be 0.
     pub fn below(&mut self, bound: usize) -> usize {
-        ((u128::from(self.next()) * bound as u128) >> 64) as usize
+        ((u128::from(self.bits()) * bound as u128) >> 64) as usize
     }
 
     /// Standard normal (Box and Muller 1958).
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn seeds_and_purposes_differ_and_repeat() {
-        let first = |seed, purpose| Random::new(seed, purpose).next();
+        let first = |seed, purpose| Random::new(seed, purpose).bits();
         assert_eq!(first(1, "data"), first(1, "data"));
         assert_ne!(first(1, "data"), first(2, "data"));
         assert_ne!(first(1, "data"), first(1, "init"));
