@@ -48,7 +48,7 @@ fn one_command_makes_one_folder_and_a_second_only_what_is_missing() {
 
     let report = fs::read_to_string(out.join("report.md")).expect("a report");
     for row in ["ste", "steep", "frozen", "hash", "oracle", "experts_only"] {
-        assert!(report.contains(&format!("| {row} |")), "{row} has no row");
+        assert!(report.contains(&format!("| `{row}` |")), "{row} has no row");
     }
     for picture in fs::read_dir(out.join("plots")).expect("pictures") {
         let picture = picture.expect("readable").path();
