@@ -388,3 +388,13 @@ fn bad_recipes_name_the_field() {
     let missing = folder(|r| r.replace("train.txt", "absent.txt"));
     assert!(Trainer::new(config(missing.path()), false).unwrap_err().to_string().contains("absent.txt"));
 }
+
+#[test]
+fn the_recipe_of_the_shipped_model_is_read() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo/train.toml");
+    let plan = TrainConfig::read(&path).unwrap().plan().unwrap();
+    let (first, last) = (plan.estimator(0), plan.estimator(plan.steps));
+    assert_eq!((first.noise.scale, last.noise.scale), (1.0, 0.0));
+    assert_eq!(plan.folding(plan.steps), 0.25);
+    assert_eq!(plan.losses.len(), 2);
+}
