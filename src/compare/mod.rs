@@ -6,7 +6,7 @@
 //! | module | what it is for |
 //! |---|---|
 //! | [`spec`], [`arm`] | what one cell is: task, mode, budget, seed, size; estimator, losses, controls |
-//! | [`arms`], [`plan`], [`list`] | the built-in arms; all cells of a run; both in words |
+//! | [`arms`], [`plan()`], [`list`] | the built-in arms; all cells of a run; both in words |
 //! | [`run`], [`cell`], [`files`], [`memory`] | a process for every cell; that process |
 //! | [`task`] | data with regions, their optimal routing, the loss |
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |

@@ -86,7 +86,7 @@ impl Run {
     /// A thread for each job takes cells until there are none; this one draws the bar.
     fn work(&self, queue: &Queue, planned: usize) -> Result<()> {
         let bar = progress_bar(planned, planned - queue.open());
-        let (send, receive) = mpsc::channel::<String>();
+        let (send, receive) = mpsc::sync_channel::<String>(self.jobs.get());
         thread::scope(|scope| {
             let workers: Vec<_> = (0..self.jobs.get())
                 .map(|_| {

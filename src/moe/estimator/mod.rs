@@ -7,7 +7,7 @@
 //!
 //! Plain f64 on slices: the numbers are T·E per layer, so they cost nothing, and training, laboratory and tests run the
 //! same code. Schedules are resolved before: the maths sees numbers. Noise is a function of its place
-//! ([`Draw`](super::draw::Draw)).
+//! ([`Draw`]).
 //!
 //! | rule | forward weights `w` | backward, `J` the vector-Jacobian product of the relaxation `p` |
 //! |---|---|---|

@@ -56,21 +56,21 @@ pub struct LossNoise<'a> {
 /// An auxiliary loss. Values at an even load in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum AuxLoss {
-    /// `E Σ_e f_e P_e` [1], f from the largest logit (Switch Transformer, Fedus et al. 2021, eq. 4).
+    /// `E Σ_e f_e P_e` \[1\], f from the largest logit (Switch Transformer, Fedus et al. 2021, eq. 4).
     Switch,
-    /// `E Σ_e f_e P_e` [1], f from all k choices (Megatron-LM).
+    /// `E Σ_e f_e P_e` \[1\], f from all k choices (Megatron-LM).
     TopK,
-    /// The same without dividing by k [k], as transformers' `load_balancing_loss_func`; of one layer, not of all pooled.
+    /// The same without dividing by k \[k\], as transformers' `load_balancing_loss_func`; of one layer, not of all pooled.
     HuggingFace,
-    /// `E² mean_e(f_e P_e)` [1], f from the first choice (GShard, Lepikhin et al. 2020; V-MoE).
+    /// `E² mean_e(f_e P_e)` \[1\], f from the first choice (GShard, Lepikhin et al. 2020; V-MoE).
     GShard,
-    /// [`AuxLoss::TopK`] with f of all micro-batches of the step [1] (Qiu et al. 2025, arXiv:2501.11873).
+    /// [`AuxLoss::TopK`] with f of all micro-batches of the step \[1\] (Qiu et al. 2025, arXiv:2501.11873).
     GlobalBatch,
-    /// [`AuxLoss::TopK`] within each sequence, the mean over sequences [1] (DeepSeek-V2 and V3).
+    /// [`AuxLoss::TopK`] within each sequence, the mean over sequences \[1\] (DeepSeek-V2 and V3).
     Sequence,
-    /// `CV²(Σ_t p_t)` [0], population variance over squared mean (Shazeer et al. 2017).
+    /// `CV²(Σ_t p_t)` \[0\], population variance over squared mean (Shazeer et al. 2017).
     Importance,
-    /// `CV²(mean_t Φ((z_te - thr_t) / σ_te))` [0]: the chance of each expert to be chosen, were its noise drawn anew.
+    /// `CV²(mean_t Φ((z_te - thr_t) / σ_te))` \[0\]: the chance of each expert to be chosen, were its noise drawn anew.
     /// thr is the k-th largest noisy logit, a constant as σ is (V-MoE, Riquelme et al. 2021).
     Load,
     /// `mean_t logsumexp(z_t)²` (ST-MoE, Zoph et al. 2022): keeps logits small. Of z itself, whatever τ.

@@ -319,7 +319,7 @@ fn exp2(x: __m512) -> __m512 {
     let r = _mm512_sub_ps(x, n);
     // ln(2)^i / i!, from i = 5 down.
     let mut p = _mm512_set1_ps(1.333_355_8e-3);
-    for c in [9.618_129e-3, 5.550_411e-2, 0.240_226_51, std::f32::consts::LN_2, 1.0] {
+    for c in [9.618_129e-3, 5.550_411e-2, 0.240_226_5, std::f32::consts::LN_2, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
     _mm512_scalef_ps(p, n)
