@@ -7,9 +7,10 @@
 # CKPT          folder of checkpoints in Hugging Face layout, one folder for each of MODELS (mixtral qwen3_moe)
 # GGUF          folder with MODEL-TYPE.gguf of the same weights, TYPE f32, bf16 or Q8_0
 # LLAMA_BIN     folder with llama-bench and llama-batched-bench; LLAMA_FLAGS goes to both
-# CANDLE_BENCH  program: CHECKPOINT DTYPE BATCH PREFILL DECODE REPEATS; prints a line of JSON with prefill_tps_best and decode_tps_best
+# CANDLE_BENCH  program: CHECKPOINT DTYPE BATCH PREFILL DECODE REPEATS; prints a line of JSON with prefill_tps_best and decode_tps_best;
+#               where prefill_all and decode_all list the repeats, or _median is given in the place of _best, the median counts
 # TORCH_BENCH   script for PYTHON: CHECKPOINT --dtype D.. --experts E.. --batch B.. --prefill N --decode N --repeats N --threads N;
-#               prints a line of JSON for each setting with the same two fields
+#               prints a line of JSON for each setting with the same fields
 # HARDMAX       program (that of this tree, target/release/hardmax)
 # OUT           folder for the results; ROUNDS (3), THREADS (2), REPEATS (2) within a round, DTYPES ("bf16 f32 q8") of hardmax
 #

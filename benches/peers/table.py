@@ -62,14 +62,21 @@ def llama_batched(path):
         yield f"tg64 b{run['pl']} at {run['pp']}", run["speed_tg"]
 
 
-def best(path):
+def median(run, key):
+    """Of the repeats of a run, where they are kept; otherwise the best one."""
+    if f"{key}_all" in run:
+        return statistics.median(run[f"{key}_all"])
+    return run.get(f"{key}_tps_median", run[f"{key}_tps_best"])
+
+
+def fastest(path):
     """The fastest of the settings in a file, for each column: of implementations of experts there are several."""
     found = {}
     for run in lines(path):
         if "error" in run:
             continue
         for column, key in (f"pp{run['prefill']} b{run['batch']}", "prefill"), (f"tg64 b{run['batch']} at {run['prefill']}", "decode"):
-            found[column] = max(found.get(column, 0.0), run[f"{key}_tps_best"])
+            found[column] = max(found.get(column, 0.0), median(run, key))
     return found.items()
 
 
@@ -77,8 +84,8 @@ READERS = {
     "hardmax": ("hardmax", hardmax),
     "llama-bench": ("llama.cpp", llama_bench),
     "llama-batched": ("llama.cpp", llama_batched),
-    "candle": ("candle", best),
-    "torch": ("transformers", best),
+    "candle": ("candle", fastest),
+    "torch": ("transformers", fastest),
 }
 
 

@@ -4,7 +4,7 @@
 //! one element at a time, spread over the lanes, as in [`super::panel`]. Softmax runs on line, in chunks of positions that start at
 //! multiples of [`CHUNK`], and every sum runs in order of position: what a query gets does not depend on the other queries, nor on
 //! how a prompt was cut, nor on the blocks of the cache. Where the caller allows bf16 and the CPU has AMX, sequences with many new
-//! tokens go over [`tiles`].
+//! tokens go over [`tiles`]; there the form, and so the last bits, depends on how many tokens of a prompt come at once.
 
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -121,9 +121,9 @@ pub(crate) fn attention(isa: Isa, bf16: Bf16Unit, q: &[f32], sequences: &[KeyVal
 enum Form {
     /// In f32.
     Plain(Isa),
-    /// In bf16.
+    /// In bf16; in f32 over these instructions where a value is not finite.
     #[cfg(target_arch = "x86_64")]
-    Tiles,
+    Tiles(Isa),
 }
 
 impl Form {
@@ -131,7 +131,7 @@ impl Form {
     fn of(isa: Isa, bf16: Bf16Unit, queries: usize) -> Self {
         #[cfg(target_arch = "x86_64")]
         if bf16 == Bf16Unit::Amx && queries >= tiles::MIN_LANES {
-            return Self::Tiles;
+            return Self::Tiles(isa);
         }
         Self::Plain(isa)
     }
@@ -141,7 +141,7 @@ impl Form {
         match self {
             Self::Plain(isa) => BLOCK * if isa_lanes(isa) == BLOCK { MAX_BLOCKS } else { 1 },
             #[cfg(target_arch = "x86_64")]
-            Self::Tiles => tiles::LANES,
+            Self::Tiles(_) => tiles::LANES,
         }
     }
 
@@ -156,9 +156,9 @@ impl Form {
             // SAFETY: Portable needs nothing.
             Self::Plain(Isa::Portable) => unsafe { run::<Portable>(task) },
             #[cfg(target_arch = "x86_64")]
-            Self::Tiles => {
+            Self::Tiles(isa) => {
                 if !tiles::run(task) {
-                    let plain = Self::Plain(Isa::detect());
+                    let plain = Self::Plain(isa);
                     for start in task.queries.clone().step_by(plain.lanes()) {
                         plain.run(&Task { queries: start..task.queries.end.min(start + plain.lanes()), ..*task });
                     }

@@ -3,7 +3,8 @@
 //! Up to [`LANES`] (token, head) pairs that share a key-value head are one task. Keys and values are rounded to bf16 a chunk at a
 //! time, once for all of them: keys as they lie, `[position][head_dim]`, values turned round, `[head_dim][position]`, so that both
 //! are the left operand of [`amx`], and queries and softmax weights the right one. Chunks start at multiples of [`CHUNK`] and sums
-//! run in order of position: what a query gets does not depend on the queries beside it.
+//! run in order of position: what a query gets does not depend on the queries beside it, as long as they are on tiles too: pieces
+//! of a prompt with fewer than [`MIN_LANES`] queries, and tasks that see a value that is not finite, are worked in f32.
 
 use std::{arch::x86_64::*, cell::RefCell};
 
