@@ -299,10 +299,10 @@ pub struct StepContext<'a> {
     pub bias: Option<&'a [f64]>,
     /// Epsilon-greedy choice and expert dropout.
     pub explore: Exploration,
-    /// Limit of tokens per expert, for top-k selection.
+    /// Limit of tokens per expert, for top-k selection, in each copy of the data by itself.
     pub capacity: Option<Capacity>,
-    /// Rows from here on see no noise: the self-critical baseline. `usize::MAX`: none.
-    pub greedy_from: usize,
+    /// Rows of one copy of the data, above 0, where the batch is several of them ([`Estimator::copies`]); else `usize::MAX`.
+    pub copy_rows: usize,
 }
 
 impl StepContext<'_> {
@@ -313,7 +313,7 @@ impl StepContext<'_> {
 
     /// The noise-free routing; `draw` is not looked at.
     pub fn evaluate(draw: Draw) -> Self {
-        Self { draw, phase: Phase::Evaluate, bias: None, explore: Exploration::default(), capacity: None, greedy_from: usize::MAX }
+        Self { draw, phase: Phase::Evaluate, bias: None, explore: Exploration::default(), capacity: None, copy_rows: usize::MAX }
     }
 }
 
@@ -370,6 +370,15 @@ impl Estimator {
             Gradient::Score { baseline: Baseline::SelfCritical, samples } => samples + 1,
             Gradient::Score { samples, .. } => samples,
             _ => 1,
+        }
+    }
+
+    /// First row of the greedy copy in a batch of [`Estimator::copies`] of `copy_rows` rows each: from there on there is no
+    /// noise, no jitter and no exploration. `usize::MAX` where no copy is greedy.
+    pub fn greedy_from(&self, copy_rows: usize) -> usize {
+        match self.gradient {
+            Gradient::Score { baseline: Baseline::SelfCritical, samples } => samples.saturating_mul(copy_rows),
+            _ => usize::MAX,
         }
     }
 

@@ -56,6 +56,39 @@ impl Task {
     }
 }
 
+/// A copy of the whole batch is routed as if it were alone: neither noise nor room is shared with the draws.
+#[test]
+fn the_greedy_copy_is_routed_by_itself() {
+    use crate::moe::{
+        capacity::{Capacity, Order, Overflow},
+        explore::Exploration,
+    };
+    let rows = 16;
+    let z = normals(1, rows * EXPERTS, 1.0);
+    for k in [1, 2] {
+        let estimator = spec("reinforce", Some(k), &[("baseline", word("self_critical"))], EXPERTS).at(0, 1);
+        assert_eq!((estimator.greedy_from(rows), estimator.greedy_from(usize::MAX)), (4 * rows, usize::MAX));
+        for order in [Order::Position, Order::Probability] {
+            let context = StepContext {
+                capacity: Some(Capacity { factor: 0.75, overflow: Overflow::Drop, order }),
+                ..StepContext::train(Draw::new(5, 0, 0))
+            };
+            let explore = Exploration { epsilon: 0.5, dropout: 0.5 };
+            let routed = estimator.route(&z.repeat(5), EXPERTS, &StepContext { copy_rows: rows, explore, ..context });
+            let alone = StepContext { copy_rows: rows, ..context };
+            let plain = Estimator { noise: crate::moe::estimator::Noise::NONE, ..estimator }.route(&z, EXPERTS, &alone);
+            assert_eq!(routed.weights[4 * rows * EXPERTS..], plain.weights, "top-{k}");
+            // Room for 0.75 k T / E rows of each expert in every copy.
+            for copy in 0..5 {
+                let counts = routed.rows().counts(copy * rows..(copy + 1) * rows, EXPERTS);
+                assert!(counts.iter().all(|n| *n <= 3.0 * k as f64), "top-{k}, copy {copy}: {counts:?}");
+            }
+            let dropped = routed.wanted().chosen.len() - routed.chosen.len();
+            assert_eq!(routed.capacity.dropped, dropped as u64);
+        }
+    }
+}
+
 fn one_hot(expert: usize) -> Vec<f64> {
     (0..EXPERTS).map(|e| f64::from(e == expert)).collect()
 }
@@ -123,7 +156,7 @@ fn score_functions_are_unbiased_with_every_baseline() {
             dz
         };
         let losses: Vec<f64> = routed.iter().map(|routed| task.loss(&routed.weights)).collect();
-        let greedy = estimator.route(&task.z, EXPERTS, &StepContext { greedy_from: 0, ..StepContext::train(Draw::new(0, 0, 0)) });
+        let greedy = estimator.route(&task.z, EXPERTS, &StepContext::evaluate(Draw::new(0, 0, 0)));
         // Nothing, a moving average (any constant), the loss without noise.
         for baseline in [0.0, 0.37, task.loss(&greedy.weights)] {
             let mut mean = vec![0.0; EXPERTS];
