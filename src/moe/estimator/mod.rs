@@ -26,6 +26,7 @@ pub mod catalog;
 mod config;
 mod dselect;
 mod entmax;
+mod preference;
 mod regulariser;
 mod relax;
 mod route;
@@ -38,6 +39,7 @@ pub use self::{
     batch::RoutedBatch,
     catalog::Needs,
     config::{EstimatorConfig, EstimatorSpec, Param, Purpose},
+    preference::Preference,
     regulariser::Regulariser,
 };
 use super::{capacity::Capacity, draw::Draw, explore::Exploration, policy::WeightForm};
