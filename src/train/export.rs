@@ -70,7 +70,7 @@ fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) ->
                 init: Some(schedule.init),
                 end: Some(schedule.last()),
                 at_save: Some(schedule.at(steps, steps)),
-                folded: Some(softmax),
+                folded: Some(softmax && trained.folding == schedule.at(steps, steps)),
             }),
             noise: Some(NoiseRecord { kind: Some(noise(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
             weight_form: Some(match last.weights {

@@ -201,21 +201,13 @@ impl RoutingPlan {
 
     /// What a router is divided by when saved, so that the softmax it was trained under is the plain one.
     pub fn folding(&self, step: usize) -> f64 {
-        match self.estimator(step).relaxation {
-            Relaxation::Softmax { temperature } => temperature,
-            _ => 1.0,
-        }
+        self.estimator(step).folding()
     }
 
     /// The routing that the saved model is compared with: the mixture that was trained, where it is one of the softmax,
     /// else hard routing to as many experts as in training.
     pub fn reference(&self, serve_k: usize) -> ReferenceRouting {
-        let last = self.estimator(self.steps);
-        match (last.relaxation, last.selection, last.weights) {
-            (Relaxation::Softmax { .. }, Selection::All, Weights::Relaxed) => ReferenceRouting::Soft { temperature: 1.0 },
-            (_, Selection::TopK { k }, _) if k != serve_k => ReferenceRouting::TopK { k },
-            _ => ReferenceRouting::OwnTopK { assumed: false },
-        }
+        self.estimator(self.steps).reference(serve_k)
     }
 
     /// Puts what the plan says about `step` into the state of the forward.

@@ -31,6 +31,7 @@ mod regulariser;
 mod relax;
 mod route;
 mod select;
+mod served;
 mod soft_topk;
 mod surrogate;
 mod values;
@@ -38,7 +39,7 @@ mod values;
 pub use self::{
     batch::RoutedBatch,
     catalog::Needs,
-    config::{EstimatorConfig, EstimatorSpec, Param, Purpose},
+    config::{ChoiceChange, EstimatorConfig, EstimatorSpec, Param, Purpose},
     preference::Preference,
     regulariser::Regulariser,
 };
@@ -84,6 +85,11 @@ pub enum Relaxation {
         k: usize,
     },
     /// α-entmax (Peters et al. 2019): `[(α-1) z / temperature - t]_+^(1/(α-1))`, t such that the sum is 1.
+    ///
+    /// Its experts per token are its support: there is no k. Hard top-1 gives weight 1, as its limit does. Hard top-2 is
+    /// another function: it renormalises entmax over the two largest logits, and the second has weight 0 where the support
+    /// is one expert. A checkpoint would renormalise the softmax over them instead, where neither weight is 0, and so is
+    /// served with one.
     Entmax {
         /// In (1, 2]; 2 is sparsemax (Martins and Astudillo 2016).
         alpha: f64,
@@ -170,6 +176,9 @@ pub enum NoiseKind {
     /// Standard normal.
     Gaussian,
     /// Normal with a learned deviation, `softplus` of router outputs E..2E (Shazeer et al. 2017).
+    ///
+    /// Serving is without noise, so that a checkpoint holds rows 0..E of the router, the logits; rows E..2E are not saved,
+    /// and training cannot go on from it.
     Learned,
 }
 
@@ -391,25 +400,6 @@ impl Estimator {
             (Combine::Mixture(Execution::All), _) | (_, Selection::All) => Expected::Exactly(experts * self.copies()),
             (_, Selection::TopK { k }) => Expected::Exactly(k.min(experts) * self.copies()),
             (_, Selection::Support) => Expected::AtMost(experts * self.copies()),
-        }
-    }
-
-    /// What is served: the `k` largest logits without noise (under [`Relaxation::SmoothStep`] the `k` largest weights), ties
-    /// to the lowest index, weighted as [`Estimator::serve`] says. Draws from masked softmaxes keep their own weights.
-    pub fn hard(&self, k: usize) -> Self {
-        let weights = match (self.weights, self.serve) {
-            (weights @ Weights::Corrected { .. }, _) => weights,
-            (_, WeightForm::Raw) => Weights::Chosen,
-            (_, WeightForm::Renorm) => Weights::Renorm,
-            (_, WeightForm::Unit) => Weights::Unit,
-        };
-        Self {
-            noise: Noise { scale: 0.0, dropout: 0.0, ..self.noise },
-            selection: Selection::TopK { k },
-            weights,
-            gradient: Gradient::Zero,
-            combine: Combine::Mixture(Execution::Chosen),
-            ..*self
         }
     }
 }
