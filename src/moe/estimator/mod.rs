@@ -14,7 +14,7 @@
 //! | [`Weights::Relaxed`] | `p` | [`Gradient::Exact`]: `J c` |
 //! | [`Weights::Chosen`] | `p ⊙ m`, m = 1 where chosen | [`Gradient::Exact`]: `J (c ⊙ m)` |
 //! | [`Weights::Renorm`] | `g = p ⊙ m / n`, n their sum | [`Gradient::Exact`]: `J (((c - <g,c>) ⊙ m) / n)` |
-//! | [`Weights::Unit`] | `m / k` | [`Gradient::Exact`]: 0 |
+//! | [`Weights::Unit`] | `m / n`, n the number of the chosen | [`Gradient::Exact`]: 0 |
 //! | any | | [`Gradient::Zero`]: 0 |
 //! | any | | [`Gradient::StraightThrough`]: `J c`, of the chosen `J (c ⊙ m)` |
 //! | [`Weights::Unit`] | | [`Gradient::ReinMax`]: `2 J(π) c - ½ J(p) c`, `π = ½ (p + m)` |
@@ -214,7 +214,8 @@ pub enum Weights {
     Chosen,
     /// `p ⊙ m` over its sum.
     Renorm,
-    /// 1 over the number of the chosen.
+    /// 1 over the number of experts that the token has, the same for each: `1/k`, or more where capacity dropped some of
+    /// the k. At k = 1 it is 1. No function of the router outputs.
     Unit,
     /// `s p̃`: the masked softmax at each draw, times 1 for the largest logit and otherwise 1 or ⅓ by a coin.
     Corrected {

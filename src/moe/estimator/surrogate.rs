@@ -21,8 +21,8 @@ impl Estimator {
     }
 
     /// Log-probability `[T]` of the choice of each token, as draws without replacement from the noisy softmax (Plackett
-    /// 1975, Luce 1959). 0 for a token that is not finite, and for methods that do
-    /// not choose by the largest noisy logits.
+    /// 1975, Luce 1959), the selection bias being part of what was drawn from: it is exact for the choice before capacity. 0
+    /// for a token that is not finite, and for methods that do not choose by the largest noisy logits.
     pub fn log_prob(&self, z: &[f64], routed: &RoutedBatch) -> Vec<f64> {
         let mut log_probs = Vec::with_capacity(routed.tokens);
         for (token, z) in z.chunks_exact(self.router_width(routed.experts).max(1)).enumerate() {
