@@ -11,7 +11,7 @@ use crate::{
     moe::{
         TrainState,
         capacity::Capacity,
-        estimator::{Estimator, EstimatorConfig, EstimatorSpec, NoiseKind, Param, Purpose, Regulariser, Relaxation, Selection, Weights},
+        estimator::{ChoiceChange, Estimator, EstimatorConfig, EstimatorSpec, Param, Purpose, Regulariser},
         explore::Exploration,
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::{Remedies, Remedy},
@@ -121,11 +121,8 @@ impl RoutingConfig {
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
         let first = estimator.at(0, run.steps);
-        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
-            return Err(Error::invalid("routing.losses", "the outputs of this router are no logits: losses on logits have no meaning"));
-        }
-        let normal_noise = matches!(first.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
-        let losses = loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
+        let context = LossContext { steps: run.steps, estimator: &estimator, teacher: run.teacher };
+        let losses = loss_terms("routing.losses", &self.losses, context)?;
         let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);
         let remedies = Remedies::new("routing.remedies", &self.remedies, balanced)?;
 
@@ -148,6 +145,15 @@ impl RoutingConfig {
         }
         self.explore.check(run.steps)?;
         ensure(self.explore.epsilon.is_none() || first.chooses_top_k(), "routing.explore.epsilon", chooses)?;
+        for (changed, change, field) in [
+            (self.bias_rate > 0.0, ChoiceChange::Bias, "routing.bias_rate"),
+            (remedies.has(Remedy::BiasBump), ChoiceChange::Bias, "routing.remedies"),
+            (self.explore.epsilon.is_some(), ChoiceChange::Epsilon, "routing.explore.epsilon"),
+        ] {
+            if changed {
+                estimator.check_choice(change, field)?;
+            }
+        }
         Ok(RoutingPlan {
             estimator,
             losses,

@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     error::Result,
     moe::estimator::{
-        Needs,
+        ChoiceChange, Needs,
         catalog::{Range, Row},
     },
     schedule::{Schedule, Shape},
@@ -92,6 +92,27 @@ fn mistakes_are_named() {
     assert_eq!(laboratory("smear"), "routing.smear: smear has no such parameter; it has temperature, dropout");
     let smear = read("name = 'smear'\nparams.dropout = 1.0", Purpose::Laboratory).unwrap_err();
     assert_eq!(smear.to_string(), "routing.dropout: 1 is no value for it: must be at least 0 and below 1 at every step");
+}
+
+/// What draws its experts has a gradient for these draws only.
+#[test]
+fn choices_that_a_sampled_gradient_does_not_know_of_are_refused() {
+    let check = |spec: EstimatorSpec, draws: bool| {
+        let name = spec.row().name;
+        let start = format!("routing.it: {name} draws its experts, and its gradient is made for");
+        let refused = |change| match spec.check_choice(change, "routing.it") {
+            Ok(()) => false,
+            Err(error) => error.to_string().starts_with(&start),
+        };
+        assert_eq!(refused(ChoiceChange::Epsilon), draws, "{name}");
+        // The score is that of the biased choice.
+        assert_eq!(refused(ChoiceChange::Bias), draws && name != "reinforce", "{name}");
+    };
+    for row in CATALOG {
+        let draws = ["reinmax", "sparsemixer_v2", "gumbel_st", "gumbel_topk", "reinforce"].contains(&row.name);
+        check(super::spec(row.name, None, &[], EXPERTS), draws);
+    }
+    check(super::spec("ste", None, &[("sampled", Param::Flag(true))], EXPERTS), true);
 }
 
 #[test]

@@ -175,6 +175,26 @@ fn score_functions_are_unbiased_with_every_baseline() {
     }
 }
 
+/// Drawn under a selection bias, it is the gradient of what is drawn from: `softmax(z + bias)`.
+#[test]
+fn a_score_function_knows_the_bias() {
+    let estimator = spec("reinforce", Some(1), &[], EXPERTS).at(0, 1);
+    let bias = [0.7, -1.1, 0.0, 0.4];
+    let ctx = |seed| StepContext { bias: Some(&bias), ..StepContext::train(Draw::new(seed, 0, 0)) };
+    for seed in 0..5 {
+        let task = Task::new(seed);
+        let p = softmax(&task.z.iter().zip(bias).map(|(z, b)| z + b).collect::<Vec<_>>());
+        let losses: Vec<f64> = (0..EXPERTS).map(|e| task.loss(&one_hot(e))).collect();
+        let mut mean = vec![0.0; EXPERTS];
+        for (e, loss) in losses.iter().enumerate() {
+            let routes = (0..1_000_000).map(|seed| estimator.route(&task.z, EXPERTS, &ctx(seed)));
+            let routed = routes.into_iter().find(|routed| routed.chosen == [e as u32]).unwrap();
+            estimator.score(&task.z, &routed, &[p[e] * loss], &mut mean);
+        }
+        assert_close(&mean, &jacobian(&p, &losses), 1e-12, "biased policy");
+    }
+}
+
 /// Ordered pairs without repetition.
 fn pairs() -> impl Iterator<Item = [u32; 2]> {
     (0..EXPERTS as u32).flat_map(|a| (0..EXPERTS as u32).filter(move |b| *b != a).map(move |b| [a, b]))
