@@ -122,8 +122,9 @@ impl RowBackward<'_> {
         }
     }
 
-    /// `2 J(π) c - ½ J(p) c`; p is the distribution that the choice was drawn from, at temperature 1, π half the
-    /// relaxation and half the draw.
+    /// `2 J(π) c - ½ J(p) c` (Liu et al. 2023, algorithm 2): `p = softmax(z)` is what the choice D was drawn from, whatever
+    /// the temperature; `π = ½ (softmax(z / τ) + D)`. Both Jacobians are those of a softmax at temperature 1: line 4 of the
+    /// algorithm writes π as `softmax(ln π - sg(z) + z)`.
     fn reinmax(&self, d: &mut [f64]) {
         let point = self.routed.point_row(self.token);
         let mut p = vec![0.0; point.len()];

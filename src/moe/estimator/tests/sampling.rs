@@ -143,6 +143,27 @@ fn reinmax_is_exact_for_quadratic_losses_at_temperature_one() {
     }
 }
 
+/// The mean over draws in closed form: `Σ_e p_e (2 J(½ (q + h_e)) c_e - ½ J(p) c_e)`, `q = softmax(z / τ)`, c_e at draw e.
+#[test]
+fn the_mean_of_reinmax_is_that_of_its_formula_at_every_temperature() {
+    for temperature in [1.0, 1.5, 4.0] {
+        let estimator = spec("reinmax", None, &[("temperature", Param::Number(temperature))], EXPERTS).at(0, 1);
+        for seed in 0..5 {
+            let task = Task::new(seed);
+            let p = softmax(&task.z);
+            let q = softmax(&task.z.iter().map(|z| z / temperature).collect::<Vec<_>>());
+            let mut mean = vec![0.0; EXPERTS];
+            for e in 0..EXPERTS {
+                let credit = task.credit(&one_hot(e));
+                let pi: Vec<f64> = q.iter().zip(one_hot(e)).map(|(q, h)| 0.5 * (q + h)).collect();
+                add(&mut mean, 2.0 * p[e], &jacobian(&pi, &credit));
+                add(&mut mean, -0.5 * p[e], &jacobian(&p, &credit));
+            }
+            assert_close(&mean_of_draws(&task, &estimator), &mean, 1e-12, "temperature");
+        }
+    }
+}
+
 #[test]
 fn score_functions_are_unbiased_with_every_baseline() {
     let estimator = spec("reinforce", Some(1), &[], EXPERTS).at(0, 1);
