@@ -86,12 +86,12 @@ pub struct TemperatureRecord {
 
 /// Noise that the estimator adds to the router logits of the training forward.
 ///
-/// What a run adds besides to any estimator is exploration and not recorded: jitter of the router's input, epsilon-greedy
-/// choices, hidden experts.
+/// What a run adds besides to any estimator is exploration and not recorded: jitter of the router's input,
+/// epsilon-greedy choices, hidden experts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct NoiseRecord {
-    /// This program writes `none`, `gumbel`, `gaussian`, or `softplus`, which is normal with a deviation that the router
-    /// gave; it reads any word, such as `input_jitter`.
+    /// This program writes `none`, `gumbel`, `gaussian`, or `softplus`, which is normal with a deviation that the
+    /// router gave; it reads any word, such as `input_jitter`.
     pub kind: Option<String>,
     /// Factor on the noise when this checkpoint was written: 0 without, and under `softplus` that on the deviation.
     pub scale_at_save: Option<f64>,
@@ -100,10 +100,11 @@ pub struct NoiseRecord {
 /// Auxiliary losses of the training forward.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LossRecord {
-    /// Kind of load-balancing loss, for example `switch`; of several the one with the largest weight at the end of the run.
+    /// Kind of load-balancing loss, for example `switch`; of several the one with the largest weight at the end of the
+    /// run.
     pub balance: Option<String>,
-    /// `normalised` (1 at balance) or `per_slot` (k at balance); it makes `balance_coef` unambiguous. `None` where the loss
-    /// is neither at balance: `importance` and `load` are 0 there, and entropies have one form only.
+    /// `normalised` (1 at balance) or `per_slot` (k at balance); it makes `balance_coef` unambiguous. `None` where the
+    /// loss is neither at balance: `importance` and `load` are 0 there, and entropies have one form only.
     pub convention: Option<String>,
     /// Coefficient of that loss in the recipe at the end of the run, on its mean over layers.
     pub balance_coef: Option<f64>,

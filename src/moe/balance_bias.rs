@@ -3,8 +3,8 @@
 
 use super::choices::ChoiceRows;
 
-/// `b_e += rate · sign(mean n - n_e)`, once for each global batch; n are rows of `wanted`, the choices before capacity: an
-/// expert that is full to its limit still has too many.
+/// `b_e += rate · sign(mean n - n_e)`, once for each global batch; n are rows of `wanted`, the choices before capacity:
+/// an expert that is full to its limit still has too many.
 pub fn update(bias: &mut [f64], wanted: ChoiceRows<'_>, rate: f64) {
     let counts = wanted.counts(0..wanted.tokens(), bias.len());
     let mean = counts.iter().sum::<f64>() / counts.len().max(1) as f64;

@@ -73,17 +73,17 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Of a layer with `experts`, of which a token prefers `k` ([`super::estimator::Estimator::k`]: 1 where all are mixed and
-    /// the method has no k). It forgets over `window` tokens, at least twice the
-    /// `50 E/k` that a verdict takes.
+    /// Of a layer with `experts`, of which a token prefers `k` ([`super::estimator::Estimator::k`]: 1 where all are
+    /// mixed and the method has no k). It forgets over `window` tokens, at least twice the `50 E/k` that a verdict
+    /// takes.
     pub fn new(experts: usize, k: usize, window: usize) -> Self {
         let k = k.max(1);
         let least = 2.0 * EXPECTED * experts as f64 / k as f64;
         Self { k, window: (window as f64).max(least), load: vec![0.0; experts], tokens: 0.0, silent: 0 }
     }
 
-    /// Takes in the preferences of one forward. Choices of experts that the layer does not have are not of this layer and
-    /// leave it as it was.
+    /// Takes in the preferences of one forward. Choices of experts that the layer does not have are not of this layer
+    /// and leave it as it was.
     pub fn observe(&mut self, preferred: ChoiceRows<'_>) {
         if preferred.chosen.iter().any(|&e| e as usize >= self.load.len()) {
             return;

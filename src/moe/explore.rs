@@ -10,11 +10,11 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Exploration {
-    /// Probability, in [0, 1), that all k experts of a token are drawn evenly without replacement instead of chosen. The
-    /// method weighs them as it weighs those that it chooses itself.
+    /// Probability, in [0, 1), that all k experts of a token are drawn evenly without replacement instead of chosen.
+    /// The method weighs them as it weighs those that it chooses itself.
     pub epsilon: f64,
-    /// Probability, in [0, 1), that an expert is hidden from a token's choice; the last k are never hidden. It is left out
-    /// of the relaxation too, whose normaliser then has the others only.
+    /// Probability, in [0, 1), that an expert is hidden from a token's choice; the last k are never hidden. It is left
+    /// out of the relaxation too, whose normaliser then has the others only.
     pub dropout: f64,
 }
 
@@ -58,8 +58,8 @@ impl Exploration {
     }
 }
 
-/// Multiplies each value of the first `rows` rows of `x [T, columns]` by `U(1 - width, 1 + width)` (Switch Transformer).
-/// For the router's copy of the tokens: experts see what came in.
+/// Multiplies each value of the first `rows` rows of `x [T, columns]` by `U(1 - width, 1 + width)` (Switch
+/// Transformer). For the router's copy of the tokens: experts see what came in.
 ///
 /// `uniform` of row and column is in (0, 1). Rows after the first ones are those of a greedy copy, see
 /// [`super::estimator::Estimator::greedy_from`].

@@ -126,9 +126,9 @@ impl Remedies {
         self.enabled.is_empty()
     }
 
-    /// What to do after `step`, remembered in `treatment`. `monitor`, of the layer, starts anew where experts are made anew:
-    /// what they had before says nothing, and would have them made anew again. Nothing while the layer is healthy or not yet judged, and no
-    /// kind of remedy within [`COOLDOWN`] steps of its last act.
+    /// What to do after `step`, remembered in `treatment`. `monitor`, of the layer, starts anew where experts are made
+    /// anew: what they had before says nothing, and would have them made anew again. Nothing while the layer is healthy
+    /// or not yet judged, and no kind of remedy within [`COOLDOWN`] steps of its last act.
     ///
     /// Dead experts get a bias or are made anew, whichever acted longer ago, the bias first. The balance weight rises with
     /// any uneven load until it has reached [`CAP`].

@@ -32,8 +32,8 @@ pub struct TrainState {
     pub phase: Phase,
     /// Random changes of the choice.
     pub explore: Exploration,
-    /// The router sees `x ⊙ u`, u uniform in `1 ± jitter` (Switch Transformer); the experts see x, and a greedy copy of the
-    /// data is without. 0 is none.
+    /// The router sees `x ⊙ u`, u uniform in `1 ± jitter` (Switch Transformer); the experts see x, and a greedy copy of
+    /// the data is without. 0 is none.
     pub jitter: f64,
     /// Most rows of an expert; `None` is dropless.
     pub capacity: Option<Capacity>,

@@ -113,8 +113,8 @@ fn noise(kind: NoiseKind) -> &'static str {
     }
 }
 
-/// The losses at the end of the run, as far as the block has a place for them: the balance loss with the largest weight,
-/// and the z-loss.
+/// The losses at the end of the run, as far as the block has a place for them: the balance loss with the largest
+/// weight, and the z-loss.
 fn loss_record(plan: &RoutingPlan) -> LossRecord {
     let balance = plan.balance(plan.steps);
     let z = plan.losses.iter().find(|term| term.loss == AuxLoss::RouterZ).map_or(0.0, |term| term.weight.last());

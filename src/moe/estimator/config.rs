@@ -133,9 +133,9 @@ impl EstimatorSpec {
     /// Refuses a change of the choice, set by `field`, under which the gradient would not be the one that the method is
     /// known for.
     ///
-    /// Methods that draw their experts have a gradient that is right in the mean over just these draws. Choices by epsilon
-    /// are other draws. A bias moves the draws too: REINFORCE takes the score of what it has drawn from, bias and all, and
-    /// stays exact; the others differentiate the softmax without it.
+    /// Methods that draw their experts have a gradient that is right in the mean over just these draws. Choices by
+    /// epsilon are other draws. A bias moves the draws too: REINFORCE takes the score of what it has drawn from, bias
+    /// and all, and stays exact; the others differentiate the softmax without it.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on `field`.

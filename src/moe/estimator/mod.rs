@@ -86,10 +86,10 @@ pub enum Relaxation {
     },
     /// α-entmax (Peters et al. 2019): `[(α-1) z / temperature - t]_+^(1/(α-1))`, t such that the sum is 1.
     ///
-    /// Its experts per token are its support: there is no k. Hard top-1 gives weight 1, as its limit does. Hard top-2 is
-    /// another function: it renormalises entmax over the two largest logits, and the second has weight 0 where the support
-    /// is one expert. A checkpoint would renormalise the softmax over them instead, where neither weight is 0, and so is
-    /// served with one.
+    /// Its experts per token are its support: there is no k. Hard top-1 gives weight 1, as its limit does. Hard top-2
+    /// is another function: it renormalises entmax over the two largest logits, and the second has weight 0 where the
+    /// support is one expert. A checkpoint would renormalise the softmax over them instead, where neither weight is 0,
+    /// and so is served with one.
     Entmax {
         /// In (1, 2]; 2 is sparsemax (Martins and Astudillo 2016).
         alpha: f64,
@@ -177,8 +177,8 @@ pub enum NoiseKind {
     Gaussian,
     /// Normal with a learned deviation, `softplus` of router outputs E..2E (Shazeer et al. 2017).
     ///
-    /// Serving is without noise, so that a checkpoint holds rows 0..E of the router, the logits; rows E..2E are not saved,
-    /// and training cannot go on from it.
+    /// Serving is without noise, so that a checkpoint holds rows 0..E of the router, the logits; rows E..2E are not
+    /// saved, and training cannot go on from it.
     Learned,
 }
 
@@ -214,8 +214,8 @@ pub enum Weights {
     Chosen,
     /// `p ⊙ m` over its sum.
     Renorm,
-    /// 1 over the number of experts that the token has, the same for each: `1/k`, or more where capacity dropped some of
-    /// the k. At k = 1 it is 1. No function of the router outputs.
+    /// 1 over the number of experts that the token has, the same for each: `1/k`, or more where capacity dropped some
+    /// of the k. At k = 1 it is 1. No function of the router outputs.
     Unit,
     /// `s p̃`: the masked softmax at each draw, times 1 for the largest logit and otherwise 1 or ⅓ by a coin.
     Corrected {
@@ -313,7 +313,8 @@ pub struct StepContext<'a> {
     pub explore: Exploration,
     /// Limit of tokens per expert, for top-k selection, in each copy of the data by itself.
     pub capacity: Option<Capacity>,
-    /// Rows of one copy of the data, above 0, where the batch is several of them ([`Estimator::copies`]); else `usize::MAX`.
+    /// Rows of one copy of the data, above 0, where the batch is several of them ([`Estimator::copies`]); else
+    /// `usize::MAX`.
     pub copy_rows: usize,
 }
 
@@ -385,8 +386,8 @@ impl Estimator {
         }
     }
 
-    /// First row of the greedy copy in a batch of [`Estimator::copies`] of `copy_rows` rows each: from there on there is no
-    /// noise, no jitter and no exploration. `usize::MAX` where no copy is greedy.
+    /// First row of the greedy copy in a batch of [`Estimator::copies`] of `copy_rows` rows each: from there on there
+    /// is no noise, no jitter and no exploration. `usize::MAX` where no copy is greedy.
     pub fn greedy_from(&self, copy_rows: usize) -> usize {
         match self.gradient {
             Gradient::Score { baseline: Baseline::SelfCritical, samples } => samples.saturating_mul(copy_rows),

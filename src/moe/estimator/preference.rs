@@ -5,15 +5,15 @@ use crate::moe::{choices::Choices, draw::Draw};
 
 /// Choices of a batch without noise, exploration and capacity: what collapse is judged by.
 ///
-/// Exploration gives every expert some rows, and re-routing fills each up to its capacity, however dead the router holds
-/// it to be. Jitter has gone into the router outputs already and stays.
+/// Exploration gives every expert some rows, and re-routing fills each up to its capacity, however dead the router
+/// holds it to be. Jitter has gone into the router outputs already and stays.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Preference {
     /// [`Estimator::k`] of every token, under [`Selection::Support`] those with a weight; none of a token whose router
     /// outputs are not finite. The selection bias takes part: an expert that it keeps busy learns.
     pub choices: Choices,
-    /// `[T, E]`, what a bias is added to for the choice: router logits, their sigmoids under [`Relaxation::Sigmoid`], the
-    /// weights under [`Relaxation::SmoothStep`].
+    /// `[T, E]`, what a bias is added to for the choice: router logits, their sigmoids under [`Relaxation::Sigmoid`],
+    /// the weights under [`Relaxation::SmoothStep`].
     pub scores: Vec<f64>,
 }
 

@@ -24,8 +24,8 @@ impl Estimator {
         batch
     }
 
-    /// What capacity leaves of the choices. Copies of the data are batches of their own: a draw must not be displaced by
-    /// another draw of the same token, nor the greedy copy by any.
+    /// What capacity leaves of the choices. Copies of the data are batches of their own: a draw must not be displaced
+    /// by another draw of the same token, nor the greedy copy by any.
     fn limit(&self, batch: &mut RoutedBatch, ctx: &StepContext<'_>) -> Choices {
         let (Phase::Train, Some(capacity), Selection::TopK { k }) = (ctx.phase, ctx.capacity, self.selection) else {
             return batch.wanted.clone();

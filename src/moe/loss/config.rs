@@ -33,7 +33,8 @@ pub struct LossContext<'a> {
 /// table, for messages.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] on the loss: an unknown name, a weight that is none, or what the estimator makes meaningless.
+/// [`Error::InvalidArgument`] on the loss: an unknown name, a weight that is none, or what the estimator makes
+/// meaningless.
 pub fn loss_terms(field: &str, losses: &BTreeMap<String, Schedule>, context: LossContext<'_>) -> Result<Vec<LossTerm>> {
     losses.iter().map(|(name, weight)| term(field, name, *weight, context)).collect()
 }

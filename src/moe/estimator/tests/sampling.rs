@@ -143,7 +143,8 @@ fn reinmax_is_exact_for_quadratic_losses_at_temperature_one() {
     }
 }
 
-/// The mean over draws in closed form: `Σ_e p_e (2 J(½ (q + h_e)) c_e - ½ J(p) c_e)`, `q = softmax(z / τ)`, c_e at draw e.
+/// The mean over draws in closed form: `Σ_e p_e (2 J(½ (q + h_e)) c_e - ½ J(p) c_e)`, `q = softmax(z / τ)`, c_e at draw
+/// e.
 #[test]
 fn the_mean_of_reinmax_is_that_of_its_formula_at_every_temperature() {
     for temperature in [1.0, 1.5, 4.0] {
