@@ -84,23 +84,29 @@ pub struct TemperatureRecord {
     pub folded: Option<bool>,
 }
 
-/// Noise of the training forward.
+/// Noise that the estimator adds to the router logits of the training forward.
+///
+/// What a run adds besides to any estimator is exploration and not recorded: jitter of the router's input,
+/// epsilon-greedy choices, hidden experts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct NoiseRecord {
-    /// For example `none`, `gumbel`, `gaussian`, `input_jitter`.
+    /// This program writes `none`, `gumbel`, `gaussian`, or `softplus`, which is normal with a deviation that the
+    /// router gave; it reads any word, such as `input_jitter`.
     pub kind: Option<String>,
-    /// When this checkpoint was written.
+    /// Factor on the noise when this checkpoint was written: 0 without, and under `softplus` that on the deviation.
     pub scale_at_save: Option<f64>,
 }
 
 /// Auxiliary losses of the training forward.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LossRecord {
-    /// Kind of load-balancing loss, for example `switch`.
+    /// Kind of load-balancing loss, for example `switch`; of several the one with the largest weight at the end of the
+    /// run.
     pub balance: Option<String>,
-    /// `normalised` (1 at balance) or `per_slot` (k at balance); it makes `balance_coef` unambiguous.
+    /// `normalised` (1 at balance) or `per_slot` (k at balance); it makes `balance_coef` unambiguous. `None` where the
+    /// loss is neither at balance: `importance` and `load` are 0 there, and entropies have one form only.
     pub convention: Option<String>,
-    /// Coefficient of the load-balancing loss.
+    /// Coefficient of that loss in the recipe at the end of the run, on its mean over layers.
     pub balance_coef: Option<f64>,
     /// Coefficient of the router z-loss.
     pub z_coef: Option<f64>,

@@ -8,10 +8,10 @@ use crate::{
     error::{Error, Result},
     moe::{
         capacity::Capacity,
-        estimator::{EstimatorConfig, EstimatorSpec, Purpose, Relaxation},
+        estimator::{ChoiceChange, EstimatorConfig, EstimatorSpec, Purpose},
         explore::Exploration,
         loss::{LossContext, LossTerm, loss_terms},
-        remedy::Remedies,
+        remedy::{Remedies, Remedy},
     },
     schedule::Schedule,
 };
@@ -113,11 +113,7 @@ impl Arm {
         let estimator = EstimatorSpec::new(&self.estimator, experts, steps, Purpose::Laboratory)?;
         let first = estimator.at(0, steps);
         let bad = |field: &str, message: &str| Err(Error::invalid(field, message));
-        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
-            return bad("losses", "the outputs of this router are no logits: losses on logits have no meaning");
-        }
-        let context = LossContext { steps, normal_noise: first.needs().outputs, teacher: false };
-        let losses = loss_terms("losses", &self.losses, context)?;
+        let losses = loss_terms("losses", &self.losses, LossContext { steps, estimator: &estimator, teacher: false })?;
         let remedies = Remedies::new("remedies", &self.remedies, losses.iter().any(|term| term.loss.balances()))?;
         self.explore.check("explore")?;
         self.capacity.map_or(Ok(()), |capacity| capacity.check("capacity"))?;
@@ -137,6 +133,15 @@ impl Arm {
         }
         if balances && self.route.is_control() {
             return bad("route", "a control has no learning router: bias, capacity, epsilon and remedies have no place in it");
+        }
+        for (changed, change, field) in [
+            (self.bias_rate > 0.0, ChoiceChange::Bias, "bias_rate"),
+            (remedies.has(Remedy::BiasBump), ChoiceChange::Bias, "remedies"),
+            (self.explore.epsilon > 0.0, ChoiceChange::Epsilon, "explore.epsilon"),
+        ] {
+            if changed {
+                estimator.check_choice(change, field)?;
+            }
         }
         Ok(CheckedArm { estimator, losses, remedies })
     }

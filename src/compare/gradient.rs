@@ -74,8 +74,7 @@ impl Problem {
         let mut row = self.z.clone();
         row.resize(width, 0.0);
         let z = row.repeat(draws * copies);
-        let greedy_from = if sampled < copies { sampled * draws } else { usize::MAX };
-        let routed = estimator.route(&z, experts, &StepContext { greedy_from, ..StepContext::train(draw) });
+        let routed = estimator.route(&z, experts, &StepContext { copy_rows: draws, ..StepContext::train(draw) });
         let (losses, credit) = self.credit(estimator, &routed);
         let mut dz = vec![0.0; z.len()];
         estimator.vjp(&z, &routed, &credit, &mut dz);

@@ -313,6 +313,16 @@ mod tests {
             ("[[arm]]\nname = 'x'\nestimator = { name = 'ste', k = 9 }", "x.routing.k: 9 is more than the 8 experts"),
             ("[[arm]]\nname = 'x'\nestimator = { name = 'ste' }\nlosses = { swich = 0.1 }", "x.losses.swich: is unknown"),
             ("[[arm]]\nname = 'x'\nestimator = { name = 'ste' }\nlosses = { switch = -0.1 }", "x.losses.switch: must not be negative"),
+            (
+                "[[arm]]\nname = 'x'\nestimator = { name = 'soft' }\nlosses = { top_k = 0.1 }",
+                "x.losses.top_k: counts the chosen experts, and soft",
+            ),
+            ("[[arm]]\nname = 'x'\nestimator = { name = 'dselect_k' }\nlosses = { switch = 0.1 }", "x.losses.switch: is a loss on a logit"),
+            ("[[arm]]\nname = 'x'\nestimator = { name = 'reinmax' }\nbias_rate = 0.1", "x.bias_rate: reinmax draws its experts"),
+            (
+                "[[arm]]\nname = 'x'\nestimator = { name = 'reinforce' }\nexplore = { epsilon = 0.1 }",
+                "x.explore.epsilon: reinforce draws its experts",
+            ),
             ("[[arm]]\nname = 'x'\nestimator = { name = 'soft' }\nbias_rate = 0.1", "x.estimator: does not choose"),
             ("[[arm]]\nname = 'oracle'\nestimator = { name = 'soft' }", "arm[0].name: 'oracle' is taken"),
             ("[[arm]]\nname = 'A'\nestimator = { name = 'soft' }", "arm[0].name: lower case"),

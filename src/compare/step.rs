@@ -58,8 +58,7 @@ pub fn step(input: &StepInput<'_>) -> Step {
     let x = batch.x.repeat(copies);
     let router_x = jittered(input, &x);
     let z = router_outputs(net, input.route, batch, &router_x);
-    let greedy_from = if samples(estimator) < copies { samples(estimator) * rows } else { usize::MAX };
-    let routed = estimator.route(&z, net.shape.experts, &StepContext { greedy_from, ..input.context });
+    let routed = estimator.route(&z, net.shape.experts, &StepContext { copy_rows: rows, ..input.context });
     let forward = net.forward(&x, &routed, estimator.combine, means);
     let Compared { losses, dy } = compare(input, &forward.y);
 
@@ -99,11 +98,8 @@ pub fn router_outputs(net: &Net, route: Route, batch: &Batch, x: &[f64]) -> Vec<
 
 fn jittered(input: &StepInput<'_>, x: &[f64]) -> Vec<f64> {
     let mut x = x.to_vec();
-    if input.jitter > 0.0 {
-        for (row, x) in x.chunks_exact_mut(input.batch.features).enumerate() {
-            jitter(x, input.jitter, |column| input.context.draw.uniform(Stream::Jitter, row as u64, column as u64));
-        }
-    }
+    let noisy = input.estimator.greedy_from(input.batch.rows());
+    jitter(&mut x, input.batch.features, input.jitter, noisy, |row, column| input.context.draw.uniform(Stream::Jitter, row, column));
     x
 }
 

@@ -294,27 +294,25 @@ impl<'a> Training<'a> {
         if rate == 0.0 && self.remedies.is_empty() {
             return;
         }
-        let stats = routed.stats(z);
         if rate > 0.0 {
-            balance_bias::update(&mut self.state.bias, &stats.expert_tokens, rate);
+            balance_bias::update(&mut self.state.bias, routed.wanted(), rate);
         } else {
             balance_bias::fade(&mut self.state.bias, BIAS_FADE);
         }
         if self.remedies.is_empty() {
             return;
         }
-        self.state.monitor.observe(&stats);
+        let preference = estimator.preference(z, routed);
+        self.state.monitor.observe(preference.choices.rows());
         self.state.monitor.observe_gradients(norms[0], norms[1]);
-        let width = estimator.router_width(routed.experts);
-        let scores: Vec<f64> = z.chunks_exact(width).flat_map(|row| row[..routed.experts].iter().copied()).collect();
         let balance_weight = self
             .losses
             .iter()
             .filter(|term| term.loss.balances())
             .map(|term| self.state.treatment.balance_weight(term.weight.at(clock, self.spec.size.steps)))
             .fold(0.0, f64::max);
-        let evidence = Evidence { monitor: &self.state.monitor, scores: &scores, bias: &self.state.bias, balance_weight };
-        for action in self.remedies.decide(&evidence, &mut self.state.treatment, self.state.updates) {
+        let evidence = Evidence { scores: &preference.scores, bias: &self.state.bias, balance_weight };
+        for action in self.remedies.decide(&mut self.state.monitor, &evidence, &mut self.state.treatment, self.state.updates) {
             self.act(action);
         }
     }

@@ -38,6 +38,11 @@ impl Choices {
         self.offsets.push(self.chosen.len() as u32);
     }
 
+    /// Appends rows of following tokens.
+    pub fn extend(&mut self, rows: ChoiceRows<'_>) {
+        (0..rows.tokens()).for_each(|token| self.push(rows.of(token)));
+    }
+
     /// Borrows it.
     pub fn rows(&self) -> ChoiceRows<'_> {
         ChoiceRows { offsets: &self.offsets, chosen: &self.chosen }
@@ -56,6 +61,11 @@ impl<'a> ChoiceRows<'a> {
             (Some(&from), Some(&to)) => self.chosen.get(from as usize..to as usize).unwrap_or(&[]),
             _ => &[],
         }
+    }
+
+    /// Rows of a range of tokens.
+    pub fn part(&self, tokens: Range<usize>) -> Choices {
+        Choices::from_rows(tokens.map(|token| self.of(token)))
     }
 
     /// Rows that each expert has among the tokens of a range, `[E]`.

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::RoutingStats;
+use super::choices::ChoiceRows;
 
 /// State of a layer's routing. Ordered: later is worse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -56,6 +56,8 @@ const SILENT_STEPS: usize = 50;
 const SILENT: f64 = 1e-3;
 
 /// Watches the load of one layer over a run: counts that forget, and how long the task has not moved the router.
+///
+/// The load is what the router prefers ([`super::estimator::Preference`]), not what ran.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Monitor {
     /// Choices per token.
@@ -71,22 +73,26 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Of a layer with `experts`, `k` of them per token. It forgets over `window` tokens, at least twice the
-    /// `50 E/k` that a verdict takes.
+    /// Of a layer with `experts`, of which a token prefers `k` ([`super::estimator::Estimator::k`]: 1 where all are
+    /// mixed and the method has no k). It forgets over `window` tokens, at least twice the `50 E/k` that a verdict
+    /// takes.
     pub fn new(experts: usize, k: usize, window: usize) -> Self {
         let k = k.max(1);
         let least = 2.0 * EXPECTED * experts as f64 / k as f64;
         Self { k, window: (window as f64).max(least), load: vec![0.0; experts], tokens: 0.0, silent: 0 }
     }
 
-    /// Takes in one forward. What has another number of experts is not of this layer and leaves it as it was.
-    pub fn observe(&mut self, stats: &RoutingStats) {
-        if stats.expert_tokens.len() != self.load.len() {
+    /// Takes in the preferences of one forward. Choices of experts that the layer does not have are not of this layer
+    /// and leave it as it was.
+    pub fn observe(&mut self, preferred: ChoiceRows<'_>) {
+        if preferred.chosen.iter().any(|&e| e as usize >= self.load.len()) {
             return;
         }
-        let keep = (-(stats.tokens as f64) / self.window).exp();
-        self.tokens = self.tokens * keep + stats.tokens as f64;
-        self.load.iter_mut().zip(&stats.expert_tokens).for_each(|(load, &n)| *load = *load * keep + n as f64);
+        let tokens = preferred.tokens();
+        let keep = (-(tokens as f64) / self.window).exp();
+        self.tokens = self.tokens * keep + tokens as f64;
+        let counts = preferred.counts(0..tokens, self.load.len());
+        self.load.iter_mut().zip(counts).for_each(|(load, n)| *load = *load * keep + n);
     }
 
     /// Takes in the norms of the router's gradient from the task and from auxiliary losses, of one step.
@@ -181,6 +187,7 @@ pub mod shape {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::moe::choices::Choices;
 
     #[test]
     fn verdicts() {
@@ -203,23 +210,23 @@ mod tests {
         assert!(Health::Healthy < Health::Collapsed);
     }
 
-    fn stats(expert_tokens: &[u64]) -> RoutingStats {
-        let routes: u64 = expert_tokens.iter().sum();
-        RoutingStats { tokens: routes, routes, expert_tokens: expert_tokens.to_vec(), ..RoutingStats::new(expert_tokens.len()) }
+    /// So many tokens that prefer each expert.
+    fn tokens(counts: &[usize]) -> Choices {
+        Choices::from_rows(counts.iter().enumerate().flat_map(|(e, &n)| std::iter::repeat_n([e as u32], n)))
     }
 
     #[test]
     fn the_monitor_waits_and_forgets() {
         let mut monitor = Monitor::new(8, 1, 1000);
-        monitor.observe(&stats(&[399, 0, 0, 0, 0, 0, 0, 0]));
+        monitor.observe(tokens(&[399, 0, 0, 0, 0, 0, 0, 0]).rows());
         assert_eq!((monitor.health(), monitor.dead()), (None, vec![]), "399 of 400 tokens");
-        monitor.observe(&stats(&[0, 256, 0, 0, 0, 0, 0, 0]));
+        monitor.observe(tokens(&[0, 256, 0, 0, 0, 0, 0, 0]).rows());
         assert_eq!((monitor.health(), monitor.dead(), monitor.busiest()), (Some(Health::Collapsed), (2..8).collect(), 0));
         for _ in 0..40 {
-            monitor.observe(&stats(&[32; 8]));
+            monitor.observe(tokens(&[32; 8]).rows());
         }
         assert_eq!((monitor.health(), monitor.dead()), (Some(Health::Healthy), vec![]), "ten windows later");
-        monitor.observe(&stats(&[1000, 0]));
+        monitor.observe(tokens(&[0, 0, 0, 0, 0, 0, 0, 0, 1000]).rows());
         assert_eq!(monitor.health(), Some(Health::Healthy), "another layer's load");
         monitor.reset();
         assert_eq!(monitor.health(), None);
@@ -229,7 +236,7 @@ mod tests {
     fn a_window_too_short_for_a_verdict_is_lengthened() {
         let mut monitor = Monitor::new(8, 1, 1);
         for _ in 0..100 {
-            monitor.observe(&stats(&[8, 8, 8, 8, 8, 8, 8, 8]));
+            monitor.observe(tokens(&[8; 8]).rows());
         }
         assert_eq!(monitor.health(), Some(Health::Healthy));
     }

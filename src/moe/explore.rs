@@ -10,9 +10,11 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Exploration {
-    /// Probability, in [0, 1), that a token's experts are drawn evenly instead of chosen.
+    /// Probability, in [0, 1), that all k experts of a token are drawn evenly without replacement instead of chosen.
+    /// The method weighs them as it weighs those that it chooses itself.
     pub epsilon: f64,
-    /// Probability, in [0, 1), that an expert is hidden from a token's choice; the last k are never hidden.
+    /// Probability, in [0, 1), that an expert is hidden from a token's choice; the last k are never hidden. It is left
+    /// out of the relaxation too, whose normaliser then has the others only.
     pub dropout: f64,
 }
 
@@ -56,11 +58,17 @@ impl Exploration {
     }
 }
 
-/// Multiplies each value by `U(1 - width, 1 + width)` (Switch Transformer). For the router's copy of the token: experts
-/// see what came in.
-pub fn jitter(x: &mut [f64], width: f64, uniform: impl Fn(usize) -> f64) {
-    if width > 0.0 {
-        x.iter_mut().enumerate().for_each(|(i, x)| *x *= 1.0 + width * (2.0 * uniform(i) - 1.0));
+/// Multiplies each value of the first `rows` rows of `x [T, columns]` by `U(1 - width, 1 + width)` (Switch
+/// Transformer). For the router's copy of the tokens: experts see what came in.
+///
+/// `uniform` of row and column is in (0, 1). Rows after the first ones are those of a greedy copy, see
+/// [`super::estimator::Estimator::greedy_from`].
+pub fn jitter(x: &mut [f64], columns: usize, width: f64, rows: usize, uniform: impl Fn(u64, u64) -> f64) {
+    if width <= 0.0 {
+        return;
+    }
+    for (row, x) in x.chunks_mut(columns.max(1)).take(rows).enumerate() {
+        x.iter_mut().enumerate().for_each(|(i, x)| *x *= 1.0 + width * (2.0 * uniform(row as u64, i as u64) - 1.0));
     }
 }
 
@@ -114,13 +122,17 @@ mod tests {
 
     #[test]
     fn jitter_stays_in_its_width() {
+        let at = |row: u64, column: u64| uniform((8 * row + column) as usize);
         let mut x = vec![2.0; 1000];
-        jitter(&mut x, 0.1, uniform);
+        jitter(&mut x, 8, 0.1, usize::MAX, at);
         assert!(x.iter().all(|x| (1.8..=2.2).contains(x)) && (x.iter().sum::<f64>() / 1000.0 - 2.0).abs() < 0.02);
         assert!(x.iter().any(|x| *x < 1.81) && x.iter().any(|x| *x > 2.19), "all of it");
         let before = x.clone();
-        jitter(&mut x, 0.0, uniform);
+        jitter(&mut x, 8, 0.0, usize::MAX, at);
         assert_eq!(x, before);
+        jitter(&mut x, 8, 0.1, 100, at);
+        assert_ne!(x[..800], before[..800]);
+        assert_eq!(x[800..], before[800..], "rows of the greedy copy");
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub enum WeightForm {
     Raw,
     /// Scaled to sum to 1 over the chosen experts (Mixtral, Qwen3-MoE). At k = 1 the weight is 1.
     Renorm,
-    /// 1/k each; 1 at k = 1 (straight-through training).
+    /// The same for each, 1 over the number of the chosen: `1/k`, and 1 at k = 1 (straight-through training).
     Unit,
 }
 

@@ -32,7 +32,7 @@ pub enum Action {
         to: f64,
     },
     /// Copy weights and router row of `donor` to `expert`, with normal noise, and forget the optimizer's moments of both
-    /// rows. The monitor is to be reset: what the experts had before says nothing.
+    /// rows.
     Reinit {
         /// The dead expert.
         expert: usize,
@@ -70,13 +70,10 @@ pub struct Treatment {
     factor: f64,
 }
 
-/// What a decision is made on.
+/// What a decision is made on, besides the layer's monitor.
 #[derive(Clone, Copy, Debug)]
 pub struct Evidence<'a> {
-    /// Of the layer.
-    pub monitor: &'a Monitor,
-    /// `[T, E]` selection scores of the last batch without bias: router logits, or their sigmoid where that is what the
-    /// bias is added to.
+    /// `[T, E]` of the last batch: [`super::estimator::Preference::scores`].
     pub scores: &'a [f64],
     /// `[E]` selection bias in force; empty is none.
     pub bias: &'a [f64],
@@ -129,14 +126,14 @@ impl Remedies {
         self.enabled.is_empty()
     }
 
-    /// What to do after `step`, remembered in `treatment`. Nothing while the layer is healthy or not yet judged, and no
-    /// kind of remedy within [`COOLDOWN`] steps of its last act.
+    /// What to do after `step`, remembered in `treatment`. `monitor`, of the layer, starts anew where experts are made
+    /// anew: what they had before says nothing, and would have them made anew again. Nothing while the layer is healthy
+    /// or not yet judged, and no kind of remedy within [`COOLDOWN`] steps of its last act.
     ///
     /// Dead experts get a bias or are made anew, whichever acted longer ago, the bias first. The balance weight rises with
     /// any uneven load until it has reached [`CAP`].
-    pub fn decide(&self, evidence: &Evidence<'_>, treatment: &mut Treatment, step: usize) -> Vec<Action> {
+    pub fn decide(&self, monitor: &mut Monitor, evidence: &Evidence<'_>, treatment: &mut Treatment, step: usize) -> Vec<Action> {
         let mut actions = Vec::new();
-        let monitor = evidence.monitor;
         if monitor.health().is_none_or(|health| health == Health::Healthy) {
             return actions;
         }
@@ -146,7 +143,7 @@ impl Remedies {
             let turn = reviving.into_iter().filter(|remedy| self.has(*remedy)).min_by_key(|remedy| treatment.last.get(remedy).copied());
             let donor = monitor.busiest();
             let act = |expert| match turn? {
-                Remedy::BiasBump => Some(Action::BumpBias { expert, to: evidence.fair_bias(expert)? }),
+                Remedy::BiasBump => Some(Action::BumpBias { expert, to: evidence.fair_bias(monitor, expert)? }),
                 _ => Some(Action::Reinit { expert, donor, noise: REINIT_NOISE }),
             };
             actions.extend(dead.into_iter().filter_map(act));
@@ -157,6 +154,9 @@ impl Remedies {
             treatment.factor *= 2.0;
             treatment.last.insert(Remedy::RaiseBalance, step);
             actions.push(Action::RaiseBalance { factor: treatment.factor });
+        }
+        if actions.iter().any(|action| matches!(action, Action::Reinit { .. })) {
+            monitor.reset();
         }
         actions
     }
@@ -187,8 +187,8 @@ impl Default for Treatment {
 impl Evidence<'_> {
     /// The bias with which `expert` would have had a fair share, k/E, of the batch's tokens, the other biases as they
     /// are; at least its present one. `None` where no token says anything.
-    fn fair_bias(&self, expert: usize) -> Option<f64> {
-        let (experts, k) = (self.monitor.load().len(), self.monitor.k());
+    fn fair_bias(&self, monitor: &Monitor, expert: usize) -> Option<f64> {
+        let (experts, k) = (monitor.load().len(), monitor.k());
         let bias = |e: usize| self.bias.get(e).copied().unwrap_or(0.0);
         let mut missing: Vec<f64> = self
             .scores
@@ -223,13 +223,17 @@ impl fmt::Display for Action {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::moe::RoutingStats;
+    use crate::moe::choices::Choices;
 
-    fn monitor(expert_tokens: &[u64], k: usize) -> Monitor {
-        let routes: u64 = expert_tokens.iter().sum();
-        let tokens = routes / k as u64;
-        let mut monitor = Monitor::new(expert_tokens.len(), k, 1000);
-        monitor.observe(&RoutingStats { tokens, routes, expert_tokens: expert_tokens.to_vec(), ..RoutingStats::new(expert_tokens.len()) });
+    /// That so many tokens prefer each expert.
+    fn observe(monitor: &mut Monitor, counts: &[usize]) {
+        let tokens = Choices::from_rows(counts.iter().enumerate().flat_map(|(e, &n)| std::iter::repeat_n([e as u32], n)));
+        monitor.observe(tokens.rows());
+    }
+
+    fn monitor(counts: &[usize]) -> Monitor {
+        let mut monitor = Monitor::new(counts.len(), 1, 1000);
+        observe(&mut monitor, counts);
         monitor
     }
 
@@ -240,57 +244,67 @@ mod tests {
     /// Four tokens that all prefer expert 0; expert 3 is 1, 2, 3 and 4 behind.
     const SCORES: [f64; 16] = [8.0, 1.0, 2.0, 7.0, 8.0, 1.0, 2.0, 6.0, 8.0, 1.0, 2.0, 5.0, 8.0, 1.0, 2.0, 4.0];
 
-    fn evidence(monitor: &Monitor) -> Evidence<'_> {
-        Evidence { monitor, scores: &SCORES, bias: &[], balance_weight: 0.02 }
-    }
+    const EVIDENCE: Evidence<'_> = Evidence { scores: &SCORES, bias: &[], balance_weight: 0.02 };
 
     #[test]
     fn a_healthy_layer_and_an_unjudged_one_are_left_alone() {
         let all = remedies(&["bias_bump", "reinit", "raise_balance"]);
-        for monitor in [monitor(&[100, 101, 99, 100], 1), monitor(&[199, 0, 0, 0], 1)] {
-            assert_eq!(all.decide(&evidence(&monitor), &mut Treatment::default(), 0), []);
+        for mut monitor in [monitor(&[100, 101, 99, 100]), monitor(&[199, 0, 0, 0])] {
+            assert_eq!(all.decide(&mut monitor, &EVIDENCE, &mut Treatment::default(), 0), []);
         }
-        let collapsed = monitor(&[900, 0, 0, 0], 1);
-        assert_eq!(Remedies::default().decide(&evidence(&collapsed), &mut Treatment::default(), 0), []);
+        assert_eq!(Remedies::default().decide(&mut monitor(&[900, 0, 0, 0]), &EVIDENCE, &mut Treatment::default(), 0), []);
     }
 
     #[test]
     fn a_bump_gives_the_fair_share() {
-        let monitor = monitor(&[300, 300, 300, 0], 1);
-        let actions = remedies(&["bias_bump"]).decide(&evidence(&monitor), &mut Treatment::default(), 7);
+        let mut monitor = monitor(&[300, 300, 300, 0]);
+        let mut bump = |evidence: &Evidence<'_>| remedies(&["bias_bump"]).decide(&mut monitor, evidence, &mut Treatment::default(), 7);
+        let actions = bump(&EVIDENCE);
         let [Action::BumpBias { expert: 3, to }] = actions[..] else { panic!("{actions:?}") };
         let won = SCORES.chunks_exact(4).filter(|row| row[3] + to > row[0]).count();
         assert_eq!(won, 1, "a quarter of four tokens, with a bias of {to}");
-        let biased = Evidence { bias: &[0.0, 0.0, 0.0, 5.0], ..evidence(&monitor) };
-        let actions = remedies(&["bias_bump"]).decide(&biased, &mut Treatment::default(), 7);
-        assert_eq!(actions, [Action::BumpBias { expert: 3, to: 5.0 }], "never lowered");
-        let nothing = Evidence { scores: &[f64::NAN; 4], ..evidence(&monitor) };
-        assert_eq!(remedies(&["bias_bump"]).decide(&nothing, &mut Treatment::default(), 7), []);
+        let biased = Evidence { bias: &[0.0, 0.0, 0.0, 5.0], ..EVIDENCE };
+        assert_eq!(bump(&biased), [Action::BumpBias { expert: 3, to: 5.0 }], "never lowered");
+        assert_eq!(bump(&Evidence { scores: &[f64::NAN; 4], ..EVIDENCE }), []);
     }
 
     #[test]
     fn remedies_for_the_dead_take_turns_and_rest() {
-        let monitor = monitor(&[450, 450, 0, 0], 1);
         let both = remedies(&["reinit", "bias_bump"]);
         let mut treatment = Treatment::default();
         let mut kinds = Vec::new();
         for step in 0..200 {
-            for action in both.decide(&evidence(&monitor), &mut treatment, step) {
+            for action in both.decide(&mut monitor(&[450, 450, 0, 0]), &EVIDENCE, &mut treatment, step) {
                 kinds.push((step, matches!(action, Action::Reinit { donor: 0, .. })));
             }
         }
         assert_eq!(kinds, [(0, false), (0, false), (50, true), (50, true), (100, false), (100, false), (150, true), (150, true)]);
     }
 
+    /// The window is far longer than the cooldown: what was seen before must not count.
+    #[test]
+    fn an_expert_made_anew_gets_the_time_to_live() {
+        let mut monitor = Monitor::new(4, 1, 1_000_000);
+        observe(&mut monitor, &[18_000, 18_000, 18_000, 0]);
+        let (reinit, mut treatment) = (remedies(&["reinit"]), Treatment::default());
+        let donor = Action::Reinit { expert: 3, donor: 0, noise: REINIT_NOISE };
+        assert_eq!(reinit.decide(&mut monitor, &EVIDENCE, &mut treatment, 0), [donor]);
+        assert_eq!((monitor.health(), monitor.dead()), (None, vec![]));
+        for step in 1..3 * COOLDOWN {
+            observe(&mut monitor, &[3, 3, 3, 2]);
+            assert_eq!(reinit.decide(&mut monitor, &EVIDENCE, &mut treatment, step), [], "step {step}");
+        }
+    }
+
     #[test]
     fn the_balance_weight_doubles_up_to_its_cap() {
-        let monitor = monitor(&[600, 100, 100, 100], 1);
+        let mut monitor = monitor(&[600, 100, 100, 100]);
         let raise = remedies(&["raise_balance"]);
         let mut treatment = Treatment::default();
         let mut weights = Vec::new();
         for step in 0..400 {
-            let evidence = Evidence { balance_weight: treatment.balance_weight(0.02), ..evidence(&monitor) };
-            if let [action] = raise.decide(&evidence, &mut treatment, step)[..] {
+            let evidence = Evidence { balance_weight: treatment.balance_weight(0.02), ..EVIDENCE };
+            if let [action] = raise.decide(&mut monitor, &evidence, &mut treatment, step)[..] {
                 assert_eq!(action, Action::RaiseBalance { factor: treatment.factor() });
                 weights.push((step, treatment.balance_weight(0.02)));
             }
@@ -318,7 +332,7 @@ mod tests {
     #[test]
     fn a_treatment_survives_a_save() {
         let mut treatment = Treatment::default();
-        remedies(&["reinit", "raise_balance"]).decide(&evidence(&monitor(&[900, 0, 0, 0], 1)), &mut treatment, 3);
+        remedies(&["reinit", "raise_balance"]).decide(&mut monitor(&[900, 0, 0, 0]), &EVIDENCE, &mut treatment, 3);
         let text = serde_json::to_string(&treatment).unwrap();
         assert_eq!(serde_json::from_str::<Treatment>(&text).unwrap(), treatment);
         assert_ne!(treatment, Treatment::default());

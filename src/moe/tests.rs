@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use super::{
     LayerRouting, LayerState, MoeLayer, Routing, RoutingMode, SparseRouting, TrainState,
     capacity::{Capacity, Order, Overflow},
-    estimator::{Estimator, EstimatorConfig, EstimatorSpec, Expected, Purpose, catalog},
+    estimator::{Baseline, Estimator, EstimatorConfig, EstimatorSpec, Expected, Gradient, Purpose, catalog},
     kernel::{CpuKernel, ExpertKernel},
     plan::DispatchPlan,
     policy::{RoutingChoice, RoutingPolicy, WeightForm},
@@ -319,4 +319,19 @@ fn jitter_reaches_the_router_and_not_the_experts() {
         step(&layer, &x, top(1, WeightForm::Unit), state).0.to_vec2::<f32>().unwrap()
     };
     assert_eq!(fixed(0.1), fixed(0.0));
+}
+
+#[test]
+fn jitter_does_not_reach_the_greedy_copy() {
+    let rng = &mut StdRng::seed_from_u64(11);
+    let (layer, x) = (layer(weights(rng)), random(&[13, 8], rng).repeat((3, 1)).unwrap());
+    let gradient = Gradient::Score { baseline: Baseline::SelfCritical, samples: 2 };
+    let policy = RoutingPolicy::Estimator(Estimator { gradient, ..named("reinforce", Some(1)).unwrap() });
+    let at = |jitter| {
+        let state = &mut TrainState { jitter, copy_rows: 13, ..TrainState::new(0) };
+        step(&layer, &x, policy, state).1.router_logits.to_vec2::<f32>().unwrap()
+    };
+    let (noisy, quiet) = (at(0.1), at(0.0));
+    assert!(noisy[..26].iter().zip(&quiet[..26]).all(|(a, b)| a != b), "the draws");
+    assert_eq!(noisy[26..], quiet[26..], "the greedy copy");
 }

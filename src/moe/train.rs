@@ -32,12 +32,13 @@ pub struct TrainState {
     pub phase: Phase,
     /// Random changes of the choice.
     pub explore: Exploration,
-    /// The router sees `x ⊙ u`, u uniform in `1 ± jitter` (Switch Transformer); the experts see x. 0 is none.
+    /// The router sees `x ⊙ u`, u uniform in `1 ± jitter` (Switch Transformer); the experts see x, and a greedy copy of
+    /// the data is without. 0 is none.
     pub jitter: f64,
     /// Most rows of an expert; `None` is dropless.
     pub capacity: Option<Capacity>,
-    /// Rows from here on see no noise: the greedy copy of a self-critical baseline. `usize::MAX` is none.
-    pub greedy_from: usize,
+    /// Rows of one copy of the data, where the forward runs several of them ([`Estimator::copies`]); else `usize::MAX`.
+    pub copy_rows: usize,
     /// Expert of each row in the place of the router's outputs, which are then 1 for it and 0 for the others; the router
     /// gets no gradient. For controls whose route is known.
     pub fixed: Option<Arc<[u32]>>,
@@ -67,7 +68,7 @@ impl TrainState {
             explore: Exploration::NONE,
             jitter: 0.0,
             capacity: None,
-            greedy_from: usize::MAX,
+            copy_rows: usize::MAX,
             fixed: None,
             layers: Vec::new(),
         }
@@ -97,7 +98,7 @@ impl TrainState {
             bias: self.layers.get(layer).map(|layer| layer.bias.as_slice()).filter(|bias| !bias.is_empty()),
             explore: self.explore,
             capacity: self.capacity,
-            greedy_from: self.greedy_from,
+            copy_rows: self.copy_rows,
         }
     }
 }
@@ -107,7 +108,10 @@ pub(super) fn forward(layer: &MoeLayer, x_td: &Tensor, estimator: Estimator, sta
     let num_experts = layer.experts.gate_up.dim(0)?;
     let router_logits = match &state.fixed {
         Some(route) => one_hot(route, num_experts, x_td)?,
-        None => ops::linear(&jittered(&x_td.to_dtype(DType::F32)?, state, layer.index)?, &layer.router)?,
+        None => {
+            let noisy = estimator.greedy_from(state.copy_rows);
+            ops::linear(&jittered(&x_td.to_dtype(DType::F32)?, state, layer.index, noisy)?, &layer.router)?
+        }
     };
     let z = Arc::new(host_f64(&router_logits)?);
     let routed = Arc::new(estimator.route(&z, num_experts, &state.context(layer.index)));
@@ -144,16 +148,14 @@ fn one_hot(route: &[u32], num_experts: usize, x_td: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(z, (t, num_experts), x_td.device())?)
 }
 
-/// The router's copy of its input.
-fn jittered(x_td: &Tensor, state: &TrainState, layer: usize) -> Result<Tensor> {
+/// The router's copy of its input, with noise on the first `noisy` rows.
+fn jittered(x_td: &Tensor, state: &TrainState, layer: usize, noisy: usize) -> Result<Tensor> {
     if state.jitter <= 0.0 || state.phase == Phase::Evaluate {
         return Ok(x_td.clone());
     }
     let ((t, d), draw) = (x_td.dims2()?, state.draw(layer));
     let mut factors = vec![1.0; t * d];
-    for (token, row) in factors.chunks_mut(d.max(1)).enumerate() {
-        explore::jitter(row, state.jitter, |column| draw.uniform(Stream::Jitter, token as u64, column as u64));
-    }
+    explore::jitter(&mut factors, d, state.jitter, noisy, |token, column| draw.uniform(Stream::Jitter, token, column));
     Ok((x_td * Tensor::from_vec(factors, (t, d), x_td.device())?.to_dtype(x_td.dtype())?)?)
 }
 

@@ -17,6 +17,9 @@ use crate::{
     },
 };
 
+/// Tokens of a step that is no mistake.
+const MAX_TOKENS: usize = 1 << 24;
+
 /// Parameters of a model that is no mistake: with gradients and moments 256 GiB.
 const MAX_PARAMETERS: u128 = 1 << 34;
 
@@ -172,10 +175,20 @@ impl TrainConfig {
         ensure(generation.temperature.is_none_or(|t| t.is_finite() && t >= 0.0), "generation.temperature", "must be at least 0")?;
         ensure(generation.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "generation.top_p", "must be above 0 and at most 1")?;
         ensure(run.steps > 0 && run.batch > 0, "run.steps", "steps and batch must be above 0")?;
-        ensure(run.batch.saturating_mul(model.context) <= 1 << 24, "run.batch", "must be at most 16777216 tokens per step")?;
         ensure(run.eval_tokens >= 2, "run.eval_tokens", "must be at least 2: the second is the first to be predicted")?;
         ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")?;
-        self.check_served(&self.plan()?)
+        let plan = self.plan()?;
+        self.check_batch(plan.estimator(0).copies())?;
+        self.check_served(&plan)
+    }
+
+    /// A step's tokens, of which a score function runs several copies.
+    fn check_batch(&self, copies: usize) -> Result<()> {
+        if self.run.batch.saturating_mul(self.model.context).saturating_mul(copies) <= MAX_TOKENS {
+            return Ok(());
+        }
+        let of_copies = if copies > 1 { format!(" with its {copies} copies") } else { String::new() };
+        Err(Error::invalid("run.batch", format!("must be at most {MAX_TOKENS} tokens per step{of_copies}")))
     }
 
     /// Checks that a checkpoint can hold what the plan trains.

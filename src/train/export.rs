@@ -70,7 +70,7 @@ fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) ->
                 init: Some(schedule.init),
                 end: Some(schedule.last()),
                 at_save: Some(schedule.at(steps, steps)),
-                folded: Some(softmax),
+                folded: Some(softmax && trained.folding == schedule.at(steps, steps)),
             }),
             noise: Some(NoiseRecord { kind: Some(noise(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
             weight_form: Some(match last.weights {
@@ -113,13 +113,14 @@ fn noise(kind: NoiseKind) -> &'static str {
     }
 }
 
-/// The losses at the end of the run, as far as the block has a place for them.
+/// The losses at the end of the run, as far as the block has a place for them: the balance loss with the largest
+/// weight, and the z-loss.
 fn loss_record(plan: &RoutingPlan) -> LossRecord {
     let balance = plan.balance(plan.steps);
     let z = plan.losses.iter().find(|term| term.loss == AuxLoss::RouterZ).map_or(0.0, |term| term.weight.last());
     LossRecord {
         balance: balance.map(|(loss, _)| loss.id().into()),
-        convention: balance.map(|(loss, _)| if loss == AuxLoss::HuggingFace { "per_slot" } else { "normalised" }.into()),
+        convention: balance.and_then(|(loss, _)| loss.convention()).map(Into::into),
         balance_coef: Some(balance.map_or(0.0, |(_, weight)| weight)),
         z_coef: Some(z),
         bias_rate: Some(plan.bias_rate),

@@ -199,7 +199,7 @@ impl Learner {
         let estimator = self.plan.estimator(step);
         let mut state = TrainState::new(self.seed);
         self.plan.prepare(&mut state, step);
-        state.greedy_from = text.inputs.len() * estimator.gradient.samples();
+        state.copy_rows = text.inputs.len();
         state.fixed = text.route.map(|route| route.repeat(estimator.copies()).into());
         state.layers = std::mem::take(&mut self.memory.layers);
         let batch = windows(text, estimator.copies());

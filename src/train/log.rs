@@ -82,9 +82,10 @@ pub struct EvaluationRecord {
     /// were trained with hard routing, that.
     #[serde(alias = "soft_perplexity")]
     pub reference_perplexity: f64,
-    /// Perplexity under hard top-2, renormalised.
+    /// Perplexity under hard top-2, the two weighted in the form in which the checkpoint is served: by the softmax of
+    /// the saved router as it is, renormalised over them, or 1/2 each. Whatever `serve_k` is.
     pub top2_perplexity: f64,
-    /// Perplexity under hard top-1.
+    /// Perplexity under hard top-1, weighted in the same form.
     pub top1_perplexity: f64,
     /// Load over fair share under hard top-1, per layer and expert.
     pub utilization: Vec<Vec<f64>>,

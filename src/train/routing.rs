@@ -11,7 +11,7 @@ use crate::{
     moe::{
         TrainState,
         capacity::Capacity,
-        estimator::{Estimator, EstimatorConfig, EstimatorSpec, NoiseKind, Param, Purpose, Regulariser, Relaxation, Selection, Weights},
+        estimator::{ChoiceChange, Estimator, EstimatorConfig, EstimatorSpec, Param, Purpose, Regulariser},
         explore::Exploration,
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::{Remedies, Remedy},
@@ -121,11 +121,8 @@ impl RoutingConfig {
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
         let first = estimator.at(0, run.steps);
-        if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
-            return Err(Error::invalid("routing.losses", "the outputs of this router are no logits: losses on logits have no meaning"));
-        }
-        let normal_noise = matches!(first.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
-        let losses = loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
+        let context = LossContext { steps: run.steps, estimator: &estimator, teacher: run.teacher };
+        let losses = loss_terms("routing.losses", &self.losses, context)?;
         let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);
         let remedies = Remedies::new("routing.remedies", &self.remedies, balanced)?;
 
@@ -148,6 +145,15 @@ impl RoutingConfig {
         }
         self.explore.check(run.steps)?;
         ensure(self.explore.epsilon.is_none() || first.chooses_top_k(), "routing.explore.epsilon", chooses)?;
+        for (changed, change, field) in [
+            (self.bias_rate > 0.0, ChoiceChange::Bias, "routing.bias_rate"),
+            (remedies.has(Remedy::BiasBump), ChoiceChange::Bias, "routing.remedies"),
+            (self.explore.epsilon.is_some(), ChoiceChange::Epsilon, "routing.explore.epsilon"),
+        ] {
+            if changed {
+                estimator.check_choice(change, field)?;
+            }
+        }
         Ok(RoutingPlan {
             estimator,
             losses,
@@ -201,21 +207,13 @@ impl RoutingPlan {
 
     /// What a router is divided by when saved, so that the softmax it was trained under is the plain one.
     pub fn folding(&self, step: usize) -> f64 {
-        match self.estimator(step).relaxation {
-            Relaxation::Softmax { temperature } => temperature,
-            _ => 1.0,
-        }
+        self.estimator(step).folding()
     }
 
     /// The routing that the saved model is compared with: the mixture that was trained, where it is one of the softmax,
     /// else hard routing to as many experts as in training.
     pub fn reference(&self, serve_k: usize) -> ReferenceRouting {
-        let last = self.estimator(self.steps);
-        match (last.relaxation, last.selection, last.weights) {
-            (Relaxation::Softmax { .. }, Selection::All, Weights::Relaxed) => ReferenceRouting::Soft { temperature: 1.0 },
-            (_, Selection::TopK { k }, _) if k != serve_k => ReferenceRouting::TopK { k },
-            _ => ReferenceRouting::OwnTopK { assumed: false },
-        }
+        self.estimator(self.steps).reference(serve_k)
     }
 
     /// Puts what the plan says about `step` into the state of the forward.

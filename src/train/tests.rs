@@ -380,10 +380,25 @@ fn bad_recipes_name_the_field() {
         ("eval_tokens = 64", "eval_tokens = 1", "run.eval_tokens"),
         ("clip_norm = 1.0", "clip_norm = 1.0\nnesterov = true", "nesterov"),
         ("estimator = \"gumbel_soft\"", "estimator = \"onehot\"", "routing.estimator: onehot is only for the laboratory"),
+        ("switch = 0.01", "sequence = 0.01", "routing.losses.sequence: counts the chosen experts, and gumbel_soft chooses all"),
     ] {
         let dir = folder(|recipe| recipe.replace(from, to));
         let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err();
         assert!(error.to_string().contains(field), "{to}: {error}");
+    }
+    for (lines, message) in [
+        ("estimator = \"reinmax\"\nserve_k = 1\nremedies = [\"bias_bump\"]", "routing.remedies: reinmax draws its experts"),
+        ("estimator = \"gumbel_st\"\nserve_k = 1\nbias_rate = 0.01", "routing.bias_rate: gumbel_st draws its experts"),
+        ("estimator = \"reinforce\"\nserve_k = 1\nexplore = { epsilon = 0.1 }", "routing.explore.epsilon: reinforce draws its experts"),
+        (
+            "estimator = \"reinforce\"\nserve_k = 1\nbaseline = \"self_critical\"\nsamples = 60000",
+            "run.batch: must be at most 16777216 tokens per step with its 60001 copies",
+        ),
+    ] {
+        let batch = if message.starts_with("run.batch") { "batch = 32" } else { "batch = 4" };
+        let dir = folder(|recipe| routed(lines)(recipe).replace("batch = 4", batch));
+        let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
     }
     let missing = folder(|r| r.replace("train.txt", "absent.txt"));
     assert!(Trainer::new(config(missing.path()), false).unwrap_err().to_string().contains("absent.txt"));

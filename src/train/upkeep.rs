@@ -16,7 +16,7 @@ use crate::{
         LayerRouting, Routing, balance_bias,
         collapse::Monitor,
         draw::{Draw, Stream},
-        estimator::{Estimator, Relaxation, RoutedBatch},
+        estimator::{Estimator, Preference, RoutedBatch},
         remedy::{Action, Evidence, Remedy, Treatment},
     },
 };
@@ -52,10 +52,11 @@ impl Upkeep<'_> {
     pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Vec<(usize, Action)>> {
         let mut acted = Vec::new();
         for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
-            let Routing::Dense { routed, .. } = &layer.routing else { continue };
+            let Routing::Dense { routed, z, .. } = &layer.routing else { continue };
             self.move_bias(layer.layer, routed);
-            for action in self.decide(index, layer, routed, [gradients.task(layer), gradients.auxiliary]) {
-                self.apply(index, layer.layer, routed.experts, action)?;
+            let preference = self.estimator.preference(z, routed);
+            for action in self.decide(index, layer.layer, &preference, [gradients.task(layer), gradients.auxiliary]) {
+                self.apply(layer.layer, routed.experts, action)?;
                 tracing::info!(step = self.step, layer = layer.layer, "{action}");
                 acted.push((layer.layer, action));
             }
@@ -66,8 +67,7 @@ impl Upkeep<'_> {
     fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
         let rate = self.plan.bias_rate;
         if rate > 0.0 {
-            let counts: Vec<u64> = routed.wanted().counts(0..routed.tokens, routed.experts).iter().map(|&n| n as u64).collect();
-            balance_bias::update(self.bias(layer, routed.experts), &counts, rate);
+            balance_bias::update(self.bias(layer, routed.experts), routed.wanted(), rate);
         } else if self.plan.remedies.has(Remedy::BiasBump) {
             balance_bias::fade(self.bias(layer, routed.experts), FADE);
         }
@@ -82,24 +82,20 @@ impl Upkeep<'_> {
         bias
     }
 
-    fn decide(&mut self, index: usize, layer: &LayerRouting, routed: &RoutedBatch, [task, auxiliary]: [f64; 2]) -> Vec<Action> {
+    fn decide(&mut self, index: usize, layer: usize, preference: &Preference, [task, auxiliary]: [f64; 2]) -> Vec<Action> {
         let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
-        watch.monitor.observe(&layer.stats);
+        watch.monitor.observe(preference.choices.rows());
         watch.monitor.observe_gradients(task, auxiliary);
         if self.plan.remedies.is_empty() {
             return Vec::new();
         }
-        let scores: Vec<f64> = match self.estimator.relaxation {
-            Relaxation::Sigmoid { temperature } => routed.seen().iter().map(|z| 1.0 / (1.0 + (-z / temperature).exp())).collect(),
-            _ => routed.seen().to_vec(),
-        };
-        let bias = self.memory.layers.get(layer.layer).map_or(&[][..], |layer| &layer.bias);
+        let bias = self.memory.layers.get(layer).map_or(&[][..], |layer| &layer.bias);
         let balance_weight = self.plan.balance(self.step).map_or(0.0, |(_, weight)| watch.treatment.balance_weight(weight));
-        let evidence = Evidence { monitor: &watch.monitor, scores: &scores, bias, balance_weight };
-        self.plan.remedies.decide(&evidence, &mut watch.treatment, self.step)
+        let evidence = Evidence { scores: &preference.scores, bias, balance_weight };
+        self.plan.remedies.decide(&mut watch.monitor, &evidence, &mut watch.treatment, self.step)
     }
 
-    fn apply(&mut self, index: usize, layer: usize, experts: usize, action: Action) -> Result<()> {
+    fn apply(&mut self, layer: usize, experts: usize, action: Action) -> Result<()> {
         match action {
             Action::BumpBias { expert, to } => {
                 if let Some(bias) = self.bias(layer, experts).get_mut(expert) {
@@ -112,9 +108,6 @@ impl Upkeep<'_> {
                     self.copy(&format!("layers.{layer}.{part}"), [donor, expert], |i, std| {
                         noise * std * draw.normal(Stream::Reinit, (number * experts + expert) as u64, i as u64)
                     })?;
-                }
-                if let Some(watch) = self.memory.watch.get_mut(index) {
-                    watch.monitor.reset();
                 }
             }
             // The watch holds the factor, and the objective asks it.

@@ -8,7 +8,7 @@ use serde::{
 };
 
 use super::{
-    Baseline, Estimator, Gradient, Regulariser, Weights,
+    Baseline, Estimator, Gradient, NoiseKind, Regulariser, Selection, Weights,
     catalog::{self, CATALOG, KRange, Kind, ParamRow, Range, Row, Way},
     values::{Setting, Values},
 };
@@ -52,6 +52,15 @@ pub enum Purpose {
     Train,
     /// Estimators are compared, the broken ones with the others.
     Laboratory,
+}
+
+/// What a run may change about the choice of experts, whatever the method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChoiceChange {
+    /// Now and then it is made evenly at random.
+    Epsilon,
+    /// A bias is added to the scores it is made on: loss-free balancing, or a remedy.
+    Bias,
 }
 
 /// A checked estimator with its schedules.
@@ -119,6 +128,33 @@ impl EstimatorSpec {
             (_, _, Some(initial), Some(factor)) => Regulariser::Sparsity { initial, factor, k: self.k },
             _ => Regulariser::None,
         }
+    }
+
+    /// Refuses a change of the choice, set by `field`, under which the gradient would not be the one that the method is
+    /// known for.
+    ///
+    /// Methods that draw their experts have a gradient that is right in the mean over just these draws. Choices by
+    /// epsilon are other draws. A bias moves the draws too: REINFORCE takes the score of what it has drawn from, bias
+    /// and all, and stays exact; the others differentiate the softmax without it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] on `field`.
+    pub fn check_choice(&self, change: ChoiceChange, field: &str) -> Result<()> {
+        let Estimator { noise, selection, gradient, .. } = self.at(0, 1);
+        let draws = noise.kind == NoiseKind::Gumbel && matches!(selection, Selection::TopK { .. });
+        let name = self.row.name;
+        let message = match change {
+            ChoiceChange::Epsilon if draws => format!(
+                "{name} draws its experts, and its gradient is made for these draws: choices at random beside them would make it \
+                 biased; it explores without"
+            ),
+            ChoiceChange::Bias if draws && !matches!(gradient, Gradient::Score { .. }) => format!(
+                "{name} draws its experts, and its gradient is made for draws without a selection bias: it would be biased; balance \
+                 with a loss, such as switch"
+            ),
+            ChoiceChange::Epsilon | ChoiceChange::Bias => return Ok(()),
+        };
+        Err(Error::invalid(field, message))
     }
 
     fn values(&self, step: usize, steps: usize) -> Values<'_> {

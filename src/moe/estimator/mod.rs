@@ -14,7 +14,7 @@
 //! | [`Weights::Relaxed`] | `p` | [`Gradient::Exact`]: `J c` |
 //! | [`Weights::Chosen`] | `p ⊙ m`, m = 1 where chosen | [`Gradient::Exact`]: `J (c ⊙ m)` |
 //! | [`Weights::Renorm`] | `g = p ⊙ m / n`, n their sum | [`Gradient::Exact`]: `J (((c - <g,c>) ⊙ m) / n)` |
-//! | [`Weights::Unit`] | `m / k` | [`Gradient::Exact`]: 0 |
+//! | [`Weights::Unit`] | `m / n`, n the number of the chosen | [`Gradient::Exact`]: 0 |
 //! | any | | [`Gradient::Zero`]: 0 |
 //! | any | | [`Gradient::StraightThrough`]: `J c`, of the chosen `J (c ⊙ m)` |
 //! | [`Weights::Unit`] | | [`Gradient::ReinMax`]: `2 J(π) c - ½ J(p) c`, `π = ½ (p + m)` |
@@ -26,10 +26,12 @@ pub mod catalog;
 mod config;
 mod dselect;
 mod entmax;
+mod preference;
 mod regulariser;
 mod relax;
 mod route;
 mod select;
+mod served;
 mod soft_topk;
 mod surrogate;
 mod values;
@@ -37,7 +39,8 @@ mod values;
 pub use self::{
     batch::RoutedBatch,
     catalog::Needs,
-    config::{EstimatorConfig, EstimatorSpec, Param, Purpose},
+    config::{ChoiceChange, EstimatorConfig, EstimatorSpec, Param, Purpose},
+    preference::Preference,
     regulariser::Regulariser,
 };
 use super::{capacity::Capacity, draw::Draw, explore::Exploration, policy::WeightForm};
@@ -82,6 +85,11 @@ pub enum Relaxation {
         k: usize,
     },
     /// α-entmax (Peters et al. 2019): `[(α-1) z / temperature - t]_+^(1/(α-1))`, t such that the sum is 1.
+    ///
+    /// Its experts per token are its support: there is no k. Hard top-1 gives weight 1, as its limit does. Hard top-2
+    /// is another function: it renormalises entmax over the two largest logits, and the second has weight 0 where the
+    /// support is one expert. A checkpoint would renormalise the softmax over them instead, where neither weight is 0,
+    /// and so is served with one.
     Entmax {
         /// In (1, 2]; 2 is sparsemax (Martins and Astudillo 2016).
         alpha: f64,
@@ -168,6 +176,9 @@ pub enum NoiseKind {
     /// Standard normal.
     Gaussian,
     /// Normal with a learned deviation, `softplus` of router outputs E..2E (Shazeer et al. 2017).
+    ///
+    /// Serving is without noise, so that a checkpoint holds rows 0..E of the router, the logits; rows E..2E are not
+    /// saved, and training cannot go on from it.
     Learned,
 }
 
@@ -203,7 +214,8 @@ pub enum Weights {
     Chosen,
     /// `p ⊙ m` over its sum.
     Renorm,
-    /// 1 over the number of the chosen.
+    /// 1 over the number of experts that the token has, the same for each: `1/k`, or more where capacity dropped some
+    /// of the k. At k = 1 it is 1. No function of the router outputs.
     Unit,
     /// `s p̃`: the masked softmax at each draw, times 1 for the largest logit and otherwise 1 or ⅓ by a coin.
     Corrected {
@@ -299,10 +311,11 @@ pub struct StepContext<'a> {
     pub bias: Option<&'a [f64]>,
     /// Epsilon-greedy choice and expert dropout.
     pub explore: Exploration,
-    /// Limit of tokens per expert, for top-k selection.
+    /// Limit of tokens per expert, for top-k selection, in each copy of the data by itself.
     pub capacity: Option<Capacity>,
-    /// Rows from here on see no noise: the self-critical baseline. `usize::MAX`: none.
-    pub greedy_from: usize,
+    /// Rows of one copy of the data, above 0, where the batch is several of them ([`Estimator::copies`]); else
+    /// `usize::MAX`.
+    pub copy_rows: usize,
 }
 
 impl StepContext<'_> {
@@ -313,7 +326,7 @@ impl StepContext<'_> {
 
     /// The noise-free routing; `draw` is not looked at.
     pub fn evaluate(draw: Draw) -> Self {
-        Self { draw, phase: Phase::Evaluate, bias: None, explore: Exploration::default(), capacity: None, greedy_from: usize::MAX }
+        Self { draw, phase: Phase::Evaluate, bias: None, explore: Exploration::default(), capacity: None, copy_rows: usize::MAX }
     }
 }
 
@@ -373,6 +386,15 @@ impl Estimator {
         }
     }
 
+    /// First row of the greedy copy in a batch of [`Estimator::copies`] of `copy_rows` rows each: from there on there
+    /// is no noise, no jitter and no exploration. `usize::MAX` where no copy is greedy.
+    pub fn greedy_from(&self, copy_rows: usize) -> usize {
+        match self.gradient {
+            Gradient::Score { baseline: Baseline::SelfCritical, samples } => samples.saturating_mul(copy_rows),
+            _ => usize::MAX,
+        }
+    }
+
     /// Experts that run per token of the data in training, over all [`Estimator::copies`].
     pub fn executed_per_token(&self, experts: usize) -> Expected {
         match (self.combine, self.selection) {
@@ -380,25 +402,6 @@ impl Estimator {
             (Combine::Mixture(Execution::All), _) | (_, Selection::All) => Expected::Exactly(experts * self.copies()),
             (_, Selection::TopK { k }) => Expected::Exactly(k.min(experts) * self.copies()),
             (_, Selection::Support) => Expected::AtMost(experts * self.copies()),
-        }
-    }
-
-    /// What is served: the `k` largest logits without noise (under [`Relaxation::SmoothStep`] the `k` largest weights), ties
-    /// to the lowest index, weighted as [`Estimator::serve`] says. Draws from masked softmaxes keep their own weights.
-    pub fn hard(&self, k: usize) -> Self {
-        let weights = match (self.weights, self.serve) {
-            (weights @ Weights::Corrected { .. }, _) => weights,
-            (_, WeightForm::Raw) => Weights::Chosen,
-            (_, WeightForm::Renorm) => Weights::Renorm,
-            (_, WeightForm::Unit) => Weights::Unit,
-        };
-        Self {
-            noise: Noise { scale: 0.0, dropout: 0.0, ..self.noise },
-            selection: Selection::TopK { k },
-            weights,
-            gradient: Gradient::Zero,
-            combine: Combine::Mixture(Execution::Chosen),
-            ..*self
         }
     }
 }

@@ -15,17 +15,31 @@ impl Estimator {
         let mut pass = Pass { estimator: self, ctx, batch: self.empty(experts, z.len() / width, ctx), hidden: vec![false; experts] };
         z.chunks_exact(width).for_each(|z| pass.row(z));
         let mut batch = pass.batch;
-        let mut choices = batch.wanted.clone();
-        if let (Phase::Train, Some(capacity), Selection::TopK { k }) = (ctx.phase, ctx.capacity, self.selection) {
-            batch.capacity = capacity.apply(&mut choices, &batch.relaxed, experts, k);
-        }
-        Choices { offsets: batch.offsets, chosen: batch.chosen } = choices;
+        Choices { offsets: batch.offsets, chosen: batch.chosen } = self.limit(&mut batch, ctx);
         let mut weights = vec![0.0; batch.relaxed.len()];
         for (token, weights) in weights.chunks_exact_mut(experts.max(1)).enumerate() {
             self.weigh(&batch, token, ctx, weights);
         }
         batch.weights = weights;
         batch
+    }
+
+    /// What capacity leaves of the choices. Copies of the data are batches of their own: a draw must not be displaced
+    /// by another draw of the same token, nor the greedy copy by any.
+    fn limit(&self, batch: &mut RoutedBatch, ctx: &StepContext<'_>) -> Choices {
+        let (Phase::Train, Some(capacity), Selection::TopK { k }) = (ctx.phase, ctx.capacity, self.selection) else {
+            return batch.wanted.clone();
+        };
+        let mut left = Choices::from_rows::<[u32; 0]>([]);
+        for copy in batch.relaxed.chunks(ctx.copy_rows.saturating_mul(batch.experts).max(1)) {
+            let from = left.rows().tokens();
+            let mut choices = batch.wanted().part(from..from + copy.len() / batch.experts.max(1));
+            let report = capacity.apply(&mut choices, copy, batch.experts, k);
+            batch.capacity.dropped += report.dropped;
+            batch.capacity.rerouted += report.rerouted;
+            left.extend(choices.rows());
+        }
+        left
     }
 
     fn empty(&self, experts: usize, tokens: usize, ctx: &StepContext<'_>) -> RoutedBatch {
@@ -58,6 +72,11 @@ impl Estimator {
         }
     }
 
+    /// A row sees noise and exploration.
+    fn noisy(&self, ctx: &StepContext<'_>, token: usize) -> bool {
+        ctx.phase == Phase::Train && token < self.greedy_from(ctx.copy_rows)
+    }
+
     /// Router outputs are not one logit for each expert.
     pub(super) fn reads_columns(&self) -> bool {
         matches!(self.relaxation, Relaxation::SmoothStep { .. })
@@ -79,7 +98,7 @@ impl Estimator {
             Weights::Corrected { star } => {
                 for draw in self.draws(batch, token) {
                     let coin = ctx.draw.uniform(Stream::Weights, token as u64, draw.slot as u64) < if star { 0.625 } else { 0.25 };
-                    let scale = if draw.largest || coin || !ctx.noisy(token) { 1.0 } else { 1.0 / 3.0 };
+                    let scale = if draw.largest || coin || !self.noisy(ctx, token) { 1.0 } else { 1.0 / 3.0 };
                     weights[draw.expert] = scale * draw.relaxed[draw.expert];
                 }
             }
@@ -116,13 +135,6 @@ pub(super) struct DrawOf {
     pub(super) relaxed: Vec<f64>,
 }
 
-impl StepContext<'_> {
-    /// A row sees noise and exploration.
-    fn noisy(&self, token: usize) -> bool {
-        self.phase == Phase::Train && token < self.greedy_from
-    }
-}
-
 /// A forward under way: rows are appended to the batch one by one.
 struct Pass<'a> {
     estimator: &'a Estimator,
@@ -149,7 +161,7 @@ impl Pass<'_> {
     }
 
     fn noisy(&self) -> bool {
-        self.ctx.noisy(self.batch.tokens)
+        self.estimator.noisy(self.ctx, self.batch.tokens)
     }
 
     fn uniform(&self, stream: Stream, column: usize) -> f64 {
@@ -179,7 +191,7 @@ impl Pass<'_> {
         let Self { estimator, ctx, batch, hidden } = self;
         let dropout = 1.0 - (1.0 - estimator.noise.dropout) * (1.0 - ctx.explore.dropout);
         if dropout > 0.0 {
-            let dropout = if ctx.noisy(batch.tokens) { dropout } else { 0.0 };
+            let dropout = if estimator.noisy(ctx, batch.tokens) { dropout } else { 0.0 };
             let uniform = |e| ctx.draw.uniform(Stream::Dropout, batch.tokens as u64, e as u64);
             Exploration { dropout, ..ctx.explore }.hide(hidden, estimator.k(), uniform);
         }

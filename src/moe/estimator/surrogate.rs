@@ -21,8 +21,8 @@ impl Estimator {
     }
 
     /// Log-probability `[T]` of the choice of each token, as draws without replacement from the noisy softmax (Plackett
-    /// 1975, Luce 1959). 0 for a token that is not finite, and for methods that do
-    /// not choose by the largest noisy logits.
+    /// 1975, Luce 1959), the selection bias being part of what was drawn from: it is exact for the choice before
+    /// capacity. 0 for a token that is not finite, and for methods that do not choose by the largest noisy logits.
     pub fn log_prob(&self, z: &[f64], routed: &RoutedBatch) -> Vec<f64> {
         let mut log_probs = Vec::with_capacity(routed.tokens);
         for (token, z) in z.chunks_exact(self.router_width(routed.experts).max(1)).enumerate() {
@@ -122,8 +122,9 @@ impl RowBackward<'_> {
         }
     }
 
-    /// `2 J(π) c - ½ J(p) c`; p is the distribution that the choice was drawn from, at temperature 1, π half the
-    /// relaxation and half the draw.
+    /// `2 J(π) c - ½ J(p) c` (Liu et al. 2023, algorithm 2): `p = softmax(z)` is what the choice D was drawn from,
+    /// whatever the temperature; `π = ½ (softmax(z / τ) + D)`. Both Jacobians are those of a softmax at temperature 1:
+    /// line 4 of the algorithm writes π as `softmax(ln π - sg(z) + z)`.
     fn reinmax(&self, d: &mut [f64]) {
         let point = self.routed.point_row(self.token);
         let mut p = vec![0.0; point.len()];

@@ -5,7 +5,9 @@ mod config;
 mod forward;
 mod goldens;
 mod parts;
+mod preference;
 mod sampling;
+mod served;
 
 use super::{
     EstimatorConfig, EstimatorSpec, Param, Purpose,
@@ -19,6 +21,10 @@ const STEPS: usize = 100;
 fn spec(name: &str, k: Option<usize>, params: &[(&str, Param)], experts: usize) -> EstimatorSpec {
     let params = params.iter().map(|(name, param)| ((*name).to_owned(), param.clone())).collect();
     EstimatorSpec::new(&EstimatorConfig { name: name.into(), k, params }, experts, STEPS, Purpose::Laboratory).unwrap()
+}
+
+fn number(number: f64) -> Param {
+    Param::Number(number)
 }
 
 fn word(word: &str) -> Param {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::AuxLoss;
 use crate::{
     error::{Error, Result},
+    moe::estimator::{EstimatorSpec, NoiseKind, Relaxation, Selection},
     schedule::Schedule,
 };
 
@@ -17,24 +18,28 @@ pub struct LossTerm {
     pub weight: Schedule,
 }
 
-/// What a run has to offer to losses that need more than logits and choices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LossContext {
+/// What a run has to offer to losses.
+#[derive(Clone, Copy, Debug)]
+pub struct LossContext<'a> {
     /// Updates of the run.
     pub steps: usize,
-    /// Whether normal noise is added to the logits before the choice.
-    pub normal_noise: bool,
+    /// Whose router outputs and choices they are losses of.
+    pub estimator: &'a EstimatorSpec,
     /// Whether there is a teacher with a router.
     pub teacher: bool,
 }
 
 /// Checks `{ switch = 0.01, router_z = { init = 1e-3, final = 0.0, schedule = "linear" } }`. `field` is the path of the
 /// table, for messages.
-pub fn loss_terms(field: &str, losses: &BTreeMap<String, Schedule>, context: LossContext) -> Result<Vec<LossTerm>> {
+///
+/// # Errors
+/// [`Error::InvalidArgument`] on the loss: an unknown name, a weight that is none, or what the estimator makes
+/// meaningless.
+pub fn loss_terms(field: &str, losses: &BTreeMap<String, Schedule>, context: LossContext<'_>) -> Result<Vec<LossTerm>> {
     losses.iter().map(|(name, weight)| term(field, name, *weight, context)).collect()
 }
 
-fn term(field: &str, name: &str, weight: Schedule, context: LossContext) -> Result<LossTerm> {
+fn term(field: &str, name: &str, weight: Schedule, context: LossContext<'_>) -> Result<LossTerm> {
     let Some(loss) = AuxLoss::ALL.into_iter().find(|loss| loss.id() == name) else {
         let known = AuxLoss::ALL.map(AuxLoss::id).join(", ");
         return Err(Error::invalid(format!("{field}.{name}"), format!("is unknown; losses are {known}")));
@@ -46,8 +51,16 @@ fn term(field: &str, name: &str, weight: Schedule, context: LossContext) -> Resu
     if let Some(problem) = weight.problem(false, context.steps) {
         return bad(problem);
     }
+    let (estimator, method) = (context.estimator.at(0, context.steps), context.estimator.row().name);
+    let normal_noise = matches!(estimator.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
     match loss {
-        AuxLoss::Load if !context.normal_noise => {
+        _ if matches!(estimator.relaxation, Relaxation::SmoothStep { .. }) => {
+            bad(format!("is a loss on a logit for each expert, and the router of {method} has other outputs: leave it out"))
+        }
+        _ if loss.counts_choices() && estimator.selection == Selection::All => {
+            bad(format!("counts the chosen experts, and {method} chooses all of them: it would be constant; switch and gshard are not"))
+        }
+        AuxLoss::Load if !normal_noise => {
             bad("is the chance to win by noise: it needs an estimator with normal noise on the choice, such as noisy_topk".into())
         }
         AuxLoss::RouterKl if !context.teacher => bad("needs a teacher: a run that tunes a soft-trained checkpoint".into()),
@@ -58,20 +71,28 @@ fn term(field: &str, name: &str, weight: Schedule, context: LossContext) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schedule::Shape;
+    use crate::{
+        moe::estimator::{EstimatorConfig, Purpose, catalog::CATALOG},
+        schedule::Shape,
+    };
 
-    fn read(name: &str, weight: Schedule) -> Result<Vec<LossTerm>> {
-        let context = LossContext { steps: 100, ..LossContext::default() };
+    fn estimator(name: &str) -> EstimatorSpec {
+        let config = EstimatorConfig { name: name.into(), k: None, params: BTreeMap::new() };
+        EstimatorSpec::new(&config, 8, 100, Purpose::Laboratory).unwrap()
+    }
+
+    fn read(method: &str, name: &str, weight: Schedule) -> Result<Vec<LossTerm>> {
+        let context = LossContext { steps: 100, estimator: &estimator(method), teacher: false };
         loss_terms("routing.losses", &BTreeMap::from([(name.to_owned(), weight)]), context)
     }
 
     #[test]
     fn every_loss_has_a_name_of_its_own() {
-        let context = LossContext { steps: 100, normal_noise: true, teacher: true };
+        let context = LossContext { steps: 100, estimator: &estimator("noisy_topk"), teacher: true };
         let all: BTreeMap<String, Schedule> = AuxLoss::ALL.iter().map(|loss| (loss.id().to_owned(), Schedule::constant(0.01))).collect();
         assert_eq!(loss_terms("losses", &all, context).unwrap().len(), AuxLoss::ALL.len());
         let weight = Schedule::new(Shape::Linear, 0.01, 0.0);
-        assert_eq!(read("switch", weight).unwrap(), [LossTerm { loss: AuxLoss::Switch, weight }]);
+        assert_eq!(read("soft", "switch", weight).unwrap(), [LossTerm { loss: AuxLoss::Switch, weight }]);
     }
 
     #[test]
@@ -85,8 +106,28 @@ mod tests {
             ("load", Schedule::constant(0.1), "routing.losses.load: is the chance to win by noise"),
             ("router_kl", Schedule::constant(0.1), "routing.losses.router_kl: needs a teacher"),
         ] {
-            let error = read(name, weight).unwrap_err().to_string();
+            let error = read("raw_topk", name, weight).unwrap_err().to_string();
             assert!(error.starts_with(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_loss_without_a_gradient_is_refused_with_the_estimator() {
+        for row in CATALOG {
+            let dense = estimator(row.name).at(0, 100).selection == Selection::All;
+            for loss in AuxLoss::ALL.into_iter().filter(|loss| !matches!(loss, AuxLoss::Load | AuxLoss::RouterKl)) {
+                let refused = read(row.name, loss.id(), Schedule::constant(0.01)).err().map(|error| error.to_string());
+                let message = match (row.name, dense && loss.counts_choices()) {
+                    ("dselect_k", _) => {
+                        Some("is a loss on a logit for each expert, and the router of dselect_k has other outputs: leave it out".into())
+                    }
+                    (name, true) => Some(format!(
+                        "counts the chosen experts, and {name} chooses all of them: it would be constant; switch and gshard are not"
+                    )),
+                    (_, false) => None,
+                };
+                assert_eq!(refused, message.map(|message| format!("routing.losses.{loss}: {message}")), "{}", row.name);
+            }
         }
     }
 }

@@ -30,9 +30,11 @@ pub struct LossInput<'a> {
     pub experts: usize,
     /// τ of the softmax that `p` is, above 0.
     pub temperature: f64,
-    /// Choices of the T tokens; before capacity, so that a full expert still counts as wanted.
+    /// Choices of the T tokens with the noise and the exploration of the step, but before capacity, so that a full
+    /// expert still counts as wanted: GShard and Switch define f on the router's choice.
     pub choices: ChoiceRows<'a>,
-    /// Choices that a token makes. Losses that count choices mean nothing where all experts are chosen.
+    /// Choices that a token makes. Losses that count all of them ([`AuxLoss::counts_choices`]) mean nothing where every
+    /// expert is chosen.
     pub k: usize,
     /// Token ranges of the sequences, for [`AuxLoss::Sequence`]; none: the batch is one sequence.
     pub sequences: &'a [Range<usize>],
@@ -130,6 +132,22 @@ impl AuxLoss {
     /// Whether a larger weight evens out the load: what the remedy that raises the balance weight may raise.
     pub fn balances(self) -> bool {
         !matches!(self, Self::RouterZ | Self::TokenEntropy | Self::RouterKl | Self::ReluL1)
+    }
+
+    /// How a balance loss counts, as checkpoints record it beside its weight: `normalised`, 1 at an even load, or
+    /// `per_slot`, k there. `None` for losses without a product of shares and probabilities.
+    pub fn convention(self) -> Option<&'static str> {
+        match self {
+            Self::Switch | Self::TopK | Self::GShard | Self::GlobalBatch | Self::Sequence => Some("normalised"),
+            Self::HuggingFace => Some("per_slot"),
+            _ => None,
+        }
+    }
+
+    /// Whether f is that of all choices, so that it is the same for every expert, and the loss a constant, where all
+    /// experts are chosen.
+    pub fn counts_choices(self) -> bool {
+        matches!(self, Self::TopK | Self::HuggingFace | Self::GlobalBatch | Self::Sequence)
     }
 
     /// The value; adds `scale · ∂value/∂z` to `dz [T, G]`. 0 for no token.

@@ -143,6 +143,8 @@ fn values_at_an_even_load() {
         ] {
             let got = value(loss, &sharp);
             assert!((got - expected).abs() < 1e-12, "{loss} at k={k}: {got}");
+            let recorded = loss.convention().map(|convention| if convention == "per_slot" { k as f64 } else { 1.0 });
+            assert!(recorded.is_none_or(|value| value == expected), "{loss} at k={k}");
         }
     }
 }

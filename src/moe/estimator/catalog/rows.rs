@@ -112,7 +112,7 @@ pub const CATALOG: &[Row] = &[
         forward: "softmax of the noisy logits of the k largest; the deviation of the normal noise is learned, softplus of E further router outputs",
         backward: "exact at the draw, for the noise outputs too",
         source: "Shazeer et al. 2017 (1701.06538)",
-        note: "Where the noise outputs begin at 0, as in the paper, the deviation begins at ln 2.",
+        note: "Where the noise outputs begin at 0, as in the paper, the deviation begins at ln 2. A checkpoint has the first E rows of its router only, the logits.",
         k: KRange::From { from: 1 },
         params: &[ParamRow {
             name: "weights",
@@ -184,7 +184,11 @@ pub const CATALOG: &[Row] = &[
         source: "Liu et al. 2023 (2304.08612)",
         note: "Second order: exact in expectation for a quadratic loss at temperature 1. High variance.",
         k: KRange::One,
-        params: &[ParamRow { kind: Kind::Scheduled { default: Way::Constant(1.0), range: Range::AtLeast(1.0) }, ..TEMPERATURE }],
+        params: &[ParamRow {
+            kind: Kind::Scheduled { default: Way::Constant(1.0), range: Range::AtLeast(1.0) },
+            doc: "of the softmax in π; the draw is at 1 whatever it is",
+            ..TEMPERATURE
+        }],
         laboratory_only: None,
         build: |v| Estimator {
             relaxation: softmax(v),
@@ -357,7 +361,7 @@ pub const CATALOG: &[Row] = &[
         forward: "[(α-1) z / temperature - t]_+^(1/(α-1)), t such that the sum is 1",
         backward: "exact: s ⊙ (v - <s,v>/<s,1>), s = p^(2-α) on the support",
         source: "Peters, Niculae and Martins 2019 (1905.05702)",
-        note: "One-hot where the largest logit leads by temperature/(α-1).",
+        note: "One-hot where the largest logit leads by temperature/(α-1). Served with one expert: over two, a checkpoint would weigh by the softmax.",
         k: KRange::None,
         params: &[
             ParamRow {

@@ -312,6 +312,38 @@ fn the_published_formulas_hold_to_the_last_digits() {
     }
 }
 
+/// Algorithm 2 of the paper at temperatures other than 1: only the half of π that is no draw is tempered.
+#[test]
+fn reinmax_is_its_algorithm_at_every_temperature() {
+    let experts = 5;
+    for (seed, temperature) in [1.0, 1.3, 2.0, 7.0].into_iter().cycle().take(40).enumerate() {
+        let estimator = spec("reinmax", None, &[("temperature", number(temperature))], experts).at(0, 1);
+        let (z, credit) = (normals(seed as u64, experts, 1.5), normals(100 + seed as u64, experts, 1.0));
+        let routed = estimator.route(&z, experts, &StepContext::train(Draw::new(seed as u64, 0, 0)));
+        let mut pi: Vec<f64> = softmax(&z.iter().map(|z| z / temperature).collect::<Vec<_>>()).iter().map(|p| 0.5 * p).collect();
+        pi[routed.chosen[0] as usize] += 0.5;
+        let surrogate = |near: &[f64]| {
+            let shifted: Vec<f64> = (0..experts).map(|e| pi[e].ln() - z[e] + near[e]).collect();
+            2.0 * dot(&credit, &softmax(&shifted)) - 0.5 * dot(&credit, &softmax(near))
+        };
+        let expected: Vec<f64> = (0..experts)
+            .map(|j| {
+                let at = |d: f64| {
+                    let mut near = z.clone();
+                    near[j] += d;
+                    surrogate(&near)
+                };
+                (at(H) - at(-H)) / (2.0 * H)
+            })
+            .collect();
+        let mut found = vec![0.0; experts];
+        estimator.vjp(&z, &routed, &credit, &mut found);
+        assert_close(&found, &expected, 1e-8, &format!("temperature {temperature}"));
+        let drawn: Vec<f64> = (0..experts).map(|e| f64::from(routed.chosen == [e as u32])).collect();
+        assert_eq!(routed.weights, drawn, "the forward is the draw itself");
+    }
+}
+
 #[test]
 fn broken_baselines_have_exactly_no_gradient() {
     let experts = 8;

@@ -2,9 +2,10 @@
 
 use super::*;
 use crate::{
+    compare::list::default_in_words,
     error::Result,
     moe::estimator::{
-        Needs,
+        ChoiceChange, Needs,
         catalog::{Range, Row},
     },
     schedule::{Schedule, Shape},
@@ -94,6 +95,27 @@ fn mistakes_are_named() {
     assert_eq!(smear.to_string(), "routing.dropout: 1 is no value for it: must be at least 0 and below 1 at every step");
 }
 
+/// What draws its experts has a gradient for these draws only.
+#[test]
+fn choices_that_a_sampled_gradient_does_not_know_of_are_refused() {
+    let check = |spec: EstimatorSpec, draws: bool| {
+        let name = spec.row().name;
+        let start = format!("routing.it: {name} draws its experts, and its gradient is made for");
+        let refused = |change| match spec.check_choice(change, "routing.it") {
+            Ok(()) => false,
+            Err(error) => error.to_string().starts_with(&start),
+        };
+        assert_eq!(refused(ChoiceChange::Epsilon), draws, "{name}");
+        // The score is that of the biased choice.
+        assert_eq!(refused(ChoiceChange::Bias), draws && name != "reinforce", "{name}");
+    };
+    for row in CATALOG {
+        let draws = ["reinmax", "sparsemixer_v2", "gumbel_st", "gumbel_topk", "reinforce"].contains(&row.name);
+        check(super::spec(row.name, None, &[], EXPERTS), draws);
+    }
+    check(super::spec("ste", None, &[("sampled", Param::Flag(true))], EXPERTS), true);
+}
+
 #[test]
 fn the_laboratory_takes_the_broken_ones() {
     for toml in ["name = 'renorm_topk'\nk = 1", "name = 'onehot'", "name = 'dselect_k'", "name = 'smear'"] {
@@ -126,6 +148,31 @@ fn names_and_words_are_told_apart_and_texts_are_there() {
     for Row { name, title, forward, backward, source, note, params, .. } in CATALOG {
         assert!([title, forward, backward, source, note].iter().all(|text| !text.is_empty()), "{name}");
         assert!(params.iter().all(|param| !param.doc.is_empty() && param.name != "k"), "{name}");
+    }
+}
+
+/// `docs/estimators-reference.md` says what the catalogue says.
+#[test]
+fn the_reference_page_is_that_of_the_catalogue() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/estimators-reference.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    for row in CATALOG {
+        let start = page.find(&format!("### `{}`: {}\n", row.name, row.title)).expect(row.name) + 4;
+        let section = page[start..].split("\n### ").next().unwrap_or_default();
+        let says = |line: String| assert!(section.contains(&line), "{}: {line}", row.name);
+        says(format!("\n{}", row.note));
+        says(format!("| forward | {} |", row.forward));
+        says(format!("| backward | {} |", row.backward));
+        says(format!("| source | {} |", if row.source == "-" { "none" } else { row.source }));
+        says(format!("| serving | {}saved", if row.exports() { "" } else { "not " }));
+        for param in row.params {
+            let must = match param.kind {
+                Kind::Scheduled { range, .. } | Kind::Number { range, .. } => range.to_string(),
+                Kind::Choice { .. } => "one of these words".into(),
+                Kind::Flag => "true or false".into(),
+            };
+            says(format!("| `{}` | {} | {must} | {} |", param.name, default_in_words(param.kind), param.doc));
+        }
     }
 }
 

@@ -56,6 +56,39 @@ impl Task {
     }
 }
 
+/// A copy of the whole batch is routed as if it were alone: neither noise nor room is shared with the draws.
+#[test]
+fn the_greedy_copy_is_routed_by_itself() {
+    use crate::moe::{
+        capacity::{Capacity, Order, Overflow},
+        explore::Exploration,
+    };
+    let rows = 16;
+    let z = normals(1, rows * EXPERTS, 1.0);
+    for k in [1, 2] {
+        let estimator = spec("reinforce", Some(k), &[("baseline", word("self_critical"))], EXPERTS).at(0, 1);
+        assert_eq!((estimator.greedy_from(rows), estimator.greedy_from(usize::MAX)), (4 * rows, usize::MAX));
+        for order in [Order::Position, Order::Probability] {
+            let context = StepContext {
+                capacity: Some(Capacity { factor: 0.75, overflow: Overflow::Drop, order }),
+                ..StepContext::train(Draw::new(5, 0, 0))
+            };
+            let explore = Exploration { epsilon: 0.5, dropout: 0.5 };
+            let routed = estimator.route(&z.repeat(5), EXPERTS, &StepContext { copy_rows: rows, explore, ..context });
+            let alone = StepContext { copy_rows: rows, ..context };
+            let plain = Estimator { noise: crate::moe::estimator::Noise::NONE, ..estimator }.route(&z, EXPERTS, &alone);
+            assert_eq!(routed.weights[4 * rows * EXPERTS..], plain.weights, "top-{k}");
+            // Room for 0.75 k T / E rows of each expert in every copy.
+            for copy in 0..5 {
+                let counts = routed.rows().counts(copy * rows..(copy + 1) * rows, EXPERTS);
+                assert!(counts.iter().all(|n| *n <= 3.0 * k as f64), "top-{k}, copy {copy}: {counts:?}");
+            }
+            let dropped = routed.wanted().chosen.len() - routed.chosen.len();
+            assert_eq!(routed.capacity.dropped, dropped as u64);
+        }
+    }
+}
+
 fn one_hot(expert: usize) -> Vec<f64> {
     (0..EXPERTS).map(|e| f64::from(e == expert)).collect()
 }
@@ -110,6 +143,28 @@ fn reinmax_is_exact_for_quadratic_losses_at_temperature_one() {
     }
 }
 
+/// The mean over draws in closed form: `Σ_e p_e (2 J(½ (q + h_e)) c_e - ½ J(p) c_e)`, `q = softmax(z / τ)`, c_e at draw
+/// e.
+#[test]
+fn the_mean_of_reinmax_is_that_of_its_formula_at_every_temperature() {
+    for temperature in [1.0, 1.5, 4.0] {
+        let estimator = spec("reinmax", None, &[("temperature", Param::Number(temperature))], EXPERTS).at(0, 1);
+        for seed in 0..5 {
+            let task = Task::new(seed);
+            let p = softmax(&task.z);
+            let q = softmax(&task.z.iter().map(|z| z / temperature).collect::<Vec<_>>());
+            let mut mean = vec![0.0; EXPERTS];
+            for e in 0..EXPERTS {
+                let credit = task.credit(&one_hot(e));
+                let pi: Vec<f64> = q.iter().zip(one_hot(e)).map(|(q, h)| 0.5 * (q + h)).collect();
+                add(&mut mean, 2.0 * p[e], &jacobian(&pi, &credit));
+                add(&mut mean, -0.5 * p[e], &jacobian(&p, &credit));
+            }
+            assert_close(&mean_of_draws(&task, &estimator), &mean, 1e-12, "temperature");
+        }
+    }
+}
+
 #[test]
 fn score_functions_are_unbiased_with_every_baseline() {
     let estimator = spec("reinforce", Some(1), &[], EXPERTS).at(0, 1);
@@ -123,7 +178,7 @@ fn score_functions_are_unbiased_with_every_baseline() {
             dz
         };
         let losses: Vec<f64> = routed.iter().map(|routed| task.loss(&routed.weights)).collect();
-        let greedy = estimator.route(&task.z, EXPERTS, &StepContext { greedy_from: 0, ..StepContext::train(Draw::new(0, 0, 0)) });
+        let greedy = estimator.route(&task.z, EXPERTS, &StepContext::evaluate(Draw::new(0, 0, 0)));
         // Nothing, a moving average (any constant), the loss without noise.
         for baseline in [0.0, 0.37, task.loss(&greedy.weights)] {
             let mut mean = vec![0.0; EXPERTS];
@@ -139,6 +194,26 @@ fn score_functions_are_unbiased_with_every_baseline() {
         assert_close(&mean, &task.exact(), 1e-12, "leave one out");
         // Weight 1 at k = 1: nothing of the gradient comes through it.
         assert_eq!(task.gradient(&estimator, &routed[0]), [0.0; EXPERTS]);
+    }
+}
+
+/// Drawn under a selection bias, it is the gradient of what is drawn from: `softmax(z + bias)`.
+#[test]
+fn a_score_function_knows_the_bias() {
+    let estimator = spec("reinforce", Some(1), &[], EXPERTS).at(0, 1);
+    let bias = [0.7, -1.1, 0.0, 0.4];
+    let ctx = |seed| StepContext { bias: Some(&bias), ..StepContext::train(Draw::new(seed, 0, 0)) };
+    for seed in 0..5 {
+        let task = Task::new(seed);
+        let p = softmax(&task.z.iter().zip(bias).map(|(z, b)| z + b).collect::<Vec<_>>());
+        let losses: Vec<f64> = (0..EXPERTS).map(|e| task.loss(&one_hot(e))).collect();
+        let mut mean = vec![0.0; EXPERTS];
+        for (e, loss) in losses.iter().enumerate() {
+            let routes = (0..1_000_000).map(|seed| estimator.route(&task.z, EXPERTS, &ctx(seed)));
+            let routed = routes.into_iter().find(|routed| routed.chosen == [e as u32]).unwrap();
+            estimator.score(&task.z, &routed, &[p[e] * loss], &mut mean);
+        }
+        assert_close(&mean, &jacobian(&p, &losses), 1e-12, "biased policy");
     }
 }
 
