@@ -14,7 +14,7 @@ use crate::{
         estimator::{Estimator, EstimatorConfig, EstimatorSpec, NoiseKind, Param, Purpose, Regulariser, Relaxation, Selection, Weights},
         explore::Exploration,
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
-        remedy::{Remedies, Remedy},
+        remedy::{CAP, Remedies, Remedy},
     },
     schedule::Schedule,
 };
@@ -29,7 +29,7 @@ pub struct RoutingConfig {
     pub k: Option<usize>,
     /// Experts per token that the checkpoint is served with: 1 or 2.
     pub serve_k: usize,
-    /// Weights of auxiliary losses by name, each the mean over layers.
+    /// Weights of auxiliary losses by name, each the mean over layers. With a weight of 0 a loss is only recorded.
     #[serde(default)]
     pub losses: BTreeMap<String, Schedule>,
     /// Rate of loss-free balancing: how far the selection bias of an expert moves in a step. The checkpoint has no place
@@ -120,6 +120,9 @@ impl RoutingConfig {
     /// `InvalidArgument` that names the field, `routing...`.
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
+        if run.purpose == Purpose::Train {
+            self.check_effects()?;
+        }
         let first = estimator.at(0, run.steps);
         if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
             return Err(Error::invalid("routing.losses", "the outputs of this router are no logits: losses on logits have no meaning"));
@@ -128,6 +131,12 @@ impl RoutingConfig {
         let losses = loss_terms("routing.losses", &self.losses, LossContext { steps: run.steps, normal_noise, teacher: run.teacher })?;
         let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);
         let remedies = Remedies::new("routing.remedies", &self.remedies, balanced)?;
+        let at_cap = losses.iter().find(|term| term.loss.balances() && term.weight.least() >= CAP);
+        if let (true, Some(term)) = (remedies.has(Remedy::RaiseBalance), at_cap) {
+            let message =
+                format!("'raise_balance' has no effect because it raises up to {CAP}, which {} has already; remove it", term.loss);
+            return Err(Error::invalid("routing.remedies", message));
+        }
 
         let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
         ensure((1..=2).contains(&self.serve_k), "routing.serve_k", "must be 1 or 2")?;
@@ -159,6 +168,31 @@ impl RoutingConfig {
             router_rate: self.router_rate,
             steps: run.steps,
         })
+    }
+
+    /// Refuses what would change nothing about what is trained and served.
+    fn check_effects(&self) -> Result<()> {
+        let refuse = |field: &str, message: String| Err(Error::invalid(format!("routing.{field}"), message));
+        if self.losses.contains_key(AuxLoss::RouterKl.id()) {
+            let message = "needs a teacher, and `hardmax train` has none: it starts from random weights; remove it. \
+                           `hardmax compare --modes tune` starts from a soft teacher, and keeps near its outputs with `distill`";
+            return refuse("losses.router_kl", message.into());
+        }
+        if self.train != Learning::Experts {
+            return Ok(());
+        }
+        let frozen = "because train = \"experts\" keeps routers as they are";
+        if self.router_rate != 1.0 {
+            return refuse("router_rate", format!("has no effect {frozen}; remove it"));
+        }
+        if self.bias_rate > 0.0 {
+            return refuse("bias_rate", format!("has no effect on what is served {frozen}, and the bias is not served; remove it"));
+        }
+        if self.remedies.iter().any(|remedy| remedy == Remedy::BiasBump.id()) {
+            let message = format!("'bias_bump' has no effect on what is served {frozen}, and the bias is not served; remove it");
+            return refuse("remedies", message);
+        }
+        Ok(())
     }
 }
 

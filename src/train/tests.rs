@@ -157,6 +157,16 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     }
 }
 
+/// So that a balance loss, and raising it, is no setting without effect.
+#[test]
+fn a_balance_loss_moves_what_comes_before_a_frozen_router() {
+    let query = |weight: f64| {
+        let dir = folder(routed(&format!("estimator = \"ste\"\nserve_k = 1\ntrain = \"experts\"\nlosses = {{ switch = {weight:?} }}")));
+        values(&train(dir.path(), false)).into_iter().find(|(name, _)| name == "layers.0.query").unwrap()
+    };
+    assert_ne!(query(0.0), query(0.5));
+}
+
 /// Every row of the catalogue that a checkpoint can hold, by its name: trained, counted, saved, and served as evaluated.
 #[test]
 fn every_estimator_trains_and_is_served_as_it_was_evaluated() {
@@ -350,6 +360,15 @@ fn a_state_is_not_overwritten_nor_continued_under_another_recipe() {
 fn bad_recipes_name_the_field() {
     for (from, to, field) in [
         ("steps = 12", "steps = 0", "run.steps"),
+        ("batch = 4", "batch = 0", "run.batch: must be above 0"),
+        ("eval_every = 5", "eval_every = 0", "run.eval_every: must be above 0"),
+        ("save_every = 4", "save_every = 0", "run.save_every: must be above 0"),
+        ("hidden_size = 16", "hidden_size = 0", "model.hidden_size: must be above 0"),
+        ("layers = 2", "layers = 0", "model.layers: must be above 0"),
+        ("expert_width = 8", "expert_width = 0", "model.expert_width: must be above 0"),
+        ("beta1 = 0.9", "beta1 = 1.0", "optimizer.beta1: must be at least 0 and below 1"),
+        ("beta2 = 0.95", "beta2 = 1.0", "optimizer.beta2: must be at least 0 and below 1"),
+        ("warmup_steps = 2", "warmup_steps = 12", "optimizer.warmup_steps: must be below run.steps"),
         ("kv_heads = 1", "kv_heads = 3", "model.kv_heads"),
         ("final = 0.5", "final = 0.0", "routing.temperature"),
         ("estimator = \"gumbel_soft\"", "estimator = \"soft\"", "routing.noise: soft has no such parameter"),
@@ -385,6 +404,29 @@ fn bad_recipes_name_the_field() {
         let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err();
         assert!(error.to_string().contains(field), "{to}: {error}");
     }
+    let balanced = "estimator = \"ste\"\nserve_k = 1\nlosses = { switch = 0.1 }\n";
+    let frozen = "estimator = \"ste\"\nserve_k = 1\ntrain = \"experts\"\n";
+    for (lines, message) in [
+        ("estimator = \"noisy_topk\"\nserve_k = 1\nweights = \"renorm\"".to_owned(), "routing.weights: renormalised top-1"),
+        ("estimator = \"renorm_topk\"\nserve_k = 1\nk = 1".to_owned(), "routing.k: renormalised top-1"),
+        ("estimator = \"reinforce\"\nserve_k = 1\ndecay = 0.9".to_owned(), "routing.decay: has no effect because only baseline"),
+        (
+            format!("{balanced}remedies = [\"raise_balance\"]"),
+            "routing.remedies: 'raise_balance' has no effect because it raises up to 0.1",
+        ),
+        (format!("{frozen}bias_rate = 0.1"), "routing.bias_rate: has no effect on what is served because train"),
+        (format!("{frozen}remedies = [\"bias_bump\"]"), "routing.remedies: 'bias_bump' has no effect on what is served because train"),
+        (format!("{frozen}router_rate = 0.3"), "routing.router_rate: has no effect because train"),
+        (format!("{frozen}losses = {{ router_kl = 0.1 }}"), "routing.losses.router_kl: needs a teacher, and `hardmax train` has none"),
+    ] {
+        let dir = folder(routed(&lines));
+        let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{lines}: {error}");
+    }
+    let empty = folder(|r| r.replace("heldout.txt", "nothing.txt"));
+    fs::write(empty.path().join("nothing.txt"), "\n\n").unwrap();
+    let error = Trainer::new(config(empty.path()), false).unwrap_err().to_string();
+    assert_eq!(error, "data.heldout: the files hold no text");
     let missing = folder(|r| r.replace("train.txt", "absent.txt"));
     assert!(Trainer::new(config(missing.path()), false).unwrap_err().to_string().contains("absent.txt"));
 }

@@ -66,8 +66,8 @@ impl Trainer {
         std::fs::create_dir_all(&config.work).map_err(|source| Error::io(&config.work, source))?;
         let lock = Lock::take(&config.work)?;
         checkpoint::check_target(&config.output)?;
-        let documents = data::read_documents(&config.data.train, &config.data.separator)?;
-        let heldout = data::read_documents(&config.data.heldout, &config.data.separator)?;
+        let text = |field, files| read_text(field, files, &config.data.separator);
+        let (documents, heldout) = (text("data.train", &config.data.train)?, text("data.heldout", &config.data.heldout)?);
         let state = StateDir::new(&config, &documents)?;
         state.recover()?;
         let tokenizer = match state.exists() && resume {
@@ -214,6 +214,12 @@ impl Trainer {
             utilization: utilization(&top1),
         })
     }
+}
+
+/// The documents of the files that `field` of the recipe names.
+fn read_text(field: &str, files: &[PathBuf], separator: &str) -> Result<Vec<String>> {
+    let documents = data::read_documents(files, separator)?;
+    if documents.is_empty() { Err(Error::invalid(field, "the files hold no text")) } else { Ok(documents) }
 }
 
 /// The weights with every router divided by `temperature`, so that the soft mixture they were trained as is the plain
