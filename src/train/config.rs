@@ -128,6 +128,13 @@ pub struct RunConfig {
     pub eval_tokens: usize,
     /// Steps between saved states.
     pub save_every: usize,
+    /// Steps in a row without finite gradients after which the run fails: none of them moved a weight. 20 unless stated.
+    #[serde(default = "skip_limit")]
+    pub skip_limit: usize,
+}
+
+fn skip_limit() -> usize {
+    20
 }
 
 impl TrainConfig {
@@ -154,6 +161,7 @@ impl TrainConfig {
             ("run.batch", run.batch),
             ("run.eval_every", run.eval_every),
             ("run.save_every", run.save_every),
+            ("run.skip_limit", run.skip_limit),
         ] {
             ensure(size > 0, field, "must be above 0")?;
         }

@@ -157,6 +157,31 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     }
 }
 
+/// With such steps weights are no numbers after the first one.
+#[test]
+fn a_run_that_learns_nothing_more_is_given_up() {
+    let hopeless = |limit: usize| {
+        let limit = format!("save_every = 4\nskip_limit = {limit}");
+        folder(|recipe| recipe.replace("learning_rate = 1e-2", "learning_rate = 1e30").replace("save_every = 4", &limit))
+    };
+    let dir = hopeless(3);
+    let error = Trainer::new(config(dir.path()), false).unwrap().run().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    let text = error.to_string();
+    assert!(text.starts_with("no gradient was finite in the last 3 steps (run.skip_limit = 3)"), "{text}");
+    assert!(text.contains("optimizer.learning_rate"), "{text}");
+    let skipped: Vec<bool> = steps(dir.path()).iter().map(|step| step.grad_norm.is_none()).collect();
+    assert_eq!((skipped.len(), skipped[0], &skipped[skipped.len() - 3..]), (4, false, &[true; 3][..]));
+    // The count goes on where the run does.
+    let dir = hopeless(7);
+    Trainer::new(config(dir.path()), false).unwrap().run_until(4).unwrap();
+    assert!(Trainer::new(config(dir.path()), true).unwrap().run().unwrap_err().to_string().contains("last 7 steps"));
+    assert_eq!(steps(dir.path()).len(), 8);
+    let dir = hopeless(100);
+    train(dir.path(), false);
+    assert_eq!(steps(dir.path()).iter().filter(|step| step.grad_norm.is_none()).count(), 11, "below the limit");
+}
+
 /// So that a balance loss, and raising it, is no setting without effect.
 #[test]
 fn a_balance_loss_moves_what_comes_before_a_frozen_router() {
@@ -363,6 +388,7 @@ fn bad_recipes_name_the_field() {
         ("batch = 4", "batch = 0", "run.batch: must be above 0"),
         ("eval_every = 5", "eval_every = 0", "run.eval_every: must be above 0"),
         ("save_every = 4", "save_every = 0", "run.save_every: must be above 0"),
+        ("save_every = 4", "save_every = 4\nskip_limit = 0", "run.skip_limit: must be above 0"),
         ("hidden_size = 16", "hidden_size = 0", "model.hidden_size: must be above 0"),
         ("layers = 2", "layers = 0", "model.layers: must be above 0"),
         ("expert_width = 8", "expert_width = 0", "model.expert_width: must be above 0"),

@@ -114,9 +114,15 @@ impl Trainer {
     }
 
     /// Trains to the last step.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` once `run.skip_limit` steps in a row had no finite gradients.
     pub fn run(mut self) -> Result<Trained> {
         let steps = self.config.run.steps;
         self.run_until(steps)?;
+        if self.progress.skipped > 0 {
+            tracing::warn!("{} of {steps} steps were skipped: their gradients were not finite", self.progress.skipped);
+        }
         let evaluation = self.evaluate(None)?;
         tracing::info!("{}", describe(&evaluation));
         self.log.write(&Record::Evaluation(evaluation.clone()))?;
@@ -140,6 +146,7 @@ impl Trainer {
             bar.set_position(self.progress.step as u64);
             bar.set_message(format!("loss {:.3}  τ {:.2}  {:.0} tok/s", record.lm_loss, record.temperature, record.tokens_per_second));
             self.log.write(&Record::Step(record))?;
+            self.check_skips()?;
             let done = self.progress.step;
             if done.is_multiple_of(self.config.run.eval_every) {
                 let evaluation = self.evaluate(Some(self.config.run.eval_tokens))?;
@@ -166,12 +173,34 @@ impl Trainer {
             let record = RemedyRecord { step, layer: *layer, action: *action, text: action.to_string() };
             self.log.write(&Record::Remedy(record))?;
         }
-        if report.outcome == Outcome::Skipped {
-            self.progress.skipped += 1;
-            tracing::warn!(step, "a gradient is not finite: step skipped");
-        }
-        self.progress.step += 1;
+        self.count(step, report.outcome);
         Ok(self.record(step, rate, &report, inputs.len() as f64 / start.elapsed().as_secs_f64()))
+    }
+
+    fn count(&mut self, step: usize, outcome: Outcome) {
+        self.progress.step += 1;
+        if outcome == Outcome::Skipped {
+            self.progress.skipped += 1;
+            self.progress.skipped_in_a_row += 1;
+            tracing::warn!(step, "a gradient is not finite: step skipped");
+        } else {
+            self.progress.skipped_in_a_row = 0;
+        }
+    }
+
+    /// Weights that give no finite gradients for one text after the other will not recover by themselves.
+    fn check_skips(&self) -> Result<()> {
+        let (Progress { step, skipped_in_a_row, .. }, limit) = (self.progress, self.config.run.skip_limit);
+        if skipped_in_a_row < limit {
+            return Ok(());
+        }
+        let message = format!(
+            "no gradient was finite in the last {skipped_in_a_row} steps (run.skip_limit = {limit}), so nothing has been learned since step \
+             {}: train anew in another work folder with a lower optimizer.learning_rate, a lower optimizer.clip_norm, more \
+             optimizer.warmup_steps, or a higher final routing temperature",
+            step - skipped_in_a_row
+        );
+        Err(Error::FailedPrecondition(message))
     }
 
     fn record(&self, step: usize, learning_rate: f64, report: &StepReport, tokens_per_second: f64) -> StepRecord {
