@@ -9,9 +9,10 @@ use std::{
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::finding::Finding;
 use crate::{
     error::{Error, Result},
-    moe::remedy::Action,
+    moe::{collapse::Health, estimator::NoiseKind, remedy::Action},
 };
 
 /// One line of `training-log.jsonl`.
@@ -24,6 +25,22 @@ pub enum Record {
     Evaluation(EvaluationRecord),
     /// A remedy for collapse acted.
     Remedy(RemedyRecord),
+    /// A layer's routing became better or worse.
+    Finding(FindingRecord),
+}
+
+/// A change of what is found about a layer's routing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FindingRecord {
+    /// The step after which it was seen.
+    pub step: usize,
+    /// Decoder layer, from 0.
+    pub layer: usize,
+    /// What holds from now on.
+    #[serde(flatten)]
+    pub finding: Finding,
+    /// The same in words.
+    pub text: String,
 }
 
 /// A remedy that acted.
@@ -55,8 +72,23 @@ pub struct StepRecord {
     pub learning_rate: f64,
     /// Temperature or width of the relaxation in force; 1 for estimators that have neither.
     pub temperature: f64,
-    /// In force; 0 without noise.
+    /// Factor on the estimator's noise on router logits in force; 0 without noise.
     pub noise: f64,
+    /// Distribution of that noise: `none`, `gumbel`, `gaussian`, or `softplus`, which is normal with a learned deviation.
+    #[serde(default)]
+    pub noise_kind: String,
+    /// `explore.jitter` in force.
+    #[serde(default)]
+    pub jitter: f64,
+    /// `explore.epsilon` in force.
+    #[serde(default)]
+    pub epsilon: f64,
+    /// `explore.dropout` in force.
+    #[serde(default)]
+    pub dropout: f64,
+    /// The largest selection bias of an expert, without its sign; the next step has it. Served is a router without bias.
+    #[serde(default)]
+    pub selection_bias: f64,
     /// Global norm before clipping; `None` for a skipped step.
     pub grad_norm: Option<f64>,
     /// Norm over the routers alone, before clipping.
@@ -65,6 +97,18 @@ pub struct StepRecord {
     /// Rows pushed through experts per token and layer, counted.
     #[serde(default)]
     pub executed_per_token: f64,
+    /// Choices that capacity left out, in all layers together.
+    #[serde(default)]
+    pub dropped: u64,
+    /// Choices that capacity gave to another expert, in all layers together.
+    #[serde(default)]
+    pub rerouted: u64,
+    /// The worst of the layers' loads; `None` until one has been judged.
+    #[serde(default)]
+    pub health: Option<Health>,
+    /// Decoder layers whose router only auxiliary losses move.
+    #[serde(default)]
+    pub dead_routers: Vec<usize>,
     /// Tokens trained on per second, this step.
     pub tokens_per_second: f64,
 }
@@ -130,6 +174,7 @@ impl Record {
         match self {
             Self::Step(step) => step.step < first_step,
             Self::Remedy(remedy) => remedy.step < first_step,
+            Self::Finding(finding) => finding.step < first_step,
             Self::Evaluation(evaluation) => evaluation.step <= first_step && !evaluation.complete,
         }
     }
@@ -157,6 +202,16 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
     let mut records = whole.lines().enumerate().map(record).collect::<Result<Vec<_>>>()?;
     records.extend(serde_json::from_str::<Record>(last));
     Ok(records)
+}
+
+/// A distribution of noise as logs and checkpoints spell it.
+pub(super) fn noise_kind(kind: NoiseKind) -> &'static str {
+    match kind {
+        NoiseKind::None => "none",
+        NoiseKind::Gumbel => "gumbel",
+        NoiseKind::Gaussian => "gaussian",
+        NoiseKind::Learned => "softplus",
+    }
 }
 
 /// A number, or NaN where `null` stands for one that was not finite.

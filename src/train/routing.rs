@@ -254,11 +254,21 @@ impl RoutingPlan {
 
     /// Puts what the plan says about `step` into the state of the forward.
     pub fn prepare(&self, state: &mut TrainState, step: usize) {
-        let at = |schedule| ExploreConfig::at(schedule, step, self.steps);
         state.step = step;
         state.capacity = self.capacity;
-        state.jitter = at(self.explore.jitter);
-        state.explore = Exploration { epsilon: at(self.explore.epsilon), dropout: at(self.explore.dropout) };
+        state.jitter = self.jitter(step);
+        state.explore = self.exploration(step);
+    }
+
+    /// Half-width of the noise on the router's input at a step; 0 is none.
+    pub fn jitter(&self, step: usize) -> f64 {
+        ExploreConfig::at(self.explore.jitter, step, self.steps)
+    }
+
+    /// Random changes of the choice at a step.
+    pub fn exploration(&self, step: usize) -> Exploration {
+        let at = |schedule| ExploreConfig::at(schedule, step, self.steps);
+        Exploration { epsilon: at(self.explore.epsilon), dropout: at(self.explore.dropout) }
     }
 
     /// The balance loss with the largest weight at a step, and that weight.

@@ -10,7 +10,7 @@ use super::{
     data,
     evaluate::{Evaluation, evaluate},
     learner::{Learner, Setup, StepReport, Text},
-    log::{EvaluationRecord, Log, Record, RemedyRecord, StepRecord},
+    log::{self, EvaluationRecord, FindingRecord, Log, Record, RemedyRecord, StepRecord},
     optimizer::Outcome,
     state::{Lock, Progress, StateDir},
     tokenizer,
@@ -23,7 +23,7 @@ use crate::{
         Decoder, ModelSpec,
         weights::{FeedForwardWeights, ModelWeights},
     },
-    moe::{estimator::Estimator, policy::RoutingChoice},
+    moe::{RoutingStats, estimator::Estimator, policy::RoutingChoice},
     schedule::learning_rate,
 };
 
@@ -169,12 +169,24 @@ impl Trainer {
         let rate = learning_rate(step, run.steps, optimizer.warmup_steps, optimizer.learning_rate, optimizer.final_ratio);
         let text = Text { inputs: &inputs, targets: &targets, length: context, route: None, teacher: None };
         let report = self.learner.step(step, text, rate)?;
-        for (layer, action) in &report.actions {
-            let record = RemedyRecord { step, layer: *layer, action: *action, text: action.to_string() };
-            self.log.write(&Record::Remedy(record))?;
-        }
+        self.log_changes(step, &report)?;
         self.count(step, report.outcome);
         Ok(self.record(step, rate, &report, inputs.len() as f64 / start.elapsed().as_secs_f64()))
+    }
+
+    /// What was found, and done about it: on a line each.
+    fn log_changes(&mut self, step: usize, report: &StepReport) -> Result<()> {
+        for &(layer, finding) in &report.findings {
+            match finding.is_sound() {
+                true => tracing::info!(step, layer, "{finding}"),
+                false => tracing::warn!(step, layer, "{finding}"),
+            }
+            self.log.write(&Record::Finding(FindingRecord { step, layer, finding, text: finding.to_string() }))?;
+        }
+        for &(layer, action) in &report.actions {
+            self.log.write(&Record::Remedy(RemedyRecord { step, layer, action, text: action.to_string() }))?;
+        }
+        Ok(())
     }
 
     fn count(&mut self, step: usize, outcome: Outcome) {
@@ -209,16 +221,29 @@ impl Trainer {
             Outcome::Skipped => (None, None),
         };
         let tokens = self.config.run.batch * self.config.model.context * report.layers.len();
+        let (plan, memory) = (self.learner.plan(), self.learner.memory());
+        let (noise, explore) = (report.estimator.noise, plan.exploration(step));
+        let total = |of: fn(&RoutingStats) -> u64| report.layers.iter().map(of).sum::<u64>();
+        let watches = || self.learner.spec().moe_layers().map(|(layer, _)| layer).zip(&memory.watch);
         StepRecord {
             step,
             lm_loss: report.lm_loss,
             losses: report.losses.iter().map(|(loss, value)| (loss.id().to_owned(), *value)).collect(),
             learning_rate,
-            temperature: self.learner.plan().sharpness(step),
-            noise: report.estimator.noise.scale,
+            temperature: plan.sharpness(step),
+            noise: noise.scale,
+            noise_kind: log::noise_kind(noise.kind).into(),
+            jitter: plan.jitter(step),
+            epsilon: explore.epsilon,
+            dropout: explore.dropout,
+            selection_bias: memory.layers.iter().flat_map(|layer| &layer.bias).fold(0.0, |most, bias| bias.abs().max(most)),
             grad_norm,
             router_grad_norm,
-            executed_per_token: report.layers.iter().map(|stats| stats.executed).sum::<u64>() as f64 / tokens.max(1) as f64,
+            executed_per_token: total(|stats| stats.executed) as f64 / tokens.max(1) as f64,
+            dropped: total(|stats| stats.dropped),
+            rerouted: total(|stats| stats.rerouted),
+            health: memory.watch.iter().filter_map(|watch| watch.finding.health).max(),
+            dead_routers: watches().filter(|(_, watch)| watch.finding.dead_router).map(|(layer, _)| layer).collect(),
             tokens_per_second,
         }
     }

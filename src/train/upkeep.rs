@@ -3,11 +3,12 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
+    finding::Finding,
     learner::{Memory, Watch},
     objective::LayerGradients,
     optimizer::AdamW,
     routing::RoutingPlan,
-    trainable::{Parameter, Trainable},
+    trainable::{Parameter, Part, Trainable},
 };
 use crate::{
     error::{Error, Result},
@@ -30,8 +31,17 @@ const FADE: f64 = 0.99;
 /// A watch for each MoE layer.
 pub(super) fn watches(spec: &ModelSpec, plan: &RoutingPlan) -> Vec<Watch> {
     let k = plan.estimator(0).k();
-    let watch = |experts| Watch { monitor: Monitor::new(experts, k, WINDOW), treatment: Treatment::default() };
+    let watch = |experts| Watch { monitor: Monitor::new(experts, k, WINDOW), treatment: Treatment::default(), finding: Finding::default() };
     spec.moe_layers().map(|(_, moe)| watch(moe.num_experts)).collect()
+}
+
+/// What upkeep found and did, by decoder layer.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// What is new about the routing.
+    pub(super) findings: Vec<(usize, Finding)>,
+    /// Remedies that acted.
+    pub(super) actions: Vec<(usize, Action)>,
 }
 
 /// One step's upkeep of all layers.
@@ -48,19 +58,21 @@ pub(super) struct Upkeep<'a> {
 }
 
 impl Upkeep<'_> {
-    /// After the weights have moved; returns the remedies that acted, by decoder layer.
-    pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Vec<(usize, Action)>> {
-        let mut acted = Vec::new();
+    /// After the weights have moved.
+    pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Changes> {
+        let mut changes = Changes::default();
         for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
             let Routing::Dense { routed, .. } = &layer.routing else { continue };
             self.move_bias(layer.layer, routed);
-            for action in self.decide(index, layer, routed, [gradients.task(layer), gradients.auxiliary]) {
+            let news = self.observe(index, layer, [gradients.task(layer), gradients.auxiliary]);
+            changes.findings.extend(news.map(|finding| (layer.layer, finding)));
+            for action in self.decide(index, layer.layer, routed) {
                 self.apply(index, layer.layer, routed.experts, action)?;
                 tracing::info!(step = self.step, layer = layer.layer, "{action}");
-                acted.push((layer.layer, action));
+                changes.actions.push((layer.layer, action));
             }
         }
-        Ok(acted)
+        Ok(changes)
     }
 
     fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
@@ -82,10 +94,18 @@ impl Upkeep<'_> {
         bias
     }
 
-    fn decide(&mut self, index: usize, layer: &LayerRouting, routed: &RoutedBatch, [task, auxiliary]: [f64; 2]) -> Vec<Action> {
-        let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
+    /// Takes in what the step says about a layer; returns what is new about it.
+    fn observe(&mut self, index: usize, layer: &LayerRouting, [task, auxiliary]: [f64; 2]) -> Option<Finding> {
+        let watch = self.memory.watch.get_mut(index)?;
         watch.monitor.observe(&layer.stats);
         watch.monitor.observe_gradients(task, auxiliary);
+        let before = watch.finding;
+        watch.finding = before.next(&watch.monitor, self.plan.learning.moves(Part::Router));
+        watch.finding.is_news(before).then_some(watch.finding)
+    }
+
+    fn decide(&mut self, index: usize, layer: usize, routed: &RoutedBatch) -> Vec<Action> {
+        let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
         if self.plan.remedies.is_empty() {
             return Vec::new();
         }
@@ -93,7 +113,7 @@ impl Upkeep<'_> {
             Relaxation::Sigmoid { temperature } => routed.seen().iter().map(|z| 1.0 / (1.0 + (-z / temperature).exp())).collect(),
             _ => routed.seen().to_vec(),
         };
-        let bias = self.memory.layers.get(layer.layer).map_or(&[][..], |layer| &layer.bias);
+        let bias = self.memory.layers.get(layer).map_or(&[][..], |layer| &layer.bias);
         let balance_weight = self.plan.balance(self.step).map_or(0.0, |(_, weight)| watch.treatment.balance_weight(weight));
         let evidence = Evidence { monitor: &watch.monitor, scores: &scores, bias, balance_weight };
         self.plan.remedies.decide(&evidence, &mut watch.treatment, self.step)
