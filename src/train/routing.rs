@@ -16,7 +16,7 @@ use crate::{
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::{CAP, Remedies, Remedy},
     },
-    schedule::Schedule,
+    schedule::{Schedule, Shape},
 };
 
 /// Routing under training and serving. Keys that are none of these fields are parameters of the estimator.
@@ -32,8 +32,11 @@ pub struct RoutingConfig {
     /// Weights of auxiliary losses by name, each the mean over layers. With a weight of 0 a loss is only recorded.
     #[serde(default)]
     pub losses: BTreeMap<String, Schedule>,
-    /// Rate of loss-free balancing: how far the selection bias of an expert moves in a step. The checkpoint has no place
-    /// for the bias, so that evaluation and serving are without it.
+    /// Rate of loss-free balancing: how far the selection bias of an expert moves in a step.
+    ///
+    /// A checkpoint in the layout of Mixtral has no place for the bias, so evaluation and serving are without it. It moves
+    /// over the first six tenths of the run, then fades, and is 0 in the last tenth: routers and experts end their training
+    /// under the choice that is served.
     #[serde(default)]
     pub bias_rate: f64,
     /// Most rows of an expert in training; left out: dropless.
@@ -98,6 +101,8 @@ pub struct RoutingPlan {
     pub capacity: Option<Capacity>,
     /// Rate of loss-free balancing; 0 is none.
     pub bias_rate: f64,
+    /// Share of a selection bias that is in force.
+    pub bias_share: Schedule,
     /// What may be done against dead experts.
     pub remedies: Remedies,
     /// What learns.
@@ -163,6 +168,7 @@ impl RoutingConfig {
             explore: self.explore,
             capacity: self.capacity,
             bias_rate: self.bias_rate,
+            bias_share: bias_share(run.purpose),
             remedies,
             learning: self.train,
             router_rate: self.router_rate,
@@ -193,6 +199,14 @@ impl RoutingConfig {
             return refuse("remedies", message);
         }
         Ok(())
+    }
+}
+
+/// A checkpoint cannot hold the bias: in a run for one it is gone before the end. The laboratory measures with it.
+fn bias_share(purpose: Purpose) -> Schedule {
+    match purpose {
+        Purpose::Train => Schedule { hold_start: 0.6, ..Schedule::new(Shape::Linear, 1.0, 0.0) },
+        Purpose::Laboratory => Schedule::constant(1.0),
     }
 }
 
@@ -269,6 +283,21 @@ impl RoutingPlan {
     pub fn exploration(&self, step: usize) -> Exploration {
         let at = |schedule| ExploreConfig::at(schedule, step, self.steps);
         Exploration { epsilon: at(self.explore.epsilon), dropout: at(self.explore.dropout) }
+    }
+
+    /// Whether anything gives experts a selection bias.
+    pub fn has_bias(&self) -> bool {
+        self.bias_rate > 0.0 || self.remedies.has(Remedy::BiasBump)
+    }
+
+    /// Share of a selection bias that is in force at a step.
+    pub fn bias_share(&self, step: usize) -> f64 {
+        self.bias_share.at(step, self.steps)
+    }
+
+    /// Remedies that may act after a step: no bias is raised that the next step would not have.
+    pub fn remedies(&self, step: usize) -> Remedies {
+        if self.bias_share(step + 1) > 0.0 { self.remedies.clone() } else { self.remedies.without(Remedy::BiasBump) }
     }
 
     /// The balance loss with the largest weight at a step, and that weight.

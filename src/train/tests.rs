@@ -28,7 +28,7 @@ use crate::{
         collapse::Health,
         estimator::{Expected, Purpose, catalog},
         policy::RoutingChoice,
-        remedy::Action,
+        remedy::{Action, Remedy},
     },
 };
 
@@ -231,6 +231,27 @@ fn a_run_with_remedies_is_resumed_as_if_it_had_not_stopped() {
     let steps = steps(cut.path());
     assert!(steps[CUTS[0]].health > Some(Health::Healthy) && steps[CUTS[0]].selection_bias == 0.0, "{:?}", steps[CUTS[0]]);
     assert!(steps[CUTS[1]].selection_bias > 0.0, "{:?}", steps[CUTS[1]]);
+    assert_eq!(steps[59].selection_bias, 0.0);
+}
+
+/// A checkpoint has no place for the bias: it has done its work before the end, and what is trained last is what is served.
+#[test]
+fn a_selection_bias_is_gone_before_the_end() {
+    let dir = folder(|recipe| routed("estimator = \"ste\"\nserve_k = 1\nbias_rate = 0.05")(recipe).replace("steps = 12", "steps = 20"));
+    train(dir.path(), false);
+    let biases: Vec<f64> = steps(dir.path()).iter().map(|step| step.selection_bias).collect();
+    assert!(biases[..12].iter().all(|bias| *bias >= 0.049), "{biases:?}");
+    assert!(biases[12..18].windows(2).all(|pair| pair[1] < pair[0]), "{biases:?}");
+    assert_eq!(biases[18..], [0.0, 0.0]);
+    let plan = |purpose| {
+        let remedies = vec!["bias_bump".to_owned(), "reinit".to_owned()];
+        let routing = RoutingConfig { remedies, ..config(dir.path()).routing };
+        routing.plan(RunShape { experts: 3, steps: 100, purpose, teacher: false }).unwrap()
+    };
+    let bumps = |purpose| [0, 80, 99].map(|step| plan(purpose).remedies(step).has(Remedy::BiasBump));
+    assert_eq!(bumps(Purpose::Train), [true, true, false], "none that would stay");
+    assert_eq!((bumps(Purpose::Laboratory), plan(Purpose::Laboratory).bias_share(99)), ([true; 3], 1.0), "measured with its bias");
+    assert!(plan(Purpose::Train).remedies(99).has(Remedy::Reinit));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::{
         collapse::Monitor,
         draw::{Draw, Stream},
         estimator::{Estimator, Relaxation, RoutedBatch},
-        remedy::{Action, Evidence, Remedy, Treatment},
+        remedy::{Action, Evidence, Treatment},
     },
 };
 
@@ -75,14 +75,22 @@ impl Upkeep<'_> {
         Ok(changes)
     }
 
+    /// Moves the bias against the load, or what is left of bumps back to 0; and takes the next step's share of it.
     fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
-        let rate = self.plan.bias_rate;
-        if rate > 0.0 {
-            let counts: Vec<u64> = routed.wanted().counts(0..routed.tokens, routed.experts).iter().map(|&n| n as u64).collect();
-            balance_bias::update(self.bias(layer, routed.experts), &counts, rate);
-        } else if self.plan.remedies.has(Remedy::BiasBump) {
-            balance_bias::fade(self.bias(layer, routed.experts), FADE);
+        let plan = self.plan;
+        if !plan.has_bias() {
+            return;
         }
+        let [share, next] = [self.step, self.step + 1].map(|step| plan.bias_share(step));
+        let bias = self.bias(layer, routed.experts);
+        if plan.bias_rate == 0.0 {
+            balance_bias::fade(bias, FADE);
+        } else if next == 1.0 {
+            // Later it would make up for what is taken from it.
+            let counts: Vec<u64> = routed.wanted().counts(0..routed.tokens, routed.experts).iter().map(|&n| n as u64).collect();
+            balance_bias::update(bias, &counts, plan.bias_rate);
+        }
+        balance_bias::fade(bias, if share > 0.0 { next / share } else { 0.0 });
     }
 
     fn bias(&mut self, layer: usize, experts: usize) -> &mut Vec<f64> {
@@ -106,7 +114,8 @@ impl Upkeep<'_> {
 
     fn decide(&mut self, index: usize, layer: usize, routed: &RoutedBatch) -> Vec<Action> {
         let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
-        if self.plan.remedies.is_empty() {
+        let remedies = self.plan.remedies(self.step);
+        if remedies.is_empty() {
             return Vec::new();
         }
         let scores: Vec<f64> = match self.estimator.relaxation {
@@ -116,7 +125,7 @@ impl Upkeep<'_> {
         let bias = self.memory.layers.get(layer).map_or(&[][..], |layer| &layer.bias);
         let balance_weight = self.plan.balance(self.step).map_or(0.0, |(_, weight)| watch.treatment.balance_weight(weight));
         let evidence = Evidence { monitor: &watch.monitor, scores: &scores, bias, balance_weight };
-        self.plan.remedies.decide(&evidence, &mut watch.treatment, self.step)
+        remedies.decide(&evidence, &mut watch.treatment, self.step)
     }
 
     fn apply(&mut self, index: usize, layer: usize, experts: usize, action: Action) -> Result<()> {
