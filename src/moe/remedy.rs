@@ -121,6 +121,11 @@ impl Remedies {
         self.enabled.contains(&remedy)
     }
 
+    /// The others.
+    pub fn without(&self, remedy: Remedy) -> Self {
+        Self { enabled: self.enabled.iter().copied().filter(|enabled| *enabled != remedy).collect() }
+    }
+
     /// Whether none may act.
     pub fn is_empty(&self) -> bool {
         self.enabled.is_empty()

@@ -7,13 +7,17 @@ use super::collapse::shape;
 pub struct RoutingStats {
     /// Tokens, T.
     pub tokens: u64,
-    /// Routed rows: the sum of `expert_tokens`.
+    /// Routed rows, after capacity: the sum of `expert_tokens`.
     pub routes: u64,
     /// Tokens that each expert received, `[E]`.
     pub expert_tokens: Vec<u64>,
     /// Rows that were pushed through an expert, counted where that is done: more than `routes` where experts run for the
-    /// router's gradient only, fewer where capacity dropped some. 0 where nobody counts (serving runs what it routes).
+    /// router's gradient only. 0 where nobody counts (serving runs what it routes).
     pub executed: u64,
+    /// Choices that capacity left out. 0 in serving, which is dropless.
+    pub dropped: u64,
+    /// Choices that capacity gave to another expert.
+    pub rerouted: u64,
     /// Sum of the routing weights that each expert received, `[E]`.
     pub expert_weights: Vec<f64>,
     /// Sum over tokens of the entropy of `softmax(router logits)`, in nats.
@@ -30,8 +34,9 @@ impl RoutingStats {
 
     /// Back to no load, on `num_experts` experts.
     pub(super) fn clear(&mut self, num_experts: usize) {
-        let Self { tokens, routes, executed, expert_tokens, expert_weights, entropy_sum, non_finite } = self;
-        (*tokens, *routes, *executed, *entropy_sum, *non_finite) = (0, 0, 0, 0.0, 0);
+        let Self { tokens, routes, executed, dropped, rerouted, expert_tokens, expert_weights, entropy_sum, non_finite } = self;
+        (*tokens, *routes, *executed, *dropped, *rerouted, *non_finite) = (0, 0, 0, 0, 0, 0);
+        *entropy_sum = 0.0;
         expert_tokens.clear();
         expert_tokens.resize(num_experts, 0);
         expert_weights.clear();
@@ -43,6 +48,8 @@ impl RoutingStats {
         self.tokens += other.tokens;
         self.routes += other.routes;
         self.executed += other.executed;
+        self.dropped += other.dropped;
+        self.rerouted += other.rerouted;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(a, b)| *a += b);
@@ -134,5 +141,16 @@ mod tests {
         assert!((some.load_entropy() - entropy / 4f64.ln()).abs() < 1e-15);
         let undecided = RoutingStats { entropy_sum: 39.0, non_finite: 1, ..some };
         assert_eq!(undecided.router_entropy(), 1.0, "of the 39 tokens that have one");
+    }
+
+    #[test]
+    fn forwards_add_up() {
+        let one = RoutingStats { executed: 4, dropped: 3, rerouted: 2, non_finite: 1, entropy_sum: 0.5, ..stats(&[1, 2]) };
+        let mut sum = one.clone();
+        sum.add(&one);
+        let twice = RoutingStats { executed: 8, dropped: 6, rerouted: 4, non_finite: 2, entropy_sum: 1.0, ..stats(&[2, 4]) };
+        assert_eq!(sum, twice);
+        sum.clear(2);
+        assert_eq!(sum, RoutingStats::new(2));
     }
 }

@@ -131,6 +131,13 @@ pub struct RunConfig {
     pub eval_tokens: usize,
     /// Steps between saved states.
     pub save_every: usize,
+    /// Steps in a row without finite gradients after which the run fails: none of them moved a weight. 20 unless stated.
+    #[serde(default = "skip_limit")]
+    pub skip_limit: usize,
+}
+
+fn skip_limit() -> usize {
+    20
 }
 
 impl TrainConfig {
@@ -149,11 +156,22 @@ impl TrainConfig {
     fn check(&self) -> Result<()> {
         let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
         let (model, optimizer, run) = (&self.model, &self.optimizer, &self.run);
+        for (field, size) in [
+            ("model.hidden_size", model.hidden_size),
+            ("model.layers", model.layers),
+            ("model.expert_width", model.expert_width),
+            ("run.steps", run.steps),
+            ("run.batch", run.batch),
+            ("run.eval_every", run.eval_every),
+            ("run.save_every", run.save_every),
+            ("run.skip_limit", run.skip_limit),
+        ] {
+            ensure(size > 0, field, "must be above 0")?;
+        }
         ensure(!self.data.train.is_empty(), "data.train", "names no file")?;
         ensure(!self.data.heldout.is_empty(), "data.heldout", "names no file")?;
         ensure(!self.data.separator.is_empty(), "data.separator", "is empty")?;
         ensure((300..=65_536).contains(&self.data.vocab_size), "data.vocab_size", "must be from 300 to 65536")?;
-        ensure(model.hidden_size > 0 && model.layers > 0 && model.expert_width > 0, "model", "sizes must be above 0")?;
         ensure(
             model.heads > 0 && model.hidden_size.is_multiple_of(model.heads.saturating_mul(2)),
             "model.heads",
@@ -169,14 +187,16 @@ impl TrainConfig {
         ensure(optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0, "optimizer.weight_decay", "must not be negative")?;
         ensure(optimizer.learning_rate > 0.0 && optimizer.learning_rate.is_finite(), "optimizer.learning_rate", "must be above 0")?;
         ensure((0.0..=1.0).contains(&optimizer.final_ratio), "optimizer.final_ratio", "must be from 0 to 1")?;
-        ensure([optimizer.beta1, optimizer.beta2].iter().all(|b| (0.0..1.0).contains(b)), "optimizer.beta1", "betas must be in [0, 1)")?;
+        for (field, beta) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
+            ensure((0.0..1.0).contains(&beta), field, "must be at least 0 and below 1")?;
+        }
+        let never = "must be below run.steps: the learning rate would never reach its peak, and final_ratio would have no effect";
+        ensure(optimizer.warmup_steps < run.steps, "optimizer.warmup_steps", never)?;
         ensure(optimizer.clip_norm > 0.0, "optimizer.clip_norm", "must be above 0")?;
         let generation = &self.generation;
         ensure(generation.temperature.is_none_or(|t| t.is_finite() && t >= 0.0), "generation.temperature", "must be at least 0")?;
         ensure(generation.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "generation.top_p", "must be above 0 and at most 1")?;
-        ensure(run.steps > 0 && run.batch > 0, "run.steps", "steps and batch must be above 0")?;
         ensure(run.eval_tokens >= 2, "run.eval_tokens", "must be at least 2: the second is the first to be predicted")?;
-        ensure(run.eval_every > 0 && run.save_every > 0, "run.eval_every", "eval_every and save_every must be above 0")?;
         let plan = self.plan()?;
         self.check_batch(plan.estimator(0).copies())?;
         self.check_served(&plan)

@@ -18,7 +18,7 @@ use crate::{
     error::{Error, Result},
     model::ReferenceRouting,
     moe::{
-        estimator::{NoiseKind, Relaxation, Weights},
+        estimator::{Relaxation, Weights},
         loss::AuxLoss,
         policy::WeightForm,
     },
@@ -72,7 +72,7 @@ fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) ->
                 at_save: Some(schedule.at(steps, steps)),
                 folded: Some(softmax && trained.folding == schedule.at(steps, steps)),
             }),
-            noise: Some(NoiseRecord { kind: Some(noise(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
+            noise: Some(NoiseRecord { kind: Some(log::noise_kind(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
             weight_form: Some(match last.weights {
                 Weights::Renorm => WeightForm::Renorm,
                 Weights::Unit => WeightForm::Unit,
@@ -102,15 +102,6 @@ fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) ->
 
 fn reference(mode: ReferenceMode, temperature: Option<f64>, k: Option<usize>) -> ReferenceRecord {
     ReferenceRecord { mode, temperature, k, noise: Some("none".into()) }
-}
-
-fn noise(kind: NoiseKind) -> &'static str {
-    match kind {
-        NoiseKind::None => "none",
-        NoiseKind::Gumbel => "gumbel",
-        NoiseKind::Gaussian => "gaussian",
-        NoiseKind::Learned => "softplus",
-    }
 }
 
 /// The losses at the end of the run, as far as the block has a place for them: the balance loss with the largest

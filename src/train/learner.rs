@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use super::{
     config::OptimizerConfig,
     data::{Stream, step_rng},
+    finding::Finding,
     objective::{LayerGradients, Losses, Objective},
     optimizer::{AdamW, Outcome, Rates},
     routing::RoutingPlan,
     trainable::Trainable,
-    upkeep::{self, Upkeep},
+    upkeep::{self, Changes, Upkeep},
 };
 use crate::{
     error::Result,
@@ -92,6 +93,8 @@ pub struct Watch {
     pub monitor: Monitor,
     /// What remedies did.
     pub treatment: Treatment,
+    /// What is known about it.
+    pub finding: Finding,
 }
 
 /// The data of one step.
@@ -135,6 +138,8 @@ pub struct StepReport {
     pub layers: Vec<RoutingStats>,
     /// Remedies that acted: (decoder layer, what was done).
     pub actions: Vec<(usize, Action)>,
+    /// What is new about the routing: (decoder layer, what holds from now on).
+    pub findings: Vec<(usize, Finding)>,
 }
 
 impl Learner {
@@ -212,18 +217,18 @@ impl Learner {
         let grads = losses.total.backward()?;
         let rates = Rates { rate, router: self.plan.router_rate, learning: self.plan.learning };
         let outcome = self.optimizer.step(self.model.parameters(), &grads, rates)?;
-        let actions = match outcome {
+        let Changes { findings, actions } = match outcome {
             Outcome::Updated { .. } => self.after(step, estimator, &forward, &losses)?,
-            Outcome::Skipped => Vec::new(),
+            Outcome::Skipped => Changes::default(),
         };
         let task = |(layer, gradients): (&LayerRouting, &LayerGradients)| gradients.task(layer).powi(2);
         let task_gradient = forward.layers.iter().zip(&losses.layers).map(task).sum::<f64>().sqrt();
         let layers = forward.layers.into_iter().map(|layer| layer.stats).collect();
-        Ok(StepReport { estimator, lm_loss: losses.lm, losses: losses.auxiliary, outcome, task_gradient, layers, actions })
+        Ok(StepReport { estimator, lm_loss: losses.lm, losses: losses.auxiliary, outcome, task_gradient, layers, actions, findings })
     }
 
-    /// Biases, baselines, remedies.
-    fn after(&mut self, step: usize, estimator: Estimator, forward: &Forward, losses: &Losses) -> Result<Vec<(usize, Action)>> {
+    /// Biases, baselines, findings, remedies.
+    fn after(&mut self, step: usize, estimator: Estimator, forward: &Forward, losses: &Losses) -> Result<Changes> {
         if let Gradient::Score { baseline: Baseline::MovingAverage { decay }, .. } = estimator.gradient {
             let average = self.memory.average_loss.get_or_insert(losses.lm);
             *average = decay * *average + (1.0 - decay) * losses.lm;

@@ -7,6 +7,7 @@ pub mod config;
 pub mod data;
 pub mod evaluate;
 pub mod export;
+pub mod finding;
 pub mod learner;
 pub mod log;
 mod objective;

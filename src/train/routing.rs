@@ -14,9 +14,9 @@ use crate::{
         estimator::{ChoiceChange, Estimator, EstimatorConfig, EstimatorSpec, Param, Purpose, Regulariser},
         explore::Exploration,
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
-        remedy::{Remedies, Remedy},
+        remedy::{CAP, Remedies, Remedy},
     },
-    schedule::Schedule,
+    schedule::{Schedule, Shape},
 };
 
 /// Routing under training and serving. Keys that are none of these fields are parameters of the estimator.
@@ -29,11 +29,14 @@ pub struct RoutingConfig {
     pub k: Option<usize>,
     /// Experts per token that the checkpoint is served with: 1 or 2.
     pub serve_k: usize,
-    /// Weights of auxiliary losses by name, each the mean over layers.
+    /// Weights of auxiliary losses by name, each the mean over layers. With a weight of 0 a loss is only recorded.
     #[serde(default)]
     pub losses: BTreeMap<String, Schedule>,
-    /// Rate of loss-free balancing: how far the selection bias of an expert moves in a step. The checkpoint has no place
-    /// for the bias, so that evaluation and serving are without it.
+    /// Rate of loss-free balancing: how far the selection bias of an expert moves in a step.
+    ///
+    /// A checkpoint in the layout of Mixtral has no place for the bias, so evaluation and serving are without it. It moves
+    /// over the first six tenths of the run, then fades, and is 0 in the last tenth: routers and experts end their training
+    /// under the choice that is served.
     #[serde(default)]
     pub bias_rate: f64,
     /// Most rows of an expert in training; left out: dropless.
@@ -98,6 +101,8 @@ pub struct RoutingPlan {
     pub capacity: Option<Capacity>,
     /// Rate of loss-free balancing; 0 is none.
     pub bias_rate: f64,
+    /// Share of a selection bias that is in force.
+    pub bias_share: Schedule,
     /// What may be done against dead experts.
     pub remedies: Remedies,
     /// What learns.
@@ -120,11 +125,20 @@ impl RoutingConfig {
     /// `InvalidArgument` that names the field, `routing...`.
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
+        if run.purpose == Purpose::Train {
+            self.check_effects()?;
+        }
         let first = estimator.at(0, run.steps);
         let context = LossContext { steps: run.steps, estimator: &estimator, teacher: run.teacher };
         let losses = loss_terms("routing.losses", &self.losses, context)?;
         let balanced = losses.iter().any(|term| term.loss.balances() && term.weight.init.max(term.weight.end) > 0.0);
         let remedies = Remedies::new("routing.remedies", &self.remedies, balanced)?;
+        let at_cap = losses.iter().find(|term| term.loss.balances() && term.weight.least() >= CAP);
+        if let (true, Some(term)) = (remedies.has(Remedy::RaiseBalance), at_cap) {
+            let message =
+                format!("'raise_balance' has no effect because it raises up to {CAP}, which {} has already; remove it", term.loss);
+            return Err(Error::invalid("routing.remedies", message));
+        }
 
         let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
         ensure((1..=2).contains(&self.serve_k), "routing.serve_k", "must be 1 or 2")?;
@@ -160,11 +174,45 @@ impl RoutingConfig {
             explore: self.explore,
             capacity: self.capacity,
             bias_rate: self.bias_rate,
+            bias_share: bias_share(run.purpose),
             remedies,
             learning: self.train,
             router_rate: self.router_rate,
             steps: run.steps,
         })
+    }
+
+    /// Refuses what would change nothing about what is trained and served.
+    fn check_effects(&self) -> Result<()> {
+        let refuse = |field: &str, message: String| Err(Error::invalid(format!("routing.{field}"), message));
+        if self.losses.contains_key(AuxLoss::RouterKl.id()) {
+            let message = "needs a teacher, and `hardmax train` has none: it starts from random weights; remove it. \
+                           `hardmax compare --modes tune` starts from a soft teacher, and keeps near its outputs with `distill`";
+            return refuse("losses.router_kl", message.into());
+        }
+        if self.train != Learning::Experts {
+            return Ok(());
+        }
+        let frozen = "because train = \"experts\" keeps routers as they are";
+        if self.router_rate != 1.0 {
+            return refuse("router_rate", format!("has no effect {frozen}; remove it"));
+        }
+        if self.bias_rate > 0.0 {
+            return refuse("bias_rate", format!("has no effect on what is served {frozen}, and the bias is not served; remove it"));
+        }
+        if self.remedies.iter().any(|remedy| remedy == Remedy::BiasBump.id()) {
+            let message = format!("'bias_bump' has no effect on what is served {frozen}, and the bias is not served; remove it");
+            return refuse("remedies", message);
+        }
+        Ok(())
+    }
+}
+
+/// A checkpoint cannot hold the bias: in a run for one it is gone before the end. The laboratory measures with it.
+fn bias_share(purpose: Purpose) -> Schedule {
+    match purpose {
+        Purpose::Train => Schedule { hold_start: 0.6, ..Schedule::new(Shape::Linear, 1.0, 0.0) },
+        Purpose::Laboratory => Schedule::constant(1.0),
     }
 }
 
@@ -218,11 +266,36 @@ impl RoutingPlan {
 
     /// Puts what the plan says about `step` into the state of the forward.
     pub fn prepare(&self, state: &mut TrainState, step: usize) {
-        let at = |schedule| ExploreConfig::at(schedule, step, self.steps);
         state.step = step;
         state.capacity = self.capacity;
-        state.jitter = at(self.explore.jitter);
-        state.explore = Exploration { epsilon: at(self.explore.epsilon), dropout: at(self.explore.dropout) };
+        state.jitter = self.jitter(step);
+        state.explore = self.exploration(step);
+    }
+
+    /// Half-width of the noise on the router's input at a step; 0 is none.
+    pub fn jitter(&self, step: usize) -> f64 {
+        ExploreConfig::at(self.explore.jitter, step, self.steps)
+    }
+
+    /// Random changes of the choice at a step.
+    pub fn exploration(&self, step: usize) -> Exploration {
+        let at = |schedule| ExploreConfig::at(schedule, step, self.steps);
+        Exploration { epsilon: at(self.explore.epsilon), dropout: at(self.explore.dropout) }
+    }
+
+    /// Whether anything gives experts a selection bias.
+    pub fn has_bias(&self) -> bool {
+        self.bias_rate > 0.0 || self.remedies.has(Remedy::BiasBump)
+    }
+
+    /// Share of a selection bias that is in force at a step.
+    pub fn bias_share(&self, step: usize) -> f64 {
+        self.bias_share.at(step, self.steps)
+    }
+
+    /// Remedies that may act after a step: no bias is raised that the next step would not have.
+    pub fn remedies(&self, step: usize) -> Remedies {
+        if self.bias_share(step + 1) > 0.0 { self.remedies.clone() } else { self.remedies.without(Remedy::BiasBump) }
     }
 
     /// The balance loss with the largest weight at a step, and that weight.

@@ -29,6 +29,8 @@ pub struct Progress {
     pub step: usize,
     /// Of them, skipped for non-finite gradients.
     pub skipped: usize,
+    /// The last so many were all skipped.
+    pub skipped_in_a_row: usize,
 }
 
 /// What `state.json` holds.
@@ -73,10 +75,10 @@ impl StateDir {
     /// The state of `config` on the text `documents`, in its work folder.
     pub fn new(config: &TrainConfig, documents: &[String]) -> Result<Self> {
         let mut recipe = config.clone();
-        // Where things lie does not matter, nor how often they are looked at.
+        // Where things lie does not matter, nor how often they are looked at, nor when the run is given up.
         recipe.output = PathBuf::new();
         recipe.data.train.iter_mut().chain(&mut recipe.data.heldout).for_each(|file| *file = file.file_name().unwrap_or_default().into());
-        (recipe.run.eval_every, recipe.run.eval_tokens, recipe.run.save_every) = (0, 0, 0);
+        (recipe.run.eval_every, recipe.run.eval_tokens, recipe.run.save_every, recipe.run.skip_limit) = (0, 0, 0, 0);
         let text = serde_json::to_string(&recipe).map_err(|error| Error::Internal(format!("hashing the recipe: {error}")))?;
         let mut hash = Sha256::new_with_prefix(text);
         documents.iter().for_each(|document| {

@@ -9,6 +9,7 @@ use super::{
     data::{Stream, step_rng},
     evaluate::evaluate,
     export::export,
+    finding::Finding,
     learner::{Learner, Setup, Text},
     log::{self, Record, StepRecord},
     routing::{RoutingConfig, RunShape},
@@ -24,9 +25,10 @@ use crate::{
     },
     moe::{
         RoutingStats,
+        collapse::Health,
         estimator::{Expected, Purpose, catalog},
         policy::RoutingChoice,
-        remedy::Action,
+        remedy::{Action, Remedy},
     },
 };
 
@@ -104,8 +106,11 @@ fn losses(dir: &Path) -> Vec<f64> {
 }
 
 fn steps(dir: &Path) -> Vec<StepRecord> {
-    let records = log::read(&log_path(&config(dir))).unwrap();
-    records.into_iter().filter_map(|record| if let Record::Step(step) = record { Some(step) } else { None }).collect()
+    records(dir).into_iter().filter_map(|record| if let Record::Step(step) = record { Some(step) } else { None }).collect()
+}
+
+fn records(dir: &Path) -> Vec<Record> {
+    log::read(&log_path(&config(dir))).unwrap()
 }
 
 fn heldout(config: &TrainConfig, tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
@@ -157,11 +162,162 @@ fn a_resumed_run_is_the_uninterrupted_one() {
     }
 }
 
+/// Changes a saved state so that in no layer a token goes to expert 0: rows 0, v and -v, of which one of the last wins.
+fn starve(state: &Path) {
+    let file = state.join("tensors.safetensors");
+    let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    for (_, router) in tensors.iter_mut().filter(|(name, _)| name.ends_with("router.value")) {
+        let row = |scale: f32| (0..router.dim(1).unwrap()).map(move |i| scale * (40.0 + (i % 5) as f32));
+        let rows: Vec<f32> = [0.0, 1.0, -1.0].into_iter().flat_map(row).collect();
+        *router = Tensor::from_vec(rows, router.shape(), &Device::Cpu).unwrap();
+    }
+    candle_core::safetensors::save(&tensors, &file).unwrap();
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (path, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+        if path.is_dir() {
+            copy_files(&path, &to);
+        } else {
+            fs::copy(&path, to).unwrap();
+        }
+    }
+}
+
+/// What the monitor has seen, how long ago a remedy acted, raised weights and a bias that fades are parts of the state:
+/// one cut lies between two acts, the other one after them.
+#[test]
+fn a_run_with_remedies_is_resumed_as_if_it_had_not_stopped() {
+    const CUTS: [usize; 2] = [12, 32];
+    let recipe = |recipe: String| {
+        let lines = "estimator = \"raw_topk\"\nserve_k = 1\nlosses = { switch = 0.01 }\n\
+                     remedies = [\"bias_bump\", \"reinit\", \"raise_balance\"]\nexplore = { jitter = 0.01 }";
+        routed(lines)(recipe).replace("steps = 12", "steps = 60").replace("eval_every = 5", "eval_every = 30")
+    };
+    let (whole, cut) = (folder(recipe), folder(recipe));
+    let state = |dir: &Path| dir.join("work/training-state");
+    let mut first = config(whole.path());
+    first.run.save_every = 1;
+    Trainer::new(first, false).unwrap().run_until(1).unwrap();
+    starve(&state(whole.path()));
+    copy_files(&whole.path().join("work"), &cut.path().join("work"));
+
+    let wanted = train(whole.path(), true);
+    CUTS.iter().for_each(|cut_at| Trainer::new(config(cut.path()), true).unwrap().run_until(*cut_at).unwrap());
+    let found = train(cut.path(), true);
+    assert_eq!(values(&found), values(&wanted));
+    for file in ["state.json", "tensors.safetensors"] {
+        let read = |dir: &Path| fs::read(state(dir).join(file)).unwrap();
+        assert!(read(cut.path()) == read(whole.path()), "{file}: moments, monitors, treatments and biases");
+    }
+    let timeless = |dir: &Path| {
+        let untimed = |record| match record {
+            Record::Step(step) => Record::Step(StepRecord { tokens_per_second: 0.0, ..step }),
+            other => other,
+        };
+        records(dir).into_iter().map(untimed).collect::<Vec<_>>()
+    };
+    assert_eq!(timeless(cut.path()), timeless(whole.path()));
+
+    let acted: Vec<(usize, Action)> =
+        records(cut.path()).into_iter().filter_map(|r| if let Record::Remedy(r) = r { Some((r.step, r.action)) } else { None }).collect();
+    let between = |steps: std::ops::Range<usize>| acted.iter().filter(move |(step, _)| steps.contains(step)).map(|(_, action)| *action);
+    assert_eq!(between(0..CUTS[0]).collect::<Vec<_>>(), [Action::RaiseBalance { factor: 2.0 }; 2], "{acted:?}");
+    assert!(between(CUTS[0]..CUTS[1]).any(|action| matches!(action, Action::BumpBias { expert: 0, .. })), "{acted:?}");
+    let ill = |r: &Record| matches!(r, Record::Finding(r) if r.finding.health > Some(Health::Healthy));
+    assert!(records(cut.path()).iter().filter(|record| ill(record)).count() >= 2, "one in each layer at least");
+    let steps = steps(cut.path());
+    assert!(steps[CUTS[0]].health > Some(Health::Healthy) && steps[CUTS[0]].selection_bias == 0.0, "{:?}", steps[CUTS[0]]);
+    assert!(steps[CUTS[1]].selection_bias > 0.0, "{:?}", steps[CUTS[1]]);
+    assert_eq!(steps[59].selection_bias, 0.0);
+}
+
+/// A checkpoint has no place for the bias: it has done its work before the end, and what is trained last is what is served.
+#[test]
+fn a_selection_bias_is_gone_before_the_end() {
+    let dir = folder(|recipe| routed("estimator = \"ste\"\nserve_k = 1\nbias_rate = 0.05")(recipe).replace("steps = 12", "steps = 20"));
+    train(dir.path(), false);
+    let biases: Vec<f64> = steps(dir.path()).iter().map(|step| step.selection_bias).collect();
+    assert!(biases[..12].iter().all(|bias| *bias >= 0.049), "{biases:?}");
+    assert!(biases[12..18].windows(2).all(|pair| pair[1] < pair[0]), "{biases:?}");
+    assert_eq!(biases[18..], [0.0, 0.0]);
+    let plan = |purpose| {
+        let remedies = vec!["bias_bump".to_owned(), "reinit".to_owned()];
+        let routing = RoutingConfig { remedies, ..config(dir.path()).routing };
+        routing.plan(RunShape { experts: 3, steps: 100, purpose, teacher: false }).unwrap()
+    };
+    let bumps = |purpose| [0, 80, 99].map(|step| plan(purpose).remedies(step).has(Remedy::BiasBump));
+    assert_eq!(bumps(Purpose::Train), [true, true, false], "none that would stay");
+    assert_eq!((bumps(Purpose::Laboratory), plan(Purpose::Laboratory).bias_share(99)), ([true; 3], 1.0), "measured with its bias");
+    assert!(plan(Purpose::Train).remedies(99).has(Remedy::Reinit));
+}
+
+#[test]
+fn a_step_names_the_noise_and_the_limits_that_it_had() {
+    let explore = "explore = { jitter = 0.1, epsilon = { schedule = \"linear\", init = 0.2, final = 0.0 }, dropout = 0.05 }";
+    let steps_of = |lines: &str| {
+        let dir = folder(routed(lines));
+        train(dir.path(), false);
+        steps(dir.path())
+    };
+    let found = steps_of(&format!("estimator = \"raw_topk\"\nserve_k = 1\n{explore}\ncapacity = {{ factor = 0.5 }}"));
+    let noise = |step: &StepRecord| (step.noise_kind.clone(), step.noise, step.temperature, step.jitter, step.epsilon, step.dropout);
+    assert_eq!(noise(&found[0]), ("none".into(), 0.0, 1.0, 0.1, 0.2, 0.05));
+    assert_eq!(noise(&found[11]), ("none".into(), 0.0, 1.0, 0.1, 0.0, 0.05));
+    for step in &found {
+        // 64 tokens in 2 layers, room for 11 rows in each of 3 experts.
+        assert!(step.dropped >= 2 * 31 && step.rerouted == 0, "{step:?}");
+        assert_eq!(step.executed_per_token, (128 - step.dropped) as f64 / 128.0);
+    }
+    let found = steps_of(
+        "estimator = \"ste\"\nsampled = true\ntemperature = 0.5\nserve_k = 1\ncapacity = { factor = 1.0, overflow = \"reroute\" }",
+    );
+    assert!(found.iter().all(|step| noise(step) == ("gumbel".into(), 0.5, 0.5, 0.0, 0.0, 0.0)));
+    assert!(found.iter().all(|step| step.dropped == 0) && found.iter().any(|step| step.rerouted > 0));
+}
+
+/// With such steps weights are no numbers after the first one.
+#[test]
+fn a_run_that_learns_nothing_more_is_given_up() {
+    let hopeless = |limit: usize| {
+        let limit = format!("save_every = 4\nskip_limit = {limit}");
+        folder(|recipe| recipe.replace("learning_rate = 1e-2", "learning_rate = 1e30").replace("save_every = 4", &limit))
+    };
+    let dir = hopeless(3);
+    let error = Trainer::new(config(dir.path()), false).unwrap().run().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    let text = error.to_string();
+    assert!(text.starts_with("no gradient was finite in the last 3 steps (run.skip_limit = 3)"), "{text}");
+    assert!(text.contains("optimizer.learning_rate"), "{text}");
+    let skipped: Vec<bool> = steps(dir.path()).iter().map(|step| step.grad_norm.is_none()).collect();
+    assert_eq!((skipped.len(), skipped[0], &skipped[skipped.len() - 3..]), (4, false, &[true; 3][..]));
+    // The count goes on where the run does.
+    let dir = hopeless(7);
+    Trainer::new(config(dir.path()), false).unwrap().run_until(4).unwrap();
+    assert!(Trainer::new(config(dir.path()), true).unwrap().run().unwrap_err().to_string().contains("last 7 steps"));
+    assert_eq!(steps(dir.path()).len(), 8);
+    let dir = hopeless(100);
+    train(dir.path(), false);
+    assert_eq!(steps(dir.path()).iter().filter(|step| step.grad_norm.is_none()).count(), 11, "below the limit");
+}
+
+/// So that a balance loss, and raising it, is no setting without effect.
+#[test]
+fn a_balance_loss_moves_what_comes_before_a_frozen_router() {
+    let query = |weight: f64| {
+        let dir = folder(routed(&format!("estimator = \"ste\"\nserve_k = 1\ntrain = \"experts\"\nlosses = {{ switch = {weight:?} }}")));
+        values(&train(dir.path(), false)).into_iter().find(|(name, _)| name == "layers.0.query").unwrap()
+    };
+    assert_ne!(query(0.0), query(0.5));
+}
+
 /// Every row of the catalogue that a checkpoint can hold, by its name: trained, counted, saved, and served as evaluated.
 #[test]
 fn every_estimator_trains_and_is_served_as_it_was_evaluated() {
     let rows: Vec<_> = catalog::CATALOG.iter().filter(|row| row.exports()).collect();
-    assert!(rows.len() >= 12, "{}", rows.len());
+    assert_eq!((rows.len(), catalog::CATALOG.len()), (18, 24), "as README and CHANGELOG say");
     for row in rows {
         let dir = folder(routed(&format!("estimator = \"{}\"\nserve_k = 1\nlosses = {{ router_z = 1e-4 }}", row.name)));
         let trained = train(dir.path(), false);
@@ -219,10 +375,12 @@ fn a_dead_expert_is_made_anew_and_lives() {
         let text = Text { inputs: &inputs, targets: &inputs, length: 16, route: None, teacher: None };
         let reports: Vec<_> = (0..6).map(|step| learner.step(step, text, 1e-3).unwrap()).collect();
         let actions: Vec<_> = reports.iter().flat_map(|report| &report.actions).copied().collect();
-        (actions, reports.last().unwrap().layers.iter().map(RoutingStats::dead).sum::<usize>())
+        let findings: Vec<_> = reports.iter().flat_map(|report| &report.findings).copied().collect();
+        (actions, reports.last().unwrap().layers.iter().map(RoutingStats::dead).sum::<usize>(), findings)
     };
-    assert_eq!(run(&[]), (Vec::new(), 4), "two of three experts in both layers");
-    let (actions, dead) = run(&["reinit"]);
+    let collapsed = Finding { health: Some(Health::Collapsed), dead_router: false };
+    assert_eq!(run(&[]), (Vec::new(), 4, vec![(0, collapsed), (1, collapsed)]), "two of three experts in both layers, found once");
+    let (actions, dead, _) = run(&["reinit"]);
     assert!(actions.iter().all(|(_, action)| matches!(action, Action::Reinit { donor: 0, .. })) && actions.len() == 4, "{actions:?}");
     assert_eq!(dead, 0);
 }
@@ -350,6 +508,16 @@ fn a_state_is_not_overwritten_nor_continued_under_another_recipe() {
 fn bad_recipes_name_the_field() {
     for (from, to, field) in [
         ("steps = 12", "steps = 0", "run.steps"),
+        ("batch = 4", "batch = 0", "run.batch: must be above 0"),
+        ("eval_every = 5", "eval_every = 0", "run.eval_every: must be above 0"),
+        ("save_every = 4", "save_every = 0", "run.save_every: must be above 0"),
+        ("save_every = 4", "save_every = 4\nskip_limit = 0", "run.skip_limit: must be above 0"),
+        ("hidden_size = 16", "hidden_size = 0", "model.hidden_size: must be above 0"),
+        ("layers = 2", "layers = 0", "model.layers: must be above 0"),
+        ("expert_width = 8", "expert_width = 0", "model.expert_width: must be above 0"),
+        ("beta1 = 0.9", "beta1 = 1.0", "optimizer.beta1: must be at least 0 and below 1"),
+        ("beta2 = 0.95", "beta2 = 1.0", "optimizer.beta2: must be at least 0 and below 1"),
+        ("warmup_steps = 2", "warmup_steps = 12", "optimizer.warmup_steps: must be below run.steps"),
         ("kv_heads = 1", "kv_heads = 3", "model.kv_heads"),
         ("final = 0.5", "final = 0.0", "routing.temperature"),
         ("estimator = \"gumbel_soft\"", "estimator = \"soft\"", "routing.noise: soft has no such parameter"),
@@ -400,6 +568,29 @@ fn bad_recipes_name_the_field() {
         let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err().to_string();
         assert!(error.starts_with(message), "{error}");
     }
+    let balanced = "estimator = \"ste\"\nserve_k = 1\nlosses = { switch = 0.1 }\n";
+    let frozen = "estimator = \"ste\"\nserve_k = 1\ntrain = \"experts\"\n";
+    for (lines, message) in [
+        ("estimator = \"noisy_topk\"\nserve_k = 1\nweights = \"renorm\"".to_owned(), "routing.weights: renormalised top-1"),
+        ("estimator = \"renorm_topk\"\nserve_k = 1\nk = 1".to_owned(), "routing.k: renormalised top-1"),
+        ("estimator = \"reinforce\"\nserve_k = 1\ndecay = 0.9".to_owned(), "routing.decay: has no effect because only baseline"),
+        (
+            format!("{balanced}remedies = [\"raise_balance\"]"),
+            "routing.remedies: 'raise_balance' has no effect because it raises up to 0.1",
+        ),
+        (format!("{frozen}bias_rate = 0.1"), "routing.bias_rate: has no effect on what is served because train"),
+        (format!("{frozen}remedies = [\"bias_bump\"]"), "routing.remedies: 'bias_bump' has no effect on what is served because train"),
+        (format!("{frozen}router_rate = 0.3"), "routing.router_rate: has no effect because train"),
+        (format!("{frozen}losses = {{ router_kl = 0.1 }}"), "routing.losses.router_kl: needs a teacher, and `hardmax train` has none"),
+    ] {
+        let dir = folder(routed(&lines));
+        let error = TrainConfig::read(&dir.path().join("train.toml")).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{lines}: {error}");
+    }
+    let empty = folder(|r| r.replace("heldout.txt", "nothing.txt"));
+    fs::write(empty.path().join("nothing.txt"), "\n\n").unwrap();
+    let error = Trainer::new(config(empty.path()), false).unwrap_err().to_string();
+    assert_eq!(error, "data.heldout: the files hold no text");
     let missing = folder(|r| r.replace("train.txt", "absent.txt"));
     assert!(Trainer::new(config(missing.path()), false).unwrap_err().to_string().contains("absent.txt"));
 }

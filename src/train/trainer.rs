@@ -10,7 +10,7 @@ use super::{
     data,
     evaluate::{Evaluation, evaluate},
     learner::{Learner, Setup, StepReport, Text},
-    log::{EvaluationRecord, Log, Record, RemedyRecord, StepRecord},
+    log::{self, EvaluationRecord, FindingRecord, Log, Record, RemedyRecord, StepRecord},
     optimizer::Outcome,
     state::{Lock, Progress, StateDir},
     tokenizer,
@@ -23,7 +23,7 @@ use crate::{
         Decoder, ModelSpec,
         weights::{FeedForwardWeights, ModelWeights},
     },
-    moe::{estimator::Estimator, policy::RoutingChoice},
+    moe::{RoutingStats, estimator::Estimator, policy::RoutingChoice},
     schedule::learning_rate,
 };
 
@@ -66,8 +66,8 @@ impl Trainer {
         std::fs::create_dir_all(&config.work).map_err(|source| Error::io(&config.work, source))?;
         let lock = Lock::take(&config.work)?;
         checkpoint::check_target(&config.output)?;
-        let documents = data::read_documents(&config.data.train, &config.data.separator)?;
-        let heldout = data::read_documents(&config.data.heldout, &config.data.separator)?;
+        let text = |field, files| read_text(field, files, &config.data.separator);
+        let (documents, heldout) = (text("data.train", &config.data.train)?, text("data.heldout", &config.data.heldout)?);
         let state = StateDir::new(&config, &documents)?;
         state.recover()?;
         let tokenizer = match state.exists() && resume {
@@ -114,9 +114,15 @@ impl Trainer {
     }
 
     /// Trains to the last step.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` once `run.skip_limit` steps in a row had no finite gradients.
     pub fn run(mut self) -> Result<Trained> {
         let steps = self.config.run.steps;
         self.run_until(steps)?;
+        if self.progress.skipped > 0 {
+            tracing::warn!("{} of {steps} steps were skipped: their gradients were not finite", self.progress.skipped);
+        }
         let evaluation = self.evaluate(None)?;
         tracing::info!("{}", describe(&evaluation));
         self.log.write(&Record::Evaluation(evaluation.clone()))?;
@@ -140,6 +146,7 @@ impl Trainer {
             bar.set_position(self.progress.step as u64);
             bar.set_message(format!("loss {:.3}  τ {:.2}  {:.0} tok/s", record.lm_loss, record.temperature, record.tokens_per_second));
             self.log.write(&Record::Step(record))?;
+            self.check_skips()?;
             let done = self.progress.step;
             if done.is_multiple_of(self.config.run.eval_every) {
                 let evaluation = self.evaluate(Some(self.config.run.eval_tokens))?;
@@ -162,16 +169,50 @@ impl Trainer {
         let rate = learning_rate(step, run.steps, optimizer.warmup_steps, optimizer.learning_rate, optimizer.final_ratio);
         let text = Text { inputs: &inputs, targets: &targets, length: context, route: None, teacher: None };
         let report = self.learner.step(step, text, rate)?;
-        for (layer, action) in &report.actions {
-            let record = RemedyRecord { step, layer: *layer, action: *action, text: action.to_string() };
-            self.log.write(&Record::Remedy(record))?;
-        }
-        if report.outcome == Outcome::Skipped {
-            self.progress.skipped += 1;
-            tracing::warn!(step, "a gradient is not finite: step skipped");
-        }
-        self.progress.step += 1;
+        self.log_changes(step, &report)?;
+        self.count(step, report.outcome);
         Ok(self.record(step, rate, &report, inputs.len() as f64 / start.elapsed().as_secs_f64()))
+    }
+
+    /// What was found, and done about it: on a line each.
+    fn log_changes(&mut self, step: usize, report: &StepReport) -> Result<()> {
+        for &(layer, finding) in &report.findings {
+            match finding.is_sound() {
+                true => tracing::info!(step, layer, "{finding}"),
+                false => tracing::warn!(step, layer, "{finding}"),
+            }
+            self.log.write(&Record::Finding(FindingRecord { step, layer, finding, text: finding.to_string() }))?;
+        }
+        for &(layer, action) in &report.actions {
+            self.log.write(&Record::Remedy(RemedyRecord { step, layer, action, text: action.to_string() }))?;
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, step: usize, outcome: Outcome) {
+        self.progress.step += 1;
+        if outcome == Outcome::Skipped {
+            self.progress.skipped += 1;
+            self.progress.skipped_in_a_row += 1;
+            tracing::warn!(step, "a gradient is not finite: step skipped");
+        } else {
+            self.progress.skipped_in_a_row = 0;
+        }
+    }
+
+    /// Weights that give no finite gradients for one text after the other will not recover by themselves.
+    fn check_skips(&self) -> Result<()> {
+        let (Progress { step, skipped_in_a_row, .. }, limit) = (self.progress, self.config.run.skip_limit);
+        if skipped_in_a_row < limit {
+            return Ok(());
+        }
+        let message = format!(
+            "no gradient was finite in the last {skipped_in_a_row} steps (run.skip_limit = {limit}), so nothing has been learned since step \
+             {}: train anew in another work folder with a lower optimizer.learning_rate, a lower optimizer.clip_norm, more \
+             optimizer.warmup_steps, or a higher final routing temperature",
+            step - skipped_in_a_row
+        );
+        Err(Error::FailedPrecondition(message))
     }
 
     fn record(&self, step: usize, learning_rate: f64, report: &StepReport, tokens_per_second: f64) -> StepRecord {
@@ -180,16 +221,29 @@ impl Trainer {
             Outcome::Skipped => (None, None),
         };
         let tokens = self.config.run.batch * self.config.model.context * report.layers.len();
+        let (plan, memory) = (self.learner.plan(), self.learner.memory());
+        let (noise, explore) = (report.estimator.noise, plan.exploration(step));
+        let total = |of: fn(&RoutingStats) -> u64| report.layers.iter().map(of).sum::<u64>();
+        let watches = || self.learner.spec().moe_layers().map(|(layer, _)| layer).zip(&memory.watch);
         StepRecord {
             step,
             lm_loss: report.lm_loss,
             losses: report.losses.iter().map(|(loss, value)| (loss.id().to_owned(), *value)).collect(),
             learning_rate,
-            temperature: self.learner.plan().sharpness(step),
-            noise: report.estimator.noise.scale,
+            temperature: plan.sharpness(step),
+            noise: noise.scale,
+            noise_kind: log::noise_kind(noise.kind).into(),
+            jitter: plan.jitter(step),
+            epsilon: explore.epsilon,
+            dropout: explore.dropout,
+            selection_bias: memory.layers.iter().flat_map(|layer| &layer.bias).fold(0.0, |most, bias| bias.abs().max(most)),
             grad_norm,
             router_grad_norm,
-            executed_per_token: report.layers.iter().map(|stats| stats.executed).sum::<u64>() as f64 / tokens.max(1) as f64,
+            executed_per_token: total(|stats| stats.executed) as f64 / tokens.max(1) as f64,
+            dropped: total(|stats| stats.dropped),
+            rerouted: total(|stats| stats.rerouted),
+            health: memory.watch.iter().filter_map(|watch| watch.finding.health).max(),
+            dead_routers: watches().filter(|(_, watch)| watch.finding.dead_router).map(|(layer, _)| layer).collect(),
             tokens_per_second,
         }
     }
@@ -214,6 +268,12 @@ impl Trainer {
             utilization: utilization(&top1),
         })
     }
+}
+
+/// The documents of the files that `field` of the recipe names.
+fn read_text(field: &str, files: &[PathBuf], separator: &str) -> Result<Vec<String>> {
+    let documents = data::read_documents(files, separator)?;
+    if documents.is_empty() { Err(Error::invalid(field, "the files hold no text")) } else { Ok(documents) }
 }
 
 /// The weights with every router divided by `temperature`, so that the soft mixture they were trained as is the plain

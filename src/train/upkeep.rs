@@ -3,11 +3,12 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
+    finding::Finding,
     learner::{Memory, Watch},
     objective::LayerGradients,
     optimizer::AdamW,
     routing::RoutingPlan,
-    trainable::{Parameter, Trainable},
+    trainable::{Parameter, Part, Trainable},
 };
 use crate::{
     error::{Error, Result},
@@ -17,7 +18,7 @@ use crate::{
         collapse::Monitor,
         draw::{Draw, Stream},
         estimator::{Estimator, Preference, RoutedBatch},
-        remedy::{Action, Evidence, Remedy, Treatment},
+        remedy::{Action, Evidence, Treatment},
     },
 };
 
@@ -30,8 +31,17 @@ const FADE: f64 = 0.99;
 /// A watch for each MoE layer.
 pub(super) fn watches(spec: &ModelSpec, plan: &RoutingPlan) -> Vec<Watch> {
     let k = plan.estimator(0).k();
-    let watch = |experts| Watch { monitor: Monitor::new(experts, k, WINDOW), treatment: Treatment::default() };
+    let watch = |experts| Watch { monitor: Monitor::new(experts, k, WINDOW), treatment: Treatment::default(), finding: Finding::default() };
     spec.moe_layers().map(|(_, moe)| watch(moe.num_experts)).collect()
+}
+
+/// What upkeep found and did, by decoder layer.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// What is new about the routing.
+    pub(super) findings: Vec<(usize, Finding)>,
+    /// Remedies that acted.
+    pub(super) actions: Vec<(usize, Action)>,
 }
 
 /// One step's upkeep of all layers.
@@ -48,29 +58,39 @@ pub(super) struct Upkeep<'a> {
 }
 
 impl Upkeep<'_> {
-    /// After the weights have moved; returns the remedies that acted, by decoder layer.
-    pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Vec<(usize, Action)>> {
-        let mut acted = Vec::new();
+    /// After the weights have moved.
+    pub(super) fn run(&mut self, layers: &[LayerRouting], gradients: &[LayerGradients]) -> Result<Changes> {
+        let mut changes = Changes::default();
         for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
             let Routing::Dense { routed, z, .. } = &layer.routing else { continue };
             self.move_bias(layer.layer, routed);
             let preference = self.estimator.preference(z, routed);
-            for action in self.decide(index, layer.layer, &preference, [gradients.task(layer), gradients.auxiliary]) {
+            let news = self.observe(index, &preference, [gradients.task(layer), gradients.auxiliary]);
+            changes.findings.extend(news.map(|finding| (layer.layer, finding)));
+            for action in self.decide(index, layer.layer, &preference) {
                 self.apply(layer.layer, routed.experts, action)?;
                 tracing::info!(step = self.step, layer = layer.layer, "{action}");
-                acted.push((layer.layer, action));
+                changes.actions.push((layer.layer, action));
             }
         }
-        Ok(acted)
+        Ok(changes)
     }
 
+    /// Moves the bias against the load, or what is left of bumps back to 0; and takes the next step's share of it.
     fn move_bias(&mut self, layer: usize, routed: &Arc<RoutedBatch>) {
-        let rate = self.plan.bias_rate;
-        if rate > 0.0 {
-            balance_bias::update(self.bias(layer, routed.experts), routed.wanted(), rate);
-        } else if self.plan.remedies.has(Remedy::BiasBump) {
-            balance_bias::fade(self.bias(layer, routed.experts), FADE);
+        let plan = self.plan;
+        if !plan.has_bias() {
+            return;
         }
+        let [share, next] = [self.step, self.step + 1].map(|step| plan.bias_share(step));
+        let bias = self.bias(layer, routed.experts);
+        if plan.bias_rate == 0.0 {
+            balance_bias::fade(bias, FADE);
+        } else if next == 1.0 {
+            // Later it would make up for what is taken from it.
+            balance_bias::update(bias, routed.wanted(), plan.bias_rate);
+        }
+        balance_bias::fade(bias, if share > 0.0 { next / share } else { 0.0 });
     }
 
     fn bias(&mut self, layer: usize, experts: usize) -> &mut Vec<f64> {
@@ -82,17 +102,26 @@ impl Upkeep<'_> {
         bias
     }
 
-    fn decide(&mut self, index: usize, layer: usize, preference: &Preference, [task, auxiliary]: [f64; 2]) -> Vec<Action> {
-        let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
+    /// Takes in what the step says about a layer; returns what is new about it.
+    fn observe(&mut self, index: usize, preference: &Preference, [task, auxiliary]: [f64; 2]) -> Option<Finding> {
+        let watch = self.memory.watch.get_mut(index)?;
         watch.monitor.observe(preference.choices.rows());
         watch.monitor.observe_gradients(task, auxiliary);
-        if self.plan.remedies.is_empty() {
+        let before = watch.finding;
+        watch.finding = before.next(&watch.monitor, self.plan.learning.moves(Part::Router));
+        watch.finding.is_news(before).then_some(watch.finding)
+    }
+
+    fn decide(&mut self, index: usize, layer: usize, preference: &Preference) -> Vec<Action> {
+        let Some(watch) = self.memory.watch.get_mut(index) else { return Vec::new() };
+        let remedies = self.plan.remedies(self.step);
+        if remedies.is_empty() {
             return Vec::new();
         }
         let bias = self.memory.layers.get(layer).map_or(&[][..], |layer| &layer.bias);
         let balance_weight = self.plan.balance(self.step).map_or(0.0, |(_, weight)| watch.treatment.balance_weight(weight));
         let evidence = Evidence { scores: &preference.scores, bias, balance_weight };
-        self.plan.remedies.decide(&mut watch.monitor, &evidence, &mut watch.treatment, self.step)
+        remedies.decide(&mut watch.monitor, &evidence, &mut watch.treatment, self.step)
     }
 
     fn apply(&mut self, layer: usize, experts: usize, action: Action) -> Result<()> {

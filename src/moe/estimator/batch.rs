@@ -73,7 +73,8 @@ impl RoutedBatch {
     ///
     /// Where all experts are chosen, a token counts for the one with its largest weight, which hard top-1 would choose.
     pub fn stats(&self, z: &[f64]) -> RoutingStats {
-        let mut stats = RoutingStats::new(self.experts);
+        let CapacityReport { dropped, rerouted } = self.capacity;
+        let mut stats = RoutingStats { dropped, rerouted, ..RoutingStats::new(self.experts) };
         let width = z.len().checked_div(self.tokens).unwrap_or(0);
         let mut p = vec![0.0; self.experts];
         for (row, z) in z.chunks_exact(width.max(1)).enumerate() {

@@ -87,7 +87,7 @@ impl EstimatorSpec {
         }
         let setting = |param: &ParamRow| Ok((param.name, check(param, config.params.get(param.name), k, steps)?));
         let spec = Self { row, k, settings: row.params.iter().map(setting).collect::<Result<_>>()? };
-        spec.check_whole(purpose)?;
+        spec.check_whole(config, purpose)?;
         Ok(spec)
     }
 
@@ -162,19 +162,23 @@ impl EstimatorSpec {
     }
 
     /// What no parameter says by itself.
-    fn check_whole(&self, purpose: Purpose) -> Result<()> {
+    fn check_whole(&self, config: &EstimatorConfig, purpose: Purpose) -> Result<()> {
         let estimator = self.at(0, 1);
         if purpose == Purpose::Train && self.k == 1 && estimator.weights == Weights::Renorm && estimator.gradient == Gradient::Exact {
             let message =
                 "renormalised top-1 has weight 1 for every router, so the router gets no gradient; use raw_topk, ste or soft, or k = 2";
-            return Err(Error::invalid("routing.estimator", message));
+            let field = if config.params.contains_key("weights") { "routing.weights" } else { "routing.k" };
+            return Err(Error::invalid(field, message));
         }
-        match estimator.gradient {
-            Gradient::Score { baseline: Baseline::LeaveOneOut, samples } if samples < 2 => {
-                Err(Error::invalid("routing.samples", "must be at least 2: leave_one_out takes the mean of the others"))
-            }
-            _ => Ok(()),
+        let Gradient::Score { baseline, samples } = estimator.gradient else { return Ok(()) };
+        if baseline == Baseline::LeaveOneOut && samples < 2 {
+            return Err(Error::invalid("routing.samples", "must be at least 2: leave_one_out takes the mean of the others"));
         }
+        if config.params.contains_key("decay") && !matches!(baseline, Baseline::MovingAverage { .. }) {
+            let message = "has no effect because only baseline = \"moving_average\" has an average; remove it";
+            return Err(Error::invalid("routing.decay", message));
+        }
+        Ok(())
     }
 }
 

@@ -23,7 +23,11 @@ fn read(toml: &str, purpose: Purpose) -> Result<EstimatorSpec> {
 fn mistakes_are_named() {
     let names = CATALOG.iter().map(|row| row.name).collect::<Vec<_>>().join(", ");
     let unknown = |name: &str, guess: &str| format!("routing.estimator: '{name}' is unknown; {guess}one of {names}");
-    let renorm = "routing.estimator: renormalised top-1 has weight 1 for every router, so the router gets no gradient; use raw_topk, ste or soft, or k = 2";
+    let renorm = |field: &str| {
+        let message =
+            "renormalised top-1 has weight 1 for every router, so the router gets no gradient; use raw_topk, ste or soft, or k = 2";
+        format!("routing.{field}: {message}")
+    };
     for (toml, message) in [
         ("name = 'stee'", unknown("stee", "did you mean ste? ").as_str()),
         ("name = 'softmax'", unknown("softmax", "").as_str()),
@@ -76,8 +80,12 @@ fn mistakes_are_named() {
         ("name = 'ste'\nparams.sampled = 'yes'", "routing.sampled: must be true or false"),
         ("name = 'ste'\nparams.alpha = 2.0", "routing.alpha: ste has no such parameter; it has temperature, sampled"),
         ("name = 'raw_topk'\nparams.temperature = 1.0", "routing.temperature: raw_topk has no such parameter; it has none"),
-        ("name = 'renorm_topk'\nk = 1", renorm),
-        ("name = 'noisy_topk'\nk = 1\nparams.weights = 'renorm'", renorm),
+        ("name = 'renorm_topk'\nk = 1", renorm("k").as_str()),
+        ("name = 'noisy_topk'\nk = 1\nparams.weights = 'renorm'", renorm("weights").as_str()),
+        (
+            "name = 'reinforce'\nparams.decay = 0.9",
+            "routing.decay: has no effect because only baseline = \"moving_average\" has an average; remove it",
+        ),
         (
             "name = 'onehot'",
             "routing.estimator: onehot is only for the laboratory: its router gets no gradient: it is a baseline of `hardmax compare`",

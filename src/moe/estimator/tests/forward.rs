@@ -273,6 +273,8 @@ fn capacity_takes_from_the_choice() {
     let rerouted = route(Overflow::Reroute);
     assert_eq!((rerouted.chosen.len(), rerouted.capacity.rerouted), (16, 8));
     assert_eq!(rerouted.rows().of(7), [2, 3]);
+    let counted = [&dropped, &rerouted].map(|routed| routed.stats(&z)).map(|stats| (stats.routes, stats.dropped, stats.rerouted));
+    assert_eq!(counted, [(8, 8, 0), (16, 0, 8)]);
     for routed in [&dropped, &rerouted] {
         let sums: Vec<f64> = routed.weights.chunks(experts).map(|row| row.iter().sum()).collect();
         assert!((0..tokens).all(|t| (sums[t] - if routed.rows().of(t).is_empty() { 0.0 } else { 1.0 }).abs() < 1e-15));
