@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::spec::Mode;
 use crate::{
     error::{Error, Result},
     moe::{
         capacity::Capacity,
         estimator::{EstimatorConfig, EstimatorSpec, Purpose, Relaxation},
         explore::Exploration,
-        loss::{LossContext, LossTerm, loss_terms},
+        loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::Remedies,
     },
     schedule::Schedule,
@@ -105,18 +106,23 @@ impl Arm {
         Self::new("teacher", EstimatorConfig { name: "soft".into(), k: None, params: BTreeMap::new() })
     }
 
+    /// Whether its tuning reads the teacher's routers.
+    pub fn follows_router(&self) -> bool {
+        self.losses.contains_key(AuxLoss::RouterKl.id())
+    }
+
     /// Everything that can be wrong with an arm, for layers of `experts` and a run of `steps`.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on the setting, its path from the arm.
-    pub fn check(&self, experts: usize, steps: usize) -> Result<CheckedArm> {
+    pub fn check(&self, experts: usize, steps: usize, mode: Mode) -> Result<CheckedArm> {
         let estimator = EstimatorSpec::new(&self.estimator, experts, steps, Purpose::Laboratory)?;
         let first = estimator.at(0, steps);
         let bad = |field: &str, message: &str| Err(Error::invalid(field, message));
         if matches!(first.relaxation, Relaxation::SmoothStep { .. }) && !self.losses.is_empty() {
             return bad("losses", "the outputs of this router are no logits: losses on logits have no meaning");
         }
-        let context = LossContext { steps, normal_noise: first.needs().outputs, teacher: false };
+        let context = LossContext { steps, normal_noise: first.needs().outputs, teacher: mode == Mode::Tune };
         let losses = loss_terms("losses", &self.losses, context)?;
         let remedies = Remedies::new("remedies", &self.remedies, losses.iter().any(|term| term.loss.balances()))?;
         self.explore.check("explore")?;
