@@ -63,7 +63,7 @@ pub const RATE: f64 = 1e-2;
 /// Learning rates of the task `rates`.
 pub const RATES: [f64; 3] = [3e-3, RATE, 3e-2];
 /// Points of the curves.
-const POINTS: usize = 40;
+const POINTS: usize = 20;
 /// Steps of tuning over those from scratch.
 const TUNING_STEPS: f64 = 1.0 / 3.0;
 
@@ -79,10 +79,10 @@ fn allowance(task: TaskName) -> Allowance {
             Allowance { size: size(1500, 128, 0, 3e-3), quick_steps: 100, seeds: 3, flops_seeds: [3, 3], step_seconds: [4e-4, 2e-4] }
         }
         TaskName::Text => Allowance {
-            size: Size { points: 10, ..size(300, 8, 64, 3e-3) },
+            size: Size { points: 8, ..size(300, 8, 64, 3e-3) },
             quick_steps: 15,
             seeds: 3,
-            flops_seeds: [2, 1],
+            flops_seeds: [1, 1],
             step_seconds: [1.2e-2, 3e-3],
         },
         TaskName::Gradient => Allowance {
