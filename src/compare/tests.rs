@@ -14,7 +14,8 @@ use super::{
     results::{CellResult, Expected, Outcome},
     spec::{Budget, CellSpec, LAB_VERSION, Mode, Size, TaskName},
     step::{Step, StepInput, step},
-    task::{Batch, Targets},
+    task::{self, Batch, Targets},
+    training::Training,
 };
 use crate::{
     moe::{
@@ -278,13 +279,16 @@ fn balancers_keep_alive_what_dies_without_them() {
 #[test]
 fn the_router_is_held_to_that_of_the_teacher() {
     let cells = tempfile::tempdir().expect("a folder");
-    let spec = |arm: &str| small(TaskName::Equal, Mode::Tune, arm, 1, 200);
-    result_of(&spec("ste").teacher().expect("one"), cells.path());
-    let held = Arm { losses: [("router_kl".to_owned(), Schedule::constant(10.0))].into(), ..spec("ste").arm };
-    let held = result_of(&CellSpec { arm: held, ..spec("ste") }, cells.path());
-    let untouched = CellSpec { size: Size { steps: 0, ..spec("untouched").size }, ..spec("untouched") };
-    let (free, teacher) = (result_of(&spec("ste"), cells.path()), result_of(&untouched, cells.path()));
-    let apart = |result: &CellResult| (result.router_entropy.expect("a router") - teacher.router_entropy.expect("a router")).abs();
+    let free = small(TaskName::Equal, Mode::Tune, "ste", 1, 200);
+    let held = Arm { losses: [("router_kl".to_owned(), Schedule::constant(1000.0))].into(), ..free.arm.clone() };
+    let held = CellSpec { arm: held, ..free.clone() };
+    let untouched = CellSpec { size: Size { steps: 0, ..free.size }, ..free.clone() };
+    result_of(&free.teacher().expect("one"), cells.path());
+    let [teacher, held, free] = [untouched, held, free].map(|spec| {
+        let task = task::open(spec.task, spec.seed, spec.size).expect("a task of the small net");
+        Training::new(&spec, &*task, cells.path()).expect("sound").run().expect("it trains").1.router
+    });
+    let apart = |router: &[f64]| router.iter().zip(&teacher).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
     assert!(apart(&held) < 0.5 * apart(&free), "{} and {}", apart(&held), apart(&free));
 }
 
