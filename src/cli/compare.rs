@@ -26,13 +26,13 @@ pub struct CompareArgs {
     /// Only these arms, by name or by the name of their estimator; see --list.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub arms: Vec<String>,
-    /// Only these tasks: equal, unequal, collapsed, digits, text, gradient.
+    /// Only these tasks: equal, unequal, collapsed, digits, text, rates, gradient.
     #[arg(long, value_delimiter = ',', value_parser = task, value_name = "NAMES")]
     pub tasks: Vec<TaskName>,
     /// Only these modes: scratch, or tune, which starts from a soft-trained teacher.
     #[arg(long, value_delimiter = ',', value_parser = mode, value_name = "NAMES")]
     pub modes: Vec<Mode>,
-    /// Seeds of every arm; left out: 5 on the synthetic tasks, 3 on the others.
+    /// Seeds of every arm, at most 100; left out: 5 on the synthetic tasks, 3 on the others.
     #[arg(long)]
     pub seeds: Option<u64>,
     /// Factor on the steps of every training.
@@ -101,9 +101,15 @@ fn run_cell(cells: &std::path::Path) -> Result<()> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).map_err(|error| Error::io("standard input", error))?;
     let spec: CellSpec = serde_json::from_str(&text).map_err(|error| Error::invalid("--cell", error.to_string()))?;
-    match cell::run(&spec, cells)? {
-        Outcome::Failed(error) => Err(Error::FailedPrecondition(error)),
-        Outcome::Trained(_) | Outcome::Gradient(_) => Ok(()),
+    match cell::run(&spec, cells) {
+        Ok(Outcome::Failed(error)) => Err(Error::FailedPrecondition(error)),
+        Ok(Outcome::Trained(_) | Outcome::Gradient(_)) => Ok(()),
+        // Whoever runs the cells has to know this from a cell that failed.
+        Err(error @ Error::Io { .. }) => {
+            eprintln!("error: {error}");
+            std::process::exit(i32::from(cell::UNWRITABLE))
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::spec::Mode;
 use crate::{
     error::{Error, Result},
     moe::{
         capacity::Capacity,
         estimator::{ChoiceChange, EstimatorConfig, EstimatorSpec, Purpose},
         explore::Exploration,
-        loss::{LossContext, LossTerm, loss_terms},
+        loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::{Remedies, Remedy},
     },
     schedule::Schedule,
@@ -105,15 +106,21 @@ impl Arm {
         Self::new("teacher", EstimatorConfig { name: "soft".into(), k: None, params: BTreeMap::new() })
     }
 
+    /// Whether its tuning reads the teacher's routers.
+    pub fn follows_router(&self) -> bool {
+        self.losses.contains_key(AuxLoss::RouterKl.id())
+    }
+
     /// Everything that can be wrong with an arm, for layers of `experts` and a run of `steps`.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on the setting, its path from the arm.
-    pub fn check(&self, experts: usize, steps: usize) -> Result<CheckedArm> {
+    pub fn check(&self, experts: usize, steps: usize, mode: Mode) -> Result<CheckedArm> {
         let estimator = EstimatorSpec::new(&self.estimator, experts, steps, Purpose::Laboratory)?;
         let first = estimator.at(0, steps);
         let bad = |field: &str, message: &str| Err(Error::invalid(field, message));
-        let losses = loss_terms("losses", &self.losses, LossContext { steps, estimator: &estimator, teacher: false })?;
+        let context = LossContext { steps, estimator: &estimator, teacher: mode == Mode::Tune };
+        let losses = loss_terms("losses", &self.losses, context)?;
         let remedies = Remedies::new("remedies", &self.remedies, losses.iter().any(|term| term.loss.balances()))?;
         self.explore.check("explore")?;
         self.capacity.map_or(Ok(()), |capacity| capacity.check("capacity"))?;

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, time::Instant};
 
 use super::{
-    files, gradient, lm, memory,
+    files, gradient, lm,
     results::{CellRecord, Outcome},
     spec::{CellSpec, TaskName},
     task,
@@ -12,10 +12,16 @@ use super::{
 };
 use crate::error::Result;
 
+/// Exit status of a cell that could not write its files: `EX_IOERR` of sysexits.h.
+pub const UNWRITABLE: u8 = 74;
+
 /// Runs a cell and writes its file into `cells`, and the weights of a teacher. A cell that cannot run leaves a file that
 /// says so; only files that cannot be written are errors here.
 pub fn run(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
-    let outcome = measure(spec, cells).unwrap_or_else(|error| Outcome::Failed(error.to_string()));
+    let outcome = match measure(spec, cells) {
+        Err(error) if files::is_full(&error) => return Err(error),
+        measured => measured.unwrap_or_else(|error| Outcome::Failed(error.to_string())),
+    };
     let record = CellRecord { spec: spec.clone(), outcome };
     files::write_json(&spec.file(cells)?, &record)?;
     Ok(record.outcome)
@@ -29,11 +35,11 @@ pub fn finished(spec: &CellSpec, cells: &Path) -> Result<Option<Outcome>> {
 }
 
 fn measure(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
-    let (started, resident) = (Instant::now(), memory::resident());
+    let started = Instant::now();
     let mut result = match spec.task {
         TaskName::Gradient => return gradient::run(spec).map(Outcome::Gradient),
         TaskName::Text => lm::run(spec, cells)?,
-        TaskName::Equal | TaskName::Unequal | TaskName::Collapsed | TaskName::Digits => {
+        TaskName::Equal | TaskName::Unequal | TaskName::Collapsed | TaskName::Digits | TaskName::Rates => {
             let task = task::open(spec.task, spec.seed, spec.size)?;
             let (result, net) = Training::new(spec, &*task, cells)?.run()?;
             if spec.is_teacher() {
@@ -43,6 +49,5 @@ fn measure(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
         }
     };
     result.seconds = started.elapsed().as_secs_f64();
-    result.peak_bytes = memory::peak().zip(resident).map(|(peak, before)| peak.saturating_sub(before));
     Ok(Outcome::Trained(Box::new(result)))
 }

@@ -109,7 +109,8 @@ pub fn load(routed: &RoutedBatch) -> Vec<f64> {
     counts.iter().map(|n| n / routed.tokens.max(1) as f64).collect()
 }
 
-fn confusion(hard1: &RoutedBatch, test: &Batch) -> Confusion {
+/// Top-1 experts against regions.
+pub(super) fn confusion(hard1: &RoutedBatch, test: &Batch) -> Confusion {
     let regions = test.region.iter().max().map_or(0, |r| r + 1);
     let pairs = (0..hard1.tokens).filter_map(|t| Some((*hard1.rows().of(t).first()? as usize, *test.region.get(t)?)));
     Confusion::new(hard1.experts, regions, pairs)

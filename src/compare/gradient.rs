@@ -2,6 +2,9 @@
 //!
 //! The exact gradient is `p ⊙ (f - <p, f>)`, p = softmax(z): that of the expected loss when the expert is drawn from the
 //! softmax, whatever temperature an estimator uses. Its draws are rows of one batch.
+//!
+//! Schedules stand half-way, with the temperature and the noise that are in force there: at the end the noise of
+//! `gumbel_soft` is 0, which it has trained under at no other time.
 
 use super::{
     metric::median,
@@ -35,9 +38,10 @@ struct Problem {
 
 /// Measures the cell's estimator on both losses.
 pub fn run(spec: &CellSpec) -> Result<GradientResult> {
-    let experts = spec.task.experts();
-    let estimator =
-        EstimatorSpec::new(&spec.arm.estimator, experts, spec.size.steps, Purpose::Laboratory)?.at(spec.size.steps, spec.size.steps);
+    let (experts, steps) = (spec.task.experts(), spec.size.steps);
+    let schedules = EstimatorSpec::new(&spec.arm.estimator, experts, steps, Purpose::Laboratory)?;
+    let estimator = schedules.at(steps / 2, steps);
+    let in_force = |name| schedules.number_at(name, steps / 2, steps);
     if matches!(estimator.relaxation, Relaxation::SmoothStep { .. }) {
         return Err(Error::invalid("arm.estimator", "the task `gradient` needs a router with an output for each expert"));
     }
@@ -51,6 +55,8 @@ pub fn run(spec: &CellSpec) -> Result<GradientResult> {
         medians(&qualities.collect::<Vec<_>>())
     };
     Ok(GradientResult {
+        sharpness: in_force("temperature").or_else(|| in_force("width")),
+        noise: in_force("noise"),
         quadratic: measure(|random| Targets::Values(random.normals(OUTPUTS, 1.0)), "quadratic"),
         cross_entropy: measure(|random| Targets::Classes(vec![random.below(OUTPUTS)]), "cross-entropy"),
     })
@@ -62,7 +68,9 @@ impl Problem {
     }
 
     fn quality(&self, estimator: &Estimator, draws: usize, draw: Draw) -> Quality {
-        let exact = expected_loss_gradient(&self.z, 1.0, &self.losses());
+        let mut p = vec![0.0; self.experts()];
+        Relaxation::Softmax { temperature: 1.0 }.value(&self.z, &mut p);
+        let exact = expected_loss_gradient(&p, 1.0, &self.losses());
         let draws = if is_random(estimator) { draws } else { 1 };
         compare(&exact, &self.gradients(estimator, draws, draw))
     }
@@ -144,10 +152,14 @@ mod tests {
         arm::Arm,
         spec::{Budget, LAB_VERSION, Mode, Size, TaskName},
     };
-    use crate::moe::estimator::{EstimatorConfig, Param};
+    use crate::moe::estimator::{
+        EstimatorConfig, Param,
+        catalog::{self, KRange},
+    };
 
     fn measured(name: &str, params: &[(&str, Param)]) -> GradientResult {
-        measured_at(name, Some(1), params, [1000, 15])
+        let k = catalog::find(name).and_then(|row| (row.k != KRange::None).then_some(1));
+        measured_at(name, k, params, [1000, 15])
     }
 
     fn measured_at(name: &str, k: Option<usize>, params: &[(&str, Param)], [batch, test]: [usize; 2]) -> GradientResult {
@@ -160,18 +172,30 @@ mod tests {
             budget: Budget::Steps,
             arm,
             seed: 3,
-            size: Size { steps: 1, batch, test, points: 0, rate: 0.0 },
+            size: Size { steps: 2, batch, test, points: 0, rate: 0.0 },
             teacher_size: None,
         })
         .expect("it can be measured")
     }
 
     #[test]
-    fn every_arm_of_the_task_is_measured_or_has_nothing_to_measure() {
+    fn every_arm_of_the_task_is_measured() {
         for arm in crate::compare::arms::arms(TaskName::Gradient, Mode::Scratch) {
             let params: Vec<(&str, Param)> = arm.estimator.params.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
             let result = measured_at(&arm.estimator.name, arm.estimator.k, &params, [20, 2]);
-            assert_eq!(result.quadratic.bias.is_some(), arm.estimator.name != "dselect_k", "{}", arm.name);
+            assert!(result.quadratic.bias.is_some() && result.cross_entropy.bias.is_some(), "{}", arm.name);
+        }
+    }
+
+    #[test]
+    fn noise_is_that_of_training() {
+        let soft = measured("gumbel_soft", &[]);
+        assert_eq!(soft.noise, Some(0.5), "half-way from 1 to 0");
+        assert!((soft.sharpness.expect("a temperature") - 0.6_f64.sqrt()).abs() < 1e-12, "half-way from 2 to 0.3: {soft:?}");
+        for (name, noise) in [("gumbel_soft", Some(0.5)), ("gumbel_st", Some(1.0)), ("noisy_topk", None), ("reinmax", None)] {
+            let result = measured(name, &[]);
+            assert_eq!(result.noise, noise, "{name}");
+            assert!(result.quadratic.std.is_some_and(|std| std > 0.0), "{name} draws: {result:?}");
         }
     }
 

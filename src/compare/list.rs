@@ -2,7 +2,10 @@
 
 use std::fmt::{self, Write as _};
 
-use super::{arms::arms, spec::TaskName};
+use super::{
+    arms::{arms, left_out},
+    spec::TaskName,
+};
 use crate::{
     moe::estimator::catalog::{CATALOG, KRange, Kind, Row, Way},
     schedule::Shape,
@@ -22,6 +25,9 @@ fn write(text: &mut String) -> fmt::Result {
         for mode in task.modes() {
             let names: Vec<String> = arms(task, *mode).into_iter().map(|arm| arm.name).collect();
             writeln!(text, "arms of {}, {}:\n    {}", task.id(), mode.id(), names.join(" "))?;
+        }
+        for (estimator, reason) in left_out(task) {
+            writeln!(text, "    without {estimator}: {reason}")?;
         }
     }
     Ok(())
@@ -81,5 +87,6 @@ mod tests {
             assert!(row.params.iter().all(|param| text.contains(param.doc)), "{}", row.name);
         }
         assert!(text.contains("2 to 0.3, geometric") && text.contains("experts_only"));
+        assert!(text.contains("    without dselect_k: its router has no output for each expert"));
     }
 }

@@ -2,14 +2,24 @@
 
 use std::fs;
 
-/// Resident memory now, bytes; `None` where the system does not say.
-pub fn resident() -> Option<u64> {
-    status("VmRSS:")
+/// From where growth is counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Watermark {
+    /// Resident when it was set, bytes; `None` where the system does not say.
+    resident: Option<u64>,
 }
 
-/// Most resident memory since the process began, bytes; `None` where the system does not say.
-pub fn peak() -> Option<u64> {
-    status("VmHWM:")
+impl Watermark {
+    /// Here and now. Forgets what was resident before (proc(5), `clear_refs`); where that cannot be, an earlier peak counts.
+    pub fn set() -> Self {
+        let _ = fs::write("/proc/self/clear_refs", "5");
+        Self { resident: status("VmRSS:") }
+    }
+
+    /// Most that was resident since, less what was then; bytes.
+    pub fn growth(self) -> Option<u64> {
+        Some(status("VmHWM:")?.saturating_sub(self.resident?))
+    }
 }
 
 fn status(name: &str) -> Option<u64> {
@@ -29,5 +39,16 @@ mod tests {
     fn status_lines_are_read() {
         assert_eq!(kibibytes("VmHWM:\t 9 kB\nVmRSS:\t    12 kB\n", "VmRSS:"), Some(12 << 10));
         assert_eq!(kibibytes("VmRSS: many\n", "VmRSS:"), None);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_is_held_counts() {
+        const SIZE: usize = 64 << 20;
+        let mark = Watermark::set();
+        let held = std::hint::black_box(vec![1_u8; SIZE]);
+        // Other tests of this process may give memory back meanwhile.
+        assert!(mark.growth().is_some_and(|bytes| bytes > SIZE as u64 / 2));
+        drop(held);
     }
 }

@@ -18,28 +18,57 @@ impl Confusion {
         Self { experts, regions, counts }
     }
 
-    /// Share of tokens whose expert is the region's, experts matched to regions one to one as well as possible.
-    ///
-    /// Exact, by dynamic programming over the sets of matched regions; for at most 16 regions.
+    /// Share of tokens whose expert is the region's, experts matched to regions one to one as well as possible. `None`
+    /// without a token, and of more than 16 regions.
     pub fn agreement(&self) -> Option<f64> {
         let total = self.total();
-        if total == 0 || self.regions > 16 {
+        let matched = |(region, expert): (usize, Option<usize>)| expert.map_or(0, |expert| self.counts[expert * self.regions + region]);
+        let agree: u64 = self.matching()?.into_iter().enumerate().map(matched).sum();
+        (total > 0).then(|| agree as f64 / total as f64)
+    }
+
+    /// The expert of each region under the best matching of one to one, the lowest ones among equals; none of a region
+    /// that there is no expert left for. `None` of more than 16 regions.
+    ///
+    /// Exact, by dynamic programming over the sets of matched regions.
+    pub fn matching(&self) -> Option<Vec<Option<usize>>> {
+        if self.regions > 16 {
             return None;
         }
-        // best[s]: most tokens when the experts so far are matched to the regions in s, or to none.
-        let mut best: Vec<Option<u64>> = repeat_n(None, 1 << self.regions).collect();
-        best[0] = Some(0);
-        for row in self.counts.chunks_exact(self.regions) {
-            // Sets in descending order, so that this expert is matched at most once.
-            for set in (0..1_usize << self.regions).rev() {
-                let Some(so_far) = best[set] else { continue };
+        // best[n][s]: most tokens when the first n experts are matched to just the regions in s, or to none.
+        let mut best: Vec<Vec<Option<u64>>> = vec![repeat_n(None, 1 << self.regions).collect()];
+        best[0][0] = Some(0);
+        for row in self.counts.chunks_exact(self.regions.max(1)) {
+            let before = &best[best.len() - 1];
+            let mut after = before.clone();
+            for (set, so_far) in before.iter().enumerate().filter_map(|(set, count)| Some((set, (*count)?))) {
                 for (region, count) in row.iter().enumerate().filter(|(region, _)| set >> region & 1 == 0) {
-                    let slot = &mut best[set | 1 << region];
+                    let slot = &mut after[set | 1 << region];
                     *slot = Some(slot.map_or(0, |b| b).max(so_far + count));
                 }
             }
+            best.push(after);
         }
-        Some(best.into_iter().flatten().max().unwrap_or(0) as f64 / total as f64)
+        // The set with most tokens, among equals the largest, so that no region lacks an expert that is free.
+        let last = &best[best.len() - 1];
+        let most = |set: &usize| (last[*set], set.count_ones());
+        let mut set = (0..1_usize << self.regions).max_by_key(most).unwrap_or(0);
+        let mut experts = vec![None; self.regions];
+        for expert in (0..self.experts).rev().filter(|_| self.regions > 0) {
+            let (before, after) = (&best[expert], best[expert + 1][set]);
+            if before[set] == after {
+                continue;
+            }
+            let from = |region: &usize| {
+                let count = self.counts[expert * self.regions + region];
+                set >> region & 1 == 1 && before[set & !(1 << region)].map(|so_far| so_far + count) == after
+            };
+            if let Some(region) = (0..self.regions).find(from) {
+                experts[region] = Some(expert);
+                set &= !(1 << region);
+            }
+        }
+        Some(experts)
     }
 
     /// Mutual information over the mean of the entropies; `None` where both are 0.
@@ -128,6 +157,15 @@ mod tests {
         // Greedy takes (0, 0) with 5 and is left with 0; the best is (0, 1) and (1, 0) with 8.
         let pairs = [vec![(0, 0); 5], vec![(0, 1); 4], vec![(1, 0); 4]].concat();
         assert_eq!(confusion(&pairs).agreement(), Some(8.0 / 13.0));
+        assert_eq!(confusion(&pairs).matching(), Some(vec![Some(1), Some(0), Some(2)]));
+    }
+
+    #[test]
+    fn every_region_has_an_expert_while_there_are_some() {
+        assert_eq!(confusion(&[(0, 2), (1, 0), (2, 1)]).matching(), Some(vec![Some(1), Some(2), Some(0)]));
+        assert_eq!(confusion(&[(1, 1)]).matching().map(|experts| experts.iter().flatten().count()), Some(3));
+        let few = Confusion::new(1, 2, [(0, 0), (0, 1), (0, 1)].into_iter());
+        assert_eq!(few.matching(), Some(vec![None, Some(0)]));
     }
 
     #[test]

@@ -7,17 +7,20 @@
 //! |---|---|
 //! | [`spec`], [`arm`] | what one cell is: task, mode, budget, seed, size; estimator, losses, controls |
 //! | [`arms`], [`plan()`], [`list`] | the built-in arms; all cells of a run; both in words |
-//! | [`run`], [`cell`], [`files`], [`memory`] | a process for every cell; that process |
+//! | [`run`], [`process`], [`files`] | a process for every cell, and the folder |
+//! | [`cell`], [`clock`], [`memory`], [`cost`] | that process; its CPU time and memory; what it is charged |
 //! | [`task`] | data with regions, their optimal routing, the loss |
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
 //! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
 //! | [`lm`] | language-model cells, on the decoder that is served |
-//! | [`results`], [`table`], [`plots`], [`report`] | what is left behind, and shown |
+//! | [`results`], [`table`], [`rates`], [`plots`], [`report`] | what is left behind, and shown |
 
 pub mod adam;
 pub mod arm;
 pub mod arms;
 pub mod cell;
+pub mod clock;
+pub mod cost;
 pub mod evaluate;
 pub mod expert;
 pub mod files;
@@ -30,7 +33,9 @@ pub mod net;
 pub mod plan;
 pub mod plots;
 pub mod probe;
+pub mod process;
 pub mod random;
+pub mod rates;
 pub mod report;
 pub mod results;
 pub mod run;
@@ -58,6 +63,7 @@ use crate::error::{Error, Result};
 /// What is asked wrongly, before a folder is made; files that cannot be written. Failed cells are results.
 pub fn compare(request: &Request, run: &Run) -> Result<Results> {
     let cells = plan(request)?;
+    let _lock = run.lock()?;
     let results = run.run(&cells)?;
     files::write_json(&run.folder.results(), &results)?;
     let plots = run.folder.plots();

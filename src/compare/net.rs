@@ -35,6 +35,8 @@ pub struct Gradients {
     pub router: Vec<f64>,
     /// `[E, P]`.
     pub experts: Vec<f64>,
+    /// Rows whose gradient went into an expert's weights: counted, not derived.
+    pub rows: usize,
 }
 
 /// Running means of the experts' outputs, which stand in for those that did not run.
@@ -168,6 +170,7 @@ impl Net {
                 self.merge(weights, &mut merged);
                 d_merged.fill(0.0);
                 self.shape.expert.backward(&merged, x, active, dy, &mut d_merged);
+                gradients.rows += 1;
                 let experts = self.experts.chunks_exact(size).zip(gradients.experts.chunks_exact_mut(size));
                 for (((parameters, gradient), weight), credit) in experts.zip(weights).zip(credit) {
                     *credit = dot(parameters, &d_merged);
@@ -179,6 +182,7 @@ impl Net {
             if weights[e] != 0.0 {
                 d_row.iter_mut().zip(dy).for_each(|(d, g)| *d = weights[e] * g);
                 self.shape.expert.backward(self.expert(e), x, active, &d_row, &mut gradients.experts[e * size..][..size]);
+                gradients.rows += 1;
             }
         }
         if matches!(combine, Combine::Means { .. }) {
@@ -234,7 +238,7 @@ pub struct Pass<'a> {
 impl Gradients {
     /// Zeros.
     pub fn new(net: &Net) -> Self {
-        Self { router: vec![0.0; net.router.len()], experts: vec![0.0; net.experts.len()] }
+        Self { router: vec![0.0; net.router.len()], experts: vec![0.0; net.experts.len()], rows: 0 }
     }
 }
 

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::{
-    arm::{Arm, Route},
-    arms::{arms, controls},
+    arm::{Arm, CheckedArm, Route},
+    arms::{arms, controls, left_out},
+    cost,
     spec::{Budget, CellSpec, LAB_VERSION, Mode, Size, TaskName},
 };
 use crate::{
     error::{Error, Result},
-    moe::estimator::Expected,
+    moe::estimator::{Expected, distance},
 };
 
 /// What a run is asked for.
@@ -48,15 +49,21 @@ struct Allowance {
     /// Its steps with `--quick`.
     quick_steps: usize,
     seeds: u64,
-    /// Seeds at equal expert-FLOPs; 0: no such cells.
-    flops_seeds: u64,
+    /// Seeds at equal expert-FLOPs, from scratch and in tuning; 0: no such cells.
+    flops_seeds: [u64; 2],
     /// Seconds of a step at one expert per token, and more for every expert executed; measured on one core, for the order
     /// of cells and the estimate of what is left.
     step_seconds: [f64; 2],
 }
 
+/// Most seeds of an arm: with all tasks it is a day's work, and more says nothing new.
+const MAX_SEEDS: u64 = 100;
+/// Learning rate of the synthetic tasks.
+pub const RATE: f64 = 1e-2;
+/// Learning rates of the task `rates`.
+pub const RATES: [f64; 3] = [3e-3, RATE, 3e-2];
 /// Points of the curves.
-const POINTS: usize = 40;
+const POINTS: usize = 20;
 /// Steps of tuning over those from scratch.
 const TUNING_STEPS: f64 = 1.0 / 3.0;
 
@@ -64,25 +71,26 @@ fn allowance(task: TaskName) -> Allowance {
     let size = |steps, batch, test, rate| Size { steps, batch, test, points: POINTS, rate };
     match task {
         TaskName::Equal => {
-            Allowance { size: size(3000, 256, 4096, 1e-2), quick_steps: 300, seeds: 5, flops_seeds: 3, step_seconds: [2e-4, 4e-5] }
+            Allowance { size: size(3000, 256, 4096, RATE), quick_steps: 300, seeds: 5, flops_seeds: [3, 3], step_seconds: [2e-4, 4e-5] }
         }
-        TaskName::Unequal => Allowance { flops_seeds: 3, ..allowance(TaskName::Equal) },
-        TaskName::Collapsed => Allowance { flops_seeds: 0, ..allowance(TaskName::Equal) },
+        TaskName::Unequal | TaskName::Collapsed => allowance(TaskName::Equal),
+        TaskName::Rates => Allowance { quick_steps: 100, seeds: 2, flops_seeds: [0; 2], ..allowance(TaskName::Equal) },
         TaskName::Digits => {
-            Allowance { size: size(1500, 128, 0, 3e-3), quick_steps: 100, seeds: 3, flops_seeds: 3, step_seconds: [4e-4, 2e-4] }
+            Allowance { size: size(1500, 128, 0, 3e-3), quick_steps: 100, seeds: 3, flops_seeds: [3, 3], step_seconds: [4e-4, 2e-4] }
         }
         TaskName::Text => Allowance {
-            size: Size { points: 10, ..size(300, 8, 64, 3e-3) },
+            size: Size { points: 8, ..size(300, 8, 64, 3e-3) },
             quick_steps: 15,
             seeds: 3,
-            flops_seeds: 2,
+            flops_seeds: [1, 1],
             step_seconds: [1.2e-2, 3e-3],
         },
         TaskName::Gradient => Allowance {
-            size: Size { points: 0, ..size(1, 2000, 100, 0.0) },
-            quick_steps: 1,
+            // Schedules stand half-way.
+            size: Size { points: 0, ..size(2, 2000, 100, 0.0) },
+            quick_steps: 2,
             seeds: 1,
-            flops_seeds: 0,
+            flops_seeds: [0; 2],
             step_seconds: [0.5, 0.2],
         },
     }
@@ -96,16 +104,16 @@ pub fn plan(request: &Request) -> Result<Vec<CellSpec>> {
     if !(request.steps_scale.is_finite() && request.steps_scale > 0.0) {
         return Err(Error::invalid("--steps-scale", "must be above 0"));
     }
-    if request.seeds == Some(0) {
-        return Err(Error::invalid("--seeds", "must be at least 1"));
+    if request.seeds.is_some_and(|seeds| !(1..=MAX_SEEDS).contains(&seeds)) {
+        return Err(Error::invalid("--seeds", format!("must be at least 1 and at most {MAX_SEEDS}")));
     }
-    check_names(request)?;
+    let places = places(request);
+    check_own_arms(request)?;
+    check_choice(request, &places)?;
     let mut cells = Vec::new();
-    for task in TaskName::ALL.into_iter().filter(|task| request.tasks.is_empty() || request.tasks.contains(task)) {
-        for mode in task.modes().iter().filter(|mode| request.modes.is_empty() || request.modes.contains(mode)) {
-            for arm in chosen_arms(request, task, *mode) {
-                cells.extend(cells_of_arm(request, task, *mode, &arm)?);
-            }
+    for (task, mode) in places {
+        for arm in chosen_arms(request, task, mode) {
+            cells.extend(cells_of_arm(request, task, mode, &arm)?);
         }
     }
     let teachers: Vec<CellSpec> = cells.iter().filter_map(CellSpec::teacher).collect();
@@ -121,44 +129,82 @@ pub fn plan(request: &Request) -> Result<Vec<CellSpec>> {
     }
 }
 
-fn chosen_arms(request: &Request, task: TaskName, mode: Mode) -> Vec<Arm> {
-    let wanted = |arm: &Arm| {
-        let named = |name: &String| *name == arm.name || (!arm.route.is_control() && *name == arm.estimator.name);
-        request.arms.is_empty() || arm.route.is_control() || request.arms.iter().any(named)
+/// Tasks and modes that are asked for, in the order of the report.
+fn places(request: &Request) -> Vec<(TaskName, Mode)> {
+    let asked = |(task, mode): &(TaskName, Mode)| {
+        (request.tasks.is_empty() || request.tasks.contains(task)) && (request.modes.is_empty() || request.modes.contains(mode))
     };
-    let all = match &request.own_arms {
+    everywhere().filter(asked).collect()
+}
+
+fn everywhere() -> impl Iterator<Item = (TaskName, Mode)> {
+    TaskName::ALL.into_iter().flat_map(|task| task.modes().iter().map(move |mode| (task, *mode)))
+}
+
+/// Every arm of a place.
+fn all_arms(request: &Request, task: TaskName, mode: Mode) -> Vec<Arm> {
+    match &request.own_arms {
         Some(own) if task == TaskName::Gradient => own.clone(),
         Some(own) => own.iter().cloned().chain(controls(mode)).collect(),
         None => arms(task, mode),
-    };
-    all.into_iter().filter(wanted).collect()
+    }
 }
 
-fn check_names(request: &Request) -> Result<()> {
-    let all: Vec<Arm> =
-        TaskName::ALL.iter().flat_map(|task| task.modes().iter().flat_map(|mode| chosen_from(request, *task, *mode))).collect();
+fn chosen_arms(request: &Request, task: TaskName, mode: Mode) -> Vec<Arm> {
+    let chosen = |arm: &Arm| request.arms.is_empty() || arm.route.is_control() || request.arms.iter().any(|name| is_named(arm, name));
+    all_arms(request, task, mode).into_iter().filter(chosen).collect()
+}
+
+fn is_named(arm: &Arm, name: &str) -> bool {
+    name == arm.name || (!arm.route.is_control() && name == arm.estimator.name)
+}
+
+/// Every name of `--arms` must be that of something which is going to run.
+fn check_choice(request: &Request, places: &[(TaskName, Mode)]) -> Result<()> {
+    let has = |(task, mode): (TaskName, Mode), name: &str| all_arms(request, task, mode).iter().any(|arm| is_named(arm, name));
     for name in &request.arms {
-        if !all.iter().any(|arm| arm.name == *name || arm.estimator.name == *name) {
-            return Err(Error::invalid("--arms", format!("'{name}' is unknown; `hardmax compare --list` has all names")));
+        if places.iter().any(|place| has(*place, name)) {
+            continue;
         }
-    }
-    if let Some(own) = &request.own_arms {
-        for (i, arm) in own.iter().enumerate() {
-            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_+.".contains(c);
-            if arm.name.is_empty() || !arm.name.chars().all(plain) {
-                return Err(Error::invalid(format!("arm[{i}].name"), "lower case letters, digits, _, + and . only"));
-            }
-            let taken = own[..i].iter().any(|other| other.name == arm.name) || controls(Mode::Scratch).iter().any(|c| c.name == arm.name);
-            if taken || arm.name == Arm::teacher().name {
-                return Err(Error::invalid(format!("arm[{i}].name"), format!("'{}' is taken", arm.name)));
-            }
-        }
+        let elsewhere: Vec<String> =
+            everywhere().filter(|place| has(*place, name)).map(|(task, mode)| format!("{}, {}", task.id(), mode.id())).collect();
+        let reason = places.iter().find_map(|(task, _)| left_out(*task).iter().find(|(estimator, _)| estimator == name));
+        let message = match (reason, elsewhere.as_slice()) {
+            (Some((_, reason)), _) => format!("'{name}' has no place in what is asked for: {reason}"),
+            (None, []) => format!("'{name}' is unknown; {}`hardmax compare --list` has all names", near_misses(request, name)),
+            (None, elsewhere) => format!("'{name}' is not compared in what is asked for, but in: {}", elsewhere.join("; ")),
+        };
+        return Err(Error::invalid("--arms", message));
     }
     Ok(())
 }
 
-fn chosen_from(request: &Request, task: TaskName, mode: Mode) -> Vec<Arm> {
-    chosen_arms(&Request { arms: Vec::new(), ..request.clone() }, task, mode)
+/// `did you mean a, b or c? `, the nearest first; empty where nothing is near.
+fn near_misses(request: &Request, name: &str) -> String {
+    let mut names: Vec<(usize, String)> = everywhere()
+        .flat_map(|(task, mode)| all_arms(request, task, mode))
+        .map(|arm| (distance(name, &arm.name), arm.name))
+        .filter(|(distance, other)| *distance <= 2.max(other.len() / 3))
+        .collect();
+    names.sort();
+    names.dedup();
+    let names: Vec<String> = names.into_iter().take(3).map(|(_, name)| name).collect();
+    if names.is_empty() { String::new() } else { format!("did you mean {}? ", names.join(" or ")) }
+}
+
+fn check_own_arms(request: &Request) -> Result<()> {
+    let own = request.own_arms.as_deref().unwrap_or(&[]);
+    for (i, arm) in own.iter().enumerate() {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_+.".contains(c);
+        if arm.name.is_empty() || !arm.name.chars().all(plain) {
+            return Err(Error::invalid(format!("arm[{i}].name"), "lower case letters, digits, _, + and . only"));
+        }
+        let taken = own[..i].iter().any(|other| other.name == arm.name) || controls(Mode::Scratch).iter().any(|c| c.name == arm.name);
+        if taken || arm.name == Arm::teacher().name {
+            return Err(Error::invalid(format!("arm[{i}].name"), format!("'{}' is taken", arm.name)));
+        }
+    }
+    Ok(())
 }
 
 fn cells_of_arm(request: &Request, task: TaskName, mode: Mode, arm: &Arm) -> Result<Vec<CellSpec>> {
@@ -169,11 +215,15 @@ fn cells_of_arm(request: &Request, task: TaskName, mode: Mode, arm: &Arm) -> Res
         Error::InvalidArgument { field, message } => Error::invalid(format!("{}.{field}", arm.name), message),
         other => other,
     };
-    let checked = arm.check(task.experts(), size.steps).map_err(of_arm)?;
+    if let Some((name, reason)) = left_out(task).iter().find(|(name, _)| *name == arm.estimator.name) {
+        let message = format!("{name} has no place in the task {}: {reason}; name the other tasks with --tasks", task.id());
+        return Err(Error::invalid(format!("{}.estimator", arm.name), message));
+    }
+    let checked = arm.check(task.experts(), size.steps, mode).map_err(of_arm)?;
     if arm.name == super::arms::UNTOUCHED {
         size.steps = 0;
     }
-    let cell = |budget, seed| CellSpec {
+    let cell = |budget, size, seed| CellSpec {
         lab: LAB_VERSION,
         task,
         mode,
@@ -183,29 +233,42 @@ fn cells_of_arm(request: &Request, task: TaskName, mode: Mode, arm: &Arm) -> Res
         size,
         teacher_size: (mode == Mode::Tune).then_some(scratch),
     };
-    let seeds = |default: u64| request.seeds.unwrap_or(if request.quick { 1 } else { default });
-    let mut cells: Vec<CellSpec> = (1..=seeds(allowance.seeds)).map(|seed| cell(Budget::Steps, seed)).collect();
-    let estimator = checked.estimator.at(0, size.steps);
-    let sparse = estimator.executed_per_token(task.experts()) == Expected::Exactly(1) && !matches!(arm.route, Route::ExpertsAfter { .. });
-    if mode == Mode::Scratch && allowance.flops_seeds > 0 && !sparse {
-        cells.extend((1..=seeds(allowance.flops_seeds)).map(|seed| cell(Budget::Flops, seed)));
+    let seeds = |default: u64| 1..=request.seeds.unwrap_or(if request.quick { default.min(1) } else { default });
+    let rates = if task == TaskName::Rates { RATES.to_vec() } else { vec![size.rate] };
+    let at_rate = |rate| seeds(allowance.seeds).map(move |seed| (Size { rate, ..size }, seed));
+    let mut cells: Vec<CellSpec> = rates.into_iter().flat_map(at_rate).map(|(size, seed)| cell(Budget::Steps, size, seed)).collect();
+    // What quick is for, these cells of tuning have no part in that those from scratch have not.
+    let flops_seeds = if request.quick && mode == Mode::Tune { 0 } else { allowance.flops_seeds[usize::from(mode == Mode::Tune)] };
+    if flops_seeds > 0 && size.steps > 0 && !is_sparse(arm, &checked, task) {
+        cells.extend(seeds(flops_seeds).map(|seed| cell(Budget::Flops, size, seed)));
     }
     Ok(cells)
 }
 
+/// Whether a step costs what it does with one expert, so that equal steps are equal expert-FLOPs.
+fn is_sparse(arm: &Arm, checked: &CheckedArm, task: TaskName) -> bool {
+    let one = checked.estimator.at(0, 1).executed_per_token(task.experts()) == Expected::Exactly(1);
+    let prepared = matches!(arm.route, Route::ExpertsAfter { share } if share > 0.0);
+    // A decoder's routers are known only by running it; that of the small net by itself.
+    let teacher = arm.distill > 0.0 || (task == TaskName::Text && arm.follows_router());
+    one && !prepared && !teacher
+}
+
 fn scaled(allowance: &Allowance, request: &Request, share: f64) -> Size {
+    // Tasks that train nothing have draws instead of steps.
+    if allowance.size.rate == 0.0 {
+        return Size { batch: allowance.size.batch / if request.quick { 10 } else { 1 }, ..allowance.size };
+    }
     let steps = if request.quick { allowance.quick_steps } else { allowance.size.steps };
     let steps = ((steps as f64 * share * request.steps_scale).round() as usize).max(1);
-    // Tasks that train nothing have draws instead of steps.
-    let batch = if allowance.size.rate == 0.0 && request.quick { allowance.size.batch / 10 } else { allowance.size.batch };
-    Size { steps, batch, ..allowance.size }
+    Size { steps, ..allowance.size }
 }
 
 impl CellSpec {
     /// Roughly how long it takes, in seconds of one core: for the order of cells and the estimate of what is left.
     pub fn estimated_seconds(&self) -> f64 {
         let allowance = allowance(self.task);
-        let Ok(checked) = self.arm.check(self.task.experts(), self.size.steps.max(1)) else { return 0.0 };
+        let Ok(checked) = self.arm.check(self.task.experts(), self.size.steps.max(1), self.mode) else { return 0.0 };
         let estimator = checked.estimator.at(0, self.size.steps);
         let executed = match estimator.executed_per_token(self.task.experts()) {
             Expected::Exactly(n) | Expected::AtMost(n) => n as f64,
@@ -215,7 +278,7 @@ impl CellSpec {
         };
         let steps = match self.budget {
             Budget::Steps => self.size.steps as f64,
-            Budget::Flops => self.size.steps as f64 / executed.max(1.0),
+            Budget::Flops => self.size.steps as f64 / cost::estimated(self.task, &estimator).max(1.0),
         };
         0.05 + steps * (allowance.step_seconds[0] * estimator.copies() as f64 + allowance.step_seconds[1] * executed)
     }
@@ -234,6 +297,11 @@ impl Folder {
     /// Pictures.
     pub fn plots(&self) -> PathBuf {
         self.0.join("plots")
+    }
+
+    /// Who writes here holds its lock.
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
     }
 
     /// The plan, before anything has run.
@@ -294,8 +362,18 @@ mod tests {
     #[test]
     fn what_is_asked_wrongly_is_named() {
         for (request, message) in [
-            (Request { arms: vec!["stee".into()], ..request() }, "--arms: 'stee' is unknown"),
-            (Request { seeds: Some(0), ..request() }, "--seeds: must be at least 1"),
+            (Request { arms: vec!["stee".into()], ..request() }, "--arms: 'stee' is unknown; did you mean ste or steep"),
+            (Request { arms: vec!["ste".into(), "zzz".into()], ..request() }, "--arms: 'zzz' is unknown; `hardmax compare --list`"),
+            (
+                Request { arms: vec!["steep_0.3".into()], tasks: vec![TaskName::Digits], ..request() },
+                "--arms: 'steep_0.3' is not compared in what is asked for, but in: equal, scratch",
+            ),
+            (
+                Request { arms: vec!["dselect_k".into()], tasks: vec![TaskName::Gradient], ..request() },
+                "--arms: 'dselect_k' has no place in what is asked for: its router has no output for each expert",
+            ),
+            (Request { seeds: Some(0), ..request() }, "--seeds: must be at least 1 and at most 100"),
+            (Request { seeds: Some(u64::MAX), ..request() }, "--seeds: must be at least 1 and at most 100"),
             (Request { steps_scale: 0.0, ..request() }, "--steps-scale: must be above 0"),
             (Request { steps_scale: f64::NAN, ..request() }, "--steps-scale: must be above 0"),
             (Request { tasks: vec![TaskName::Unequal], modes: vec![Mode::Tune], ..request() }, "--tasks: none of them is run"),
@@ -324,6 +402,11 @@ mod tests {
                 "x.explore.epsilon: reinforce draws its experts",
             ),
             ("[[arm]]\nname = 'x'\nestimator = { name = 'soft' }\nbias_rate = 0.1", "x.estimator: does not choose"),
+            (
+                "[[arm]]\nname = 'x'\nestimator = { name = 'dselect_k' }",
+                "x.estimator: dselect_k has no place in the task collapsed: its router",
+            ),
+            ("[[arm]]\nname = 'x'\nestimator = { name = 'ste' }\nlosses = { router_kl = 0.1 }", "x.losses.router_kl: needs a teacher"),
             ("[[arm]]\nname = 'oracle'\nestimator = { name = 'soft' }", "arm[0].name: 'oracle' is taken"),
             ("[[arm]]\nname = 'A'\nestimator = { name = 'soft' }", "arm[0].name: lower case"),
         ] {

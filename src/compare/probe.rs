@@ -2,7 +2,8 @@
 //!
 //! The exact gradient is that of the expected loss under random routing, `E_{e~p} L(Y_e)`, with weight 1 for the drawn
 //! expert: `∂/∂z = p ⊙ (f - <p, f>)` with `f_e = L(Y_e)`. For estimators that draw or mix by a softmax, p is the one they
-//! draw from or mix by. Others have no p, and no figure.
+//! draw from or mix by, masked where they mask it. Where the noise is normal no p is known in closed form: it is the softmax
+//! that their weights are without noise, as for `raw_topk`. Others have no p, and no figure.
 
 use super::{
     adam::norm,
@@ -11,7 +12,7 @@ use super::{
     net::{Gradients, Means, Net},
     results::{RouterGradient, finite},
     step::{StepInput, step},
-    task::{Batch, targets::log_sum_exp},
+    task::Batch,
 };
 use crate::moe::{
     draw::Draw,
@@ -53,9 +54,9 @@ pub struct Quality {
 
 /// Measures; `None` where there is no exact gradient to compare with.
 pub fn quality(probe: &Probe<'_>) -> Option<Quality> {
-    let temperature = policy_temperature(probe.estimator)?;
+    let policy = policy(probe.estimator)?;
     let rows = probe.rows.part(0..ROWS);
-    let exact = exact(probe.net, &rows, temperature);
+    let exact = exact(probe.net, &rows, policy);
     let draws = if is_random(probe.estimator) { DRAWS } else { 1 };
     let gradients = (0..draws).map(|draw| {
         let step = step(&StepInput {
@@ -93,19 +94,28 @@ pub fn summary(probes: &[Quality]) -> RouterGradient {
     RouterGradient { norm: None, bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
 }
 
-/// τ of the softmax that the estimator draws from or mixes by, for estimators of one expert per token.
-pub fn policy_temperature(estimator: &Estimator) -> Option<f64> {
+/// What a token's one expert is drawn from or mixed by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Policy {
+    /// A softmax, perhaps masked.
+    relaxation: Relaxation,
+    /// Its temperature.
+    temperature: f64,
+}
+
+/// Of estimators of one expert per token.
+fn policy(estimator: &Estimator) -> Option<Policy> {
     if estimator.k() != 1 {
         return None;
     }
+    let scale = estimator.noise.scale;
     match (estimator.relaxation, estimator.noise.kind) {
+        (relaxation @ Relaxation::MaskedSoftmax { temperature, .. }, _) => Some(Policy { relaxation, temperature }),
         // The largest of z + s G is a draw from softmax(z / s).
-        (Relaxation::Softmax { .. } | Relaxation::KHot { .. } | Relaxation::MaskedSoftmax { .. }, NoiseKind::Gumbel)
-            if estimator.noise.scale > 0.0 =>
-        {
-            Some(estimator.noise.scale)
+        (Relaxation::Softmax { .. } | Relaxation::KHot { .. }, NoiseKind::Gumbel) if scale > 0.0 => {
+            Some(Policy { relaxation: Relaxation::Softmax { temperature: scale }, temperature: scale })
         }
-        (Relaxation::Softmax { temperature } | Relaxation::MaskedSoftmax { temperature, .. }, _) => Some(temperature),
+        (relaxation @ Relaxation::Softmax { temperature }, _) => Some(Policy { relaxation, temperature }),
         _ => None,
     }
 }
@@ -117,18 +127,19 @@ pub fn is_random(estimator: &Estimator) -> bool {
 }
 
 /// `[E, D]`: the gradient of the mean over rows of the expected loss under a random expert.
-fn exact(net: &Net, rows: &Batch, temperature: f64) -> Vec<f64> {
+fn exact(net: &Net, rows: &Batch, policy: Policy) -> Vec<f64> {
     let experts = net.shape.experts;
     let all = net.all_outputs(&rows.x);
     let z = net.logits(&rows.x);
-    let mut dz = vec![0.0; z.len()];
+    let (mut dz, mut p) = (vec![0.0; z.len()], vec![0.0; experts]);
     let mut unused = vec![0.0; rows.outputs];
     let width = net.shape.router_width;
     for t in 0..rows.rows() {
         let targets = rows.targets.part(t..t + 1, rows.outputs);
         let y = &all[t * experts * rows.outputs..][..experts * rows.outputs];
         let losses: Vec<f64> = y.chunks_exact(rows.outputs).map(|y| targets.loss(y, rows.outputs, &mut unused).iter().sum()).collect();
-        let gradient = expected_loss_gradient(&z[t * width..][..experts], temperature, &losses);
+        policy.relaxation.value(&z[t * width..][..experts], &mut p);
+        let gradient = expected_loss_gradient(&p, policy.temperature, &losses);
         dz[t * width..][..experts].iter_mut().zip(gradient).for_each(|(d, g)| *d = g / rows.rows() as f64);
     }
     let mut gradients = Gradients::new(net);
@@ -137,11 +148,42 @@ fn exact(net: &Net, rows: &Batch, temperature: f64) -> Vec<f64> {
     gradients.router
 }
 
-/// `∂/∂z Σ_e p_e f_e` with `p = softmax(z / temperature)`.
-pub fn expected_loss_gradient(z: &[f64], temperature: f64, f: &[f64]) -> Vec<f64> {
-    let scaled: Vec<f64> = z.iter().map(|z| z / temperature).collect();
-    let normaliser = log_sum_exp(&scaled);
-    let p: Vec<f64> = scaled.iter().map(|z| (z - normaliser).exp()).collect();
+/// `∂/∂z Σ_e p_e f_e` with `p = softmax(z / temperature)`, 0 where p is masked.
+pub fn expected_loss_gradient(p: &[f64], temperature: f64, f: &[f64]) -> Vec<f64> {
     let mean: f64 = p.iter().zip(f).map(|(p, f)| p * f).sum();
     p.iter().zip(f).map(|(p, f)| p * (f - mean) / temperature).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::moe::estimator::{
+        EstimatorConfig, EstimatorSpec, Purpose,
+        catalog::{CATALOG, KRange},
+    };
+
+    fn at_the_start(name: &str, k: Option<usize>) -> Estimator {
+        let config = EstimatorConfig { name: name.into(), k, params: Default::default() };
+        EstimatorSpec::new(&config, 8, 10, Purpose::Laboratory).expect("sound").at(0, 10)
+    }
+
+    #[test]
+    fn a_softmax_has_a_policy_and_nothing_else_has() {
+        let without = ["steep_sigmoid", "sparsemax", "entmax", "soft_topk", "dselect_k", "remoe", "sigmoid_topk"];
+        for row in CATALOG {
+            let k = (row.k != KRange::None).then_some(1);
+            assert_eq!(policy(&at_the_start(row.name, k)).is_some(), !without.contains(&row.name), "{}", row.name);
+        }
+        assert_eq!(policy(&at_the_start("raw_topk", Some(2))), None);
+        assert_eq!(policy(&at_the_start("noisy_topk", Some(1))), policy(&at_the_start("raw_topk", Some(1))));
+    }
+
+    #[test]
+    fn a_masked_softmax_is_compared_with_itself() {
+        let masked = policy(&at_the_start("sparsemixer_v2", Some(1))).expect("a policy");
+        let mut p = [0.0; 3];
+        masked.relaxation.value(&[2.0, 1.9, -3.0], &mut p);
+        assert!(p[2] == 0.0 && (p[0] + p[1] - 1.0).abs() < 1e-12, "{p:?}");
+        assert_eq!(expected_loss_gradient(&p, masked.temperature, &[1.0, 1.0, 9.0]), [0.0; 3], "what is masked is never drawn");
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::spec::CellSpec;
+use super::spec::{CellSpec, Settings};
 use crate::moe::estimator;
 
 /// Version of the form of `results.json`.
@@ -36,7 +36,7 @@ pub struct Machine {
     pub jobs: usize,
     /// Version of hardmax.
     pub hardmax: String,
-    /// Commit it was built from, if the build knew.
+    /// Commit it was built from, or how a build is told.
     #[serde(default)]
     pub git: String,
 }
@@ -65,8 +65,12 @@ pub enum Outcome {
 /// Measures of a trained cell. Losses are means over test rows: squared error per output, or nats.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CellResult {
+    /// What it was run with.
+    pub settings: Settings,
     /// Test loss.
     pub loss: ByRouting,
+    /// Hard top-1 loss on rows that are neither trained on nor tested, where a task has some: to choose settings by.
+    pub validation: Option<f64>,
     /// Share of right classes, where there are classes; of right next bytes for text.
     pub accuracy: Option<ByRouting>,
     /// Loss of the best constant prediction: the unit in which tables show losses.
@@ -95,11 +99,15 @@ pub struct CellResult {
     pub router_grad: RouterGradient,
     /// Rows pushed through experts in training forwards, counted, per token of a batch.
     pub executed_per_token: f64,
-    /// What it should be.
+    /// What it should be in this run.
     pub executed_expected: Expected,
-    /// Of one update, data included.
+    /// Products of rows with experts in training, forward and backward, counted, per token of a batch: 3 where one expert
+    /// runs and learns. What equal expert-FLOPs are equal in.
+    pub products_per_token: f64,
+    /// CPU time of one update, data included.
     pub step_ms: Duration,
-    /// Growth of the process's resident memory at its highest, bytes; absent where the system does not say.
+    /// Growth of the process's resident memory while it trained, bytes, evaluation after the end apart; absent where the
+    /// system does not say.
     pub peak_bytes: Option<u64>,
     /// Updates done.
     pub steps: usize,
@@ -162,7 +170,7 @@ pub enum Expected {
     Merged,
 }
 
-/// Milliseconds. Cells share the machine, so the median says more than the mean.
+/// Milliseconds of CPU time. Cells share caches and memory, so the median says more than the mean.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Duration {
     /// Half of the steps took longer.
@@ -204,6 +212,10 @@ pub struct Curves {
 /// Quality of an estimator's gradient on [`super::spec::TaskName::Gradient`]: medians over the problems.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GradientResult {
+    /// Temperature or width in force: schedules stand half-way. Absent where there is none.
+    pub sharpness: Option<f64>,
+    /// Factor on the noise in force; absent where there is none to set.
+    pub noise: Option<f64>,
     /// Squared error.
     pub quadratic: GradientQuality,
     /// Cross-entropy.

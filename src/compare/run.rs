@@ -6,20 +6,20 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    io::Write as _,
     num::NonZeroUsize,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     sync::{Condvar, Mutex, PoisonError, mpsc},
     thread,
     time::Instant,
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Deserialize;
 
 use super::{
     cell, files,
     plan::Folder,
+    process::{self, Ended},
     results::{CellRecord, Machine, Outcome, RESULTS_VERSION, Results},
     spec::{CellSpec, LAB_VERSION},
 };
@@ -39,14 +39,18 @@ pub struct Run {
     pub command: String,
 }
 
-/// Sets threads of a child to one.
-const ONE_THREAD: [&str; 2] = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"];
-/// What is kept of a crashed child's last words.
-const LAST_WORDS: usize = 400;
-
 impl Run {
+    /// Takes the folder, which is made if it is not there, for this run alone.
+    ///
+    /// # Errors
+    /// [`Error::FailedPrecondition`] if another run has it.
+    pub fn lock(&self) -> Result<files::Lock> {
+        fs::create_dir_all(&self.folder.0).map_err(|error| Error::io(&self.folder.0, error))?;
+        files::Lock::take(&self.folder.lock())
+    }
+
     /// Runs what is missing of `cells`, and returns everything. A failed cell is a result; files that cannot be written
-    /// are errors.
+    /// are errors, and end the run.
     pub fn run(&self, cells: &[CellSpec]) -> Result<Results> {
         let started = Instant::now();
         let folder = self.folder.cells();
@@ -54,6 +58,10 @@ impl Run {
         remove_partial(&folder)?;
         files::write_json(&self.folder.plan(), &cells)?;
         let queue = Queue::new(cells, &folder)?;
+        match left_by_others(&queue.slugs(), &folder)? {
+            0 => {}
+            count => tracing::info!("{count} cells in {} are of another version of the laboratory, and are run again", folder.display()),
+        }
         tracing::info!(
             "{} cells, {} of them done; about {} to go with {} at once",
             cells.len(),
@@ -62,7 +70,7 @@ impl Run {
             self.jobs
         );
         self.work(&queue, cells.len())?;
-        let outcomes = queue.into_outcomes();
+        let outcomes = queue.into_outcomes()?;
         let record = |spec: &CellSpec| {
             let missing = || Outcome::Failed("was not run".into());
             Ok(CellRecord { spec: spec.clone(), outcome: outcomes.get(&spec.id()?).cloned().unwrap_or_else(missing) })
@@ -75,7 +83,7 @@ impl Run {
                 cores: thread::available_parallelism().map_or(1, NonZeroUsize::get),
                 jobs: self.jobs.get(),
                 hardmax: env!("CARGO_PKG_VERSION").into(),
-                git: env!("HARDMAX_GIT").into(),
+                git: commit().into(),
             },
             command: self.command.clone(),
             seconds: started.elapsed().as_secs_f64(),
@@ -95,8 +103,10 @@ impl Run {
                         while let Some(job) = queue.take() {
                             // A receiver that is gone only means that nobody looks at the bar.
                             let _ = send.send(job.id.clone());
-                            let outcome = self.child(&job);
-                            queue.done(job, outcome);
+                            match self.child(&job) {
+                                Ok(outcome) => queue.done(job, outcome),
+                                Err(error) => queue.abort(error),
+                            }
                         }
                     })
                 })
@@ -112,32 +122,60 @@ impl Run {
         Ok(())
     }
 
-    fn child(&self, job: &Job) -> Outcome {
+    fn child(&self, job: &Job) -> Result<Outcome> {
         let cells = self.folder.cells();
-        let ran = run_child(&self.program, &cells, &job.spec);
+        let ran = process::run(&self.program, &cells, &job.spec);
         match (cell::finished(&job.spec, &cells), ran) {
-            (Ok(Some(outcome)), _) => outcome,
-            (_, Err(error)) => Outcome::Failed(error.to_string()),
-            (_, Ok(ended)) => failure(&job.spec, &cells).unwrap_or(Outcome::Failed(ended)),
+            (Ok(Some(outcome)), _) => Ok(outcome),
+            (_, Err(error)) => Ok(Outcome::Failed(error.to_string())),
+            (_, Ok(ended)) => unfinished(failure(&job.spec, &cells), ended),
         }
     }
 }
 
-/// Runs one cell; returns how the process ended.
-fn run_child(program: &Path, cells: &Path, spec: &CellSpec) -> Result<String> {
-    let error = |error| Error::io(program, error);
-    let json = serde_json::to_vec(spec).map_err(|error| Error::Internal(format!("a cell has no JSON form: {error}")))?;
-    let mut command = Command::new(program);
-    command.arg("compare").arg("--cell").arg(cells).envs(ONE_THREAD.map(|name| (name, "1"))).env("RUST_BACKTRACE", "0");
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(error)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A child that died before reading says why on its standard error.
-        let _ = stdin.write_all(&json);
+/// What a child without a result comes to: the error in its file, or in its last words.
+///
+/// # Errors
+/// It could not write its files, and others will fare no better.
+fn unfinished(failure: Option<Outcome>, ended: Ended) -> Result<Outcome> {
+    let Ended { status, said } = ended;
+    if status.code() == Some(i32::from(cell::UNWRITABLE)) {
+        let message = format!("a cell cannot write its files, so the run ends here: {said}; when that is mended, the same command goes on");
+        return Err(Error::FailedPrecondition(message));
     }
-    let output = child.wait_with_output().map_err(error)?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let tail: String = said.chars().skip(said.chars().count().saturating_sub(LAST_WORDS)).collect();
-    Ok(format!("{}: {}", output.status, tail.trim()))
+    Ok(failure.unwrap_or_else(|| Outcome::Failed(format!("{status}: {said}"))))
+}
+
+/// The commit that the program was built from, or how a build is told.
+fn commit() -> &'static str {
+    match env!("HARDMAX_GIT") {
+        "unknown" => "an unknown commit (built without HARDMAX_GIT=$(git rev-parse --short HEAD))",
+        commit => commit,
+    }
+}
+
+/// How many of the cells of these slugs the folder has a file of, from another version of the laboratory.
+fn left_by_others(slugs: &HashSet<String>, folder: &Path) -> Result<usize> {
+    /// The part of a cell's file that every version has had.
+    #[derive(Deserialize)]
+    struct Stamped {
+        spec: Stamp,
+    }
+    #[derive(Deserialize)]
+    struct Stamp {
+        lab: u32,
+    }
+    let mut left = HashSet::new();
+    for entry in fs::read_dir(folder).map_err(|error| Error::io(folder, error))? {
+        let path = entry.map_err(|error| Error::io(folder, error))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
+        let Some((slug, _)) = name.and_then(|name| name.rsplit_once('-')).filter(|(slug, _)| slugs.contains(*slug)) else { continue };
+        let stamped = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Stamped>(&text).ok());
+        if stamped.is_some_and(|stamped| stamped.spec.lab != LAB_VERSION) {
+            left.insert(slug.to_owned());
+        }
+    }
+    Ok(left.len())
 }
 
 /// The error that a cell left in its file.
@@ -202,6 +240,8 @@ struct Waiting {
     spent: [f64; 2],
     outcomes: HashMap<String, Outcome>,
     started: HashMap<String, Instant>,
+    /// Why no more cells are to be run.
+    aborted: Option<Error>,
 }
 
 impl Queue {
@@ -223,17 +263,17 @@ impl Queue {
         }
         // Teachers first, since others wait for them; then the longest, so that none of those is left to the end alone.
         waiting.sort_by(|a, b| a.spec.is_teacher().cmp(&b.spec.is_teacher()).then(a.seconds.total_cmp(&b.seconds)));
-        let running = HashSet::new();
-        let state = Waiting { waiting, running, running_seconds: 0.0, spent: [0.0; 2], outcomes, started: HashMap::new() };
+        let (running, started) = (HashSet::new(), HashMap::new());
+        let state = Waiting { waiting, running, running_seconds: 0.0, spent: [0.0; 2], outcomes, started, aborted: None };
         Ok(Self { state: Mutex::new(state), changed: Condvar::new() })
     }
 
-    /// The next cell that is ready; waits for teachers; `None` when nothing waits any more.
+    /// The next cell that is ready; waits for teachers; `None` when nothing waits any more, or nothing is to be run.
     fn take(&self) -> Option<Job> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             state.fail_orphans();
-            if state.waiting.is_empty() {
+            if state.waiting.is_empty() || state.aborted.is_some() {
                 return None;
             }
             let ready = |job: &Job| job.teacher.as_ref().is_none_or(|teacher| state.outcomes.contains_key(teacher));
@@ -262,6 +302,19 @@ impl Queue {
         self.changed.notify_all();
     }
 
+    /// Lets nobody take another cell. The first error counts.
+    fn abort(&self, error: Error) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.aborted.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    /// Readable names of the cells that wait.
+    fn slugs(&self) -> HashSet<String> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.waiting.iter().map(|job| job.spec.slug()).collect()
+    }
+
     /// Cells that are not done.
     fn open(&self) -> usize {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -277,8 +330,9 @@ impl Queue {
         if estimated > 10.0 { left * real / estimated } else { left }
     }
 
-    fn into_outcomes(self) -> HashMap<String, Outcome> {
-        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).outcomes
+    fn into_outcomes(self) -> Result<HashMap<String, Outcome>> {
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        state.aborted.map_or(Ok(state.outcomes), Err)
     }
 }
 
@@ -298,6 +352,8 @@ impl Waiting {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
     use crate::compare::{
         plan::{Request, plan},
@@ -333,7 +389,8 @@ mod tests {
                 Outcome::Failed(_) => assert!(queue.take().is_none()),
                 _ => assert!(queue.take().is_some_and(|job| job.spec.mode == Mode::Tune)),
             }
-            let failed = queue.into_outcomes().values().filter(|outcome| matches!(outcome, Outcome::Failed(_))).count();
+            let failed =
+                queue.into_outcomes().expect("nobody aborted").values().filter(|outcome| matches!(outcome, Outcome::Failed(_))).count();
             assert_eq!(failed, if matches!(outcome, Outcome::Failed(_)) { cells.len() } else { 0 });
         }
     }
@@ -351,7 +408,40 @@ mod tests {
         fs::write(cells[2].file(folder.path()).expect("a name"), "{").expect("writable");
         let queue = Queue::new(&cells, folder.path()).expect("readable");
         assert_eq!(queue.open(), cells.len() - 1);
-        assert!(matches!(queue.into_outcomes().values().next(), Some(Outcome::Trained(result)) if result.steps == 7));
+        let outcomes = queue.into_outcomes().expect("nobody aborted");
+        assert!(matches!(outcomes.values().next(), Some(Outcome::Trained(result)) if result.steps == 7));
+    }
+
+    #[test]
+    fn cells_of_another_version_or_with_other_defaults_are_not_taken() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cells = plan(&Request { modes: vec![Mode::Scratch], ..request() }).expect("sound");
+        let old = CellSpec { lab: LAB_VERSION - 1, ..cells[0].clone() };
+        assert_eq!((old.slug(), old.id().expect("JSON") == cells[0].id().expect("JSON")), (cells[0].slug(), false));
+        let record = CellRecord { spec: old.clone(), outcome: trained() };
+        files::write_json(&old.file(folder.path()).expect("a name"), &record).expect("writable");
+        // Its name says that it is this cell; what is in it says otherwise.
+        files::write_json(&cells[1].file(folder.path()).expect("a name"), &CellRecord { spec: old, outcome: trained() }).expect("writable");
+        let queue = Queue::new(&cells, folder.path()).expect("readable");
+        assert_eq!(queue.open(), cells.len());
+        assert_eq!(left_by_others(&queue.slugs(), folder.path()).expect("readable"), 2);
+        assert_eq!(left_by_others(&HashSet::new(), folder.path()).expect("readable"), 0, "what is done again is not counted again");
+    }
+
+    #[test]
+    fn a_disk_that_is_full_ends_the_run_with_one_error() {
+        let ended = |code: i32| Ended { status: ExitStatusExt::from_raw(code << 8), said: "No space left on device".into() };
+        let error = unfinished(None, ended(i32::from(cell::UNWRITABLE))).expect_err("cannot go on").to_string();
+        assert!(error.contains("the run ends here: No space left on device; when that is mended"), "{error}");
+        assert!(matches!(unfinished(None, ended(1)), Ok(Outcome::Failed(said)) if said.contains("No space")));
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let queue = Queue::new(&plan(&request()).expect("sound"), folder.path()).expect("readable");
+        let _teacher = queue.take().expect("a cell");
+        queue.abort(Error::FailedPrecondition("first".into()));
+        queue.abort(Error::FailedPrecondition("second".into()));
+        assert!(queue.take().is_none(), "nothing more is begun");
+        assert_eq!(queue.into_outcomes().expect_err("aborted").to_string(), "first");
     }
 
     #[test]

@@ -1,16 +1,25 @@
 //! What one cell of the laboratory is. A cell's file holds its whole specification, so that a rerun knows what is done.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::arm::Arm;
-use crate::error::{Error, Result};
+use super::arm::{Arm, Route};
+use crate::{
+    error::{Error, Result},
+    moe::estimator::{EstimatorConfig, EstimatorSpec, Param, Purpose},
+};
 
 /// Version of the measurement: part of every cell, raised whenever code changes what a cell would measure, so that old
-/// cells are not taken for new ones.
-pub const LAB_VERSION: u32 = 1;
+/// cells are not taken for new ones. A test (`compare::tests`) notices what is forgotten.
+pub const LAB_VERSION: u32 = 2;
+
+/// In tuning the router learns this much slower than the rest: it is the teacher's already.
+const TUNING_ROUTER_RATE: f64 = 0.3;
 
 /// A task of the laboratory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -26,6 +35,8 @@ pub enum TaskName {
     Digits,
     /// A byte language model on text of four domains.
     Text,
+    /// `Equal` at several learning rates.
+    Rates,
     /// Gradients of one token, everything enumerated; nothing is trained.
     Gradient,
 }
@@ -46,7 +57,8 @@ pub enum Mode {
 pub enum Budget {
     /// Equal steps.
     Steps,
-    /// Equal expert-FLOPs: an arm that executes n experts per token where the sparse ones execute k has `k/n` of the steps.
+    /// Equal expert-FLOPs, forward and backward: an arm whose step takes n times the products of a sparse top-1 arm's has
+    /// 1/n of the steps ([`super::cost`]).
     Flops,
 }
 
@@ -87,9 +99,22 @@ pub struct CellSpec {
     pub teacher_size: Option<Size>,
 }
 
+/// What decides a cell's figures besides its specification: defaults of this program, filled in.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Experts per token in training; absent where the estimator has no k.
+    pub k: Option<usize>,
+    /// Every parameter of the estimator.
+    pub params: BTreeMap<String, Param>,
+    /// Peak learning rate of all but the router.
+    pub rate: f64,
+    /// Peak learning rate of the router; 0 where it does not learn.
+    pub router_rate: f64,
+}
+
 impl TaskName {
     /// All of them, in the order of the report.
-    pub const ALL: [Self; 6] = [Self::Equal, Self::Unequal, Self::Collapsed, Self::Digits, Self::Text, Self::Gradient];
+    pub const ALL: [Self; 7] = [Self::Equal, Self::Unequal, Self::Collapsed, Self::Digits, Self::Text, Self::Rates, Self::Gradient];
 
     /// As flags and files spell it.
     pub fn id(self) -> &'static str {
@@ -99,6 +124,7 @@ impl TaskName {
             Self::Collapsed => "collapsed",
             Self::Digits => "digits",
             Self::Text => "text",
+            Self::Rates => "rates",
             Self::Gradient => "gradient",
         }
     }
@@ -106,7 +132,7 @@ impl TaskName {
     /// Experts of its layers.
     pub fn experts(self) -> usize {
         match self {
-            Self::Equal | Self::Unequal | Self::Collapsed | Self::Gradient => 8,
+            Self::Equal | Self::Unequal | Self::Collapsed | Self::Rates | Self::Gradient => 8,
             Self::Digits | Self::Text => 4,
         }
     }
@@ -115,14 +141,14 @@ impl TaskName {
     pub fn modes(self) -> &'static [Mode] {
         match self {
             Self::Equal | Self::Digits | Self::Text => &[Mode::Scratch, Mode::Tune],
-            Self::Unequal | Self::Collapsed | Self::Gradient => &[Mode::Scratch],
+            Self::Unequal | Self::Collapsed | Self::Rates | Self::Gradient => &[Mode::Scratch],
         }
     }
 
     /// What the routing is compared with.
     pub fn optimum(self) -> &'static str {
         match self {
-            Self::Equal | Self::Unequal | Self::Collapsed => "the optimum, known in closed form",
+            Self::Equal | Self::Unequal | Self::Collapsed | Self::Rates => "the optimum, known in closed form",
             Self::Digits => "the rotation",
             Self::Text => "the domain",
             Self::Gradient => "none",
@@ -151,11 +177,39 @@ impl Budget {
 }
 
 impl CellSpec {
-    /// Name of the cell, unique among all: readable, then the hash of everything that defines it.
+    /// Name of the cell, unique among all: readable, then the hash of everything that defines it, defaults included.
     pub fn id(&self) -> Result<String> {
-        let json = serde_json::to_vec(self).map_err(|error| Error::Internal(format!("a cell has no JSON form: {error}")))?;
+        let teacher = self.teacher().map(|teacher| teacher.settings()).transpose()?;
+        let all = (self, self.settings()?, teacher);
+        let json = serde_json::to_vec(&all).map_err(|error| Error::Internal(format!("a cell has no JSON form: {error}")))?;
         let hash = Sha256::digest(json).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
-        Ok(format!("{}-{}-{}-{}-s{}-{hash}", self.task.id(), self.mode.id(), self.budget.id(), self.arm.name, self.seed))
+        Ok(format!("{}-{hash}", self.slug()))
+    }
+
+    /// The readable part of [`Self::id`]: cells that differ only in settings or in their version share it.
+    pub fn slug(&self) -> String {
+        format!("{}-{}-{}-{}-s{}", self.task.id(), self.mode.id(), self.budget.id(), self.arm.name, self.seed)
+    }
+
+    /// What the cell is run with once every default is filled in.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] on what the estimator cannot have.
+    pub fn settings(&self) -> Result<Settings> {
+        let estimator = EstimatorSpec::new(&self.arm.estimator, self.task.experts(), self.size.steps, Purpose::Laboratory)?;
+        let EstimatorConfig { k, params, .. } = estimator.resolved();
+        let learns = match self.arm.route {
+            Route::Learned => true,
+            Route::ExpertsAfter { share } => share > 0.0,
+            Route::Frozen | Route::Hash | Route::Oracle => false,
+        };
+        let router_rate = if learns { self.router_share() * self.size.rate } else { 0.0 };
+        Ok(Settings { k, params, rate: self.size.rate, router_rate })
+    }
+
+    /// Learning rate of a router that learns over that of the rest.
+    pub fn router_share(&self) -> f64 {
+        if self.mode == Mode::Tune { TUNING_ROUTER_RATE } else { 1.0 }
     }
 
     /// The file of its result in the folder of cells.

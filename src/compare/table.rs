@@ -50,7 +50,9 @@ pub struct Spread {
 
 /// The tables of all tasks and modes with trained cells, in the order of the report.
 pub fn tables(results: &Results) -> Vec<Table<'_>> {
-    let places = TaskName::ALL.into_iter().flat_map(|task| [Mode::Scratch, Mode::Tune].map(|mode| (task, mode)));
+    // The same arms at several rates are no rows of one table; see `rates`.
+    let tasks = TaskName::ALL.into_iter().filter(|task| *task != TaskName::Rates);
+    let places = tasks.flat_map(|task| [Mode::Scratch, Mode::Tune].map(|mode| (task, mode)));
     places.filter_map(|(task, mode)| table(results, task, mode)).collect()
 }
 

@@ -1,17 +1,20 @@
 //! The training of the small net: steps, auxiliary losses, balancing, remedies, and what is noted down on the way.
 
-use std::{path::Path, time::Instant};
+use std::path::Path;
 
 use super::{
     adam::{Adam, clip, norm},
     arm::{Arm, CheckedArm, Route},
+    clock::cpu_time,
+    cost::{self, Rows},
     evaluate::{Evaluated, Model, load},
     expert::ExpertShape,
+    memory::Watermark,
     metric::{Distance, quantile},
     net::{Gradients, Means, Net, Shape},
     probe,
     results::{CellResult, Curves, Duration, RouterGradient, brief, finite},
-    spec::{Budget, CellSpec, Mode},
+    spec::{Budget, CellSpec},
     step::{Step, StepInput, step},
     task::{Batch, Task},
     teacher::Teacher,
@@ -30,10 +33,10 @@ use crate::{
 
 /// Largest norm of the router's gradient.
 const ROUTER_CLIP: f64 = 1.0;
-/// In tuning the router learns this much slower than the experts: it is the teacher's already.
-const TUNING_ROUTER_RATE: f64 = 0.3;
 /// Test rows of a point of the curves.
 const POINT_ROWS: usize = 256;
+/// Training rows by which the teacher's experts are matched to regions.
+const MATCHING_ROWS: usize = 1024;
 /// Points at which the quality of the router's gradient is measured.
 const PROBES: usize = 5;
 /// Lines of remedies that a result keeps.
@@ -55,6 +58,7 @@ pub struct Training<'a> {
     losses: Vec<LossTerm>,
     remedies: Remedies,
     teacher: Option<Teacher>,
+    memory: Watermark,
     state: State,
     record: Record,
 }
@@ -74,7 +78,7 @@ struct State {
     own_weight: f64,
     /// Updates done.
     updates: usize,
-    /// Expert rows per row of a batch, summed over updates: what equal expert-FLOPs are counted in.
+    /// Products of experts per row of a batch, summed over updates.
     spent: f64,
 }
 
@@ -87,7 +91,9 @@ struct Record {
     /// Steps in `norms` at the last point.
     norms_at_point: usize,
     executed: usize,
+    products: f64,
     rows: usize,
+    peak_bytes: Option<u64>,
     curves: Curves,
     probes: Vec<probe::Quality>,
     remedies: Vec<String>,
@@ -98,8 +104,9 @@ struct Record {
 impl<'a> Training<'a> {
     /// Prepares the cell; its settings are checked here. `cells` is where a teacher's weights are.
     pub fn new(spec: &'a CellSpec, task: &'a dyn Task, cells: &Path) -> Result<Self> {
+        let memory = Watermark::set();
         let (arm, steps, experts) = (&spec.arm, spec.size.steps, spec.task.experts());
-        let CheckedArm { estimator: own, losses, remedies } = arm.check(experts, steps)?;
+        let CheckedArm { estimator: own, losses, remedies } = arm.check(experts, steps, spec.mode)?;
         let soft = EstimatorSpec::new(&Arm::teacher().estimator, experts, steps, Purpose::Laboratory)?;
         let estimator = own.at(0, steps);
         let shape = Shape {
@@ -116,7 +123,7 @@ impl<'a> Training<'a> {
 
         let mut net = Net::new(shape, spec.seed, &task.handicap());
         if let Some(teacher) = &teacher {
-            teacher.copy_to(&mut net, arm.route, &estimator);
+            teacher.copy_to(&mut net, arm.route, &estimator, &task.batch(0, MATCHING_ROWS));
         }
         let biased = arm.bias_rate > 0.0 || !remedies.is_empty();
         let state = State {
@@ -132,7 +139,7 @@ impl<'a> Training<'a> {
             spent: 0.0,
             net,
         };
-        Ok(Self { spec, task, own, soft, losses, remedies, teacher, state, record: Record::default() })
+        Ok(Self { spec, task, own, soft, losses, remedies, teacher, memory, state, record: Record::default() })
     }
 
     /// Trains to the end and measures. Returns the trained net too, for those who start from it.
@@ -153,8 +160,9 @@ impl<'a> Training<'a> {
                 break;
             }
         }
+        self.record.peak_bytes = self.memory.growth();
         self.note_point(self.spec.size.steps, &points);
-        let result = self.result();
+        let result = self.result()?;
         Ok((result, self.state.net))
     }
 
@@ -163,7 +171,7 @@ impl<'a> Training<'a> {
         let steps = self.spec.size.steps;
         let clock = match self.spec.budget {
             Budget::Steps => self.state.updates,
-            Budget::Flops => self.state.spent as usize,
+            Budget::Flops => (self.state.spent / cost::OF_A_ROW) as usize,
         };
         (clock < steps && self.state.updates < steps).then_some(clock)
     }
@@ -195,16 +203,18 @@ impl<'a> Training<'a> {
 
     /// One update; false if something was not finite.
     fn advance(&mut self, clock: usize) -> Result<bool> {
-        let started = Instant::now();
+        let started = cpu_time();
         let estimator = self.estimator(clock);
         let batch = self.task.batch(self.state.updates, self.spec.size.batch);
-        let Step { mut gradients, loss, router_x, z, routed, forward } = self.step(&estimator, &batch);
+        let (Step { mut gradients, loss, router_x, z, routed, forward }, teacher_rows) = self.step(&estimator, &batch);
         let task_norm = norm(&gradients.router);
         if !(loss.is_finite() && task_norm.is_finite() && gradients.experts.iter().all(|g| g.is_finite())) {
             return Ok(false);
         }
         let mut dz = vec![0.0; z.len()];
         if self.router_learns(clock) {
+            let router = self.teacher.as_ref().filter(|_| self.spec.arm.follows_router());
+            let router = router.map(|teacher| teacher.router(&batch).repeat(estimator.copies()));
             let input = LossInput {
                 z: &z,
                 experts: routed.experts,
@@ -214,7 +224,7 @@ impl<'a> Training<'a> {
                 sequences: &[],
                 global_load: None,
                 noise: routed.deviation().map(|std| LossNoise { seen: routed.seen(), std }),
-                teacher: None,
+                teacher: router.as_deref(),
             };
             for term in &self.losses {
                 let weight = term.weight.at(clock, self.spec.size.steps);
@@ -234,20 +244,24 @@ impl<'a> Training<'a> {
         }
         self.balance(&estimator, &z, &routed, [task_norm, auxiliary_norm], clock);
 
+        let rows = Rows { forward: forward.executed as u64, backward: gradients.rows as u64, teacher: teacher_rows as u64 };
+        let products = rows.products(&estimator, routed.experts);
         self.record.executed += forward.executed;
+        self.record.products += products;
         self.record.rows += batch.rows();
         self.record.norms.push(task_norm);
         self.state.updates += 1;
-        self.state.spent += expert_cost(&estimator, routed.experts, forward.executed) / batch.rows().max(1) as f64;
-        self.record.milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
+        self.state.spent += products / batch.rows().max(1) as f64;
+        self.record.milliseconds.push((cpu_time() - started).as_secs_f64() * 1e3);
         Ok(true)
     }
 
-    fn step(&self, estimator: &Estimator, batch: &Batch) -> Step {
+    /// The step, and the rows that a teacher's experts ran for it.
+    fn step(&self, estimator: &Estimator, batch: &Batch) -> (Step, usize) {
         let arm = &self.spec.arm;
-        let teacher = self.teacher.as_ref().filter(|_| arm.distill > 0.0).map(|teacher| teacher.outputs(batch));
+        let teacher = self.teacher.as_ref().filter(|_| arm.distill > 0.0).map(|teacher| teacher.forward(batch));
         let bias = (!self.state.bias.is_empty()).then_some(&self.state.bias[..]);
-        step(&StepInput {
+        let step = step(&StepInput {
             net: &self.state.net,
             estimator,
             route: arm.route,
@@ -256,8 +270,9 @@ impl<'a> Training<'a> {
             jitter: arm.jitter,
             means: &self.state.means,
             average_loss: self.state.average_loss.unwrap_or(0.0),
-            teacher: teacher.as_deref().map(|outputs| (outputs, arm.distill)),
-        })
+            teacher: teacher.as_ref().map(|forward| (&forward.y[..], arm.distill)),
+        });
+        (step, teacher.map_or(0, |forward| forward.executed))
     }
 
     /// What the estimator itself adds to the loss.
@@ -273,7 +288,7 @@ impl<'a> Training<'a> {
 
     /// Adds the auxiliary gradient, clips and moves the weights; returns the norm of the auxiliary gradient.
     fn update(&mut self, gradients: &mut Gradients, router_x: &[f64], dz: &[f64], clock: usize) -> f64 {
-        let mut auxiliary = Gradients { router: vec![0.0; gradients.router.len()], experts: Vec::new() };
+        let mut auxiliary = Gradients { router: vec![0.0; gradients.router.len()], experts: Vec::new(), rows: 0 };
         self.state.net.backward_router(router_x, dz, &mut auxiliary);
         let auxiliary_norm = norm(&auxiliary.router);
         gradients.router.iter_mut().zip(&auxiliary.router).for_each(|(g, a)| *g += a);
@@ -281,8 +296,7 @@ impl<'a> Training<'a> {
         let rate = self.spec.size.rate * 0.5 * (1.0 + (std::f64::consts::PI * share).cos());
         if self.router_learns(clock) {
             clip(&mut gradients.router, ROUTER_CLIP);
-            let slower = if self.spec.mode == Mode::Tune { TUNING_ROUTER_RATE } else { 1.0 };
-            self.state.router.step(&mut self.state.net.router, &gradients.router, slower * rate);
+            self.state.router.step(&mut self.state.net.router, &gradients.router, self.spec.router_share() * rate);
         }
         self.state.experts.step(&mut self.state.net.experts, &gradients.experts, rate);
         auxiliary_norm
@@ -380,40 +394,38 @@ impl<'a> Training<'a> {
         self.record.probes.extend(quality);
     }
 
-    fn result(&self) -> CellResult {
+    fn result(&self) -> Result<CellResult> {
         let estimator = self.estimator(self.spec.size.steps);
-        let test = self.task.test();
-        let teacher = self.teacher.as_ref().map(|teacher| teacher.outputs(test));
+        let (test, model) = (self.task.test(), self.model(&estimator));
+        let teacher = self.teacher.as_ref().map(|teacher| teacher.forward(test).y);
         let record = &self.record;
         let norms = &record.norms;
-        CellResult {
+        Ok(CellResult {
+            settings: self.spec.settings()?,
+            validation: self.task.validation().and_then(|rows| finite(model.hard(rows, 1).loss)),
             trivial: self.task.trivial(),
             router_grad: RouterGradient {
                 norm: if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) },
                 ..probe::summary(&record.probes)
             },
             executed_per_token: record.executed as f64 / record.rows.max(1) as f64,
-            executed_expected: estimator.executed_per_token(self.spec.task.experts()).into(),
+            executed_expected: cost::expected(self.spec, &estimator, self.state.updates),
+            products_per_token: record.products / record.rows.max(1) as f64,
             step_ms: Duration { median: quantile(&record.milliseconds, 0.5), p90: quantile(&record.milliseconds, 0.9) },
+            peak_bytes: record.peak_bytes,
             steps: self.state.updates,
             diverged: record.diverged,
             remedies: record.remedies.clone(),
             remedy_actions: record.remedy_actions,
             curves: record.curves.clone(),
-            ..self.model(&estimator).measure(test, teacher.as_deref())
-        }
+            ..model.measure(test, teacher.as_deref())
+        })
     }
 }
 
 /// Whether `clock` has come to point `next` of so many.
 fn reached(clock: usize, steps: usize, next: usize, points: usize) -> bool {
     next < points && clock * points >= next * steps
-}
-
-/// Rows through experts, merging counted as a row for each expert that is added up.
-fn expert_cost(estimator: &Estimator, experts: usize, executed: usize) -> f64 {
-    let each = if estimator.combine == Combine::Merged { 1 + experts } else { 1 };
-    (each * executed) as f64
 }
 
 /// Copies one block of `size` over another, with noise relative to the root mean square of what is copied.

@@ -119,6 +119,8 @@ pub struct Distillation<'a> {
     pub logits: &'a [f64],
     /// At least 0.
     pub weight: f64,
+    /// By MoE layer, `[T, E]`: probabilities of the teacher's routers, for [`AuxLoss::RouterKl`].
+    pub routers: &'a [Vec<f64>],
 }
 
 /// What one step did.

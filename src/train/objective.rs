@@ -91,7 +91,8 @@ impl Objective<'_> {
         let (mut value, mut dz) = (0.0, vec![0.0; z.len()]);
         let sequences: Vec<Range<usize>> =
             (0..routed.tokens / self.text.length).map(|i| i * self.text.length..(i + 1) * self.text.length).collect();
-        let input = self.input(z, routed, &sequences);
+        let teacher = self.text.teacher.and_then(|teacher| teacher.routers.get(index)).map(|p| p.repeat(self.estimator.copies()));
+        let input = self.input(z, routed, &sequences, teacher.as_deref());
         for (term, (_, sum)) in self.plan.losses.iter().zip(&mut losses.auxiliary) {
             let mut weight = term.weight.at(self.step, self.plan.steps);
             if let (true, Some(watch)) = (term.loss.balances(), self.memory.watch.get(index)) {
@@ -119,7 +120,9 @@ impl Objective<'_> {
 
     /// The loss with what it costs to be away from the teacher.
     fn distilled(&self, lm: Tensor, logits: &Tensor) -> Result<Tensor> {
-        let Some(Distillation { logits: teacher, weight }) = self.text.teacher else { return Ok(lm) };
+        let Some(Distillation { logits: teacher, weight, .. }) = self.text.teacher.filter(|teacher| teacher.weight > 0.0) else {
+            return Ok(lm);
+        };
         let student = logits.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         let teacher = teacher.repeat(self.estimator.gradient.samples());
         if teacher.len() != student.len() {
@@ -131,7 +134,7 @@ impl Objective<'_> {
         Ok((lm + ops::known(logits, weight * value, gradient)?)?)
     }
 
-    fn input<'a>(&self, z: &'a [f64], routed: &'a RoutedBatch, sequences: &'a [Range<usize>]) -> LossInput<'a> {
+    fn input<'a>(&self, z: &'a [f64], routed: &'a RoutedBatch, sequences: &'a [Range<usize>], teacher: Option<&'a [f64]>) -> LossInput<'a> {
         LossInput {
             z,
             experts: routed.experts,
@@ -141,7 +144,7 @@ impl Objective<'_> {
             sequences,
             global_load: None,
             noise: routed.deviation().map(|std| LossNoise { seen: routed.seen(), std }),
-            teacher: None,
+            teacher,
         }
     }
 

@@ -3,11 +3,16 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write as _,
     path::Path,
     process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use hardmax::compare::{
+    cell::UNWRITABLE,
+    plan::{Request, plan},
     results::{CellResult, Outcome, Results},
     spec::TaskName,
 };
@@ -15,6 +20,8 @@ use hardmax::compare::{
 /// A run of a second or two: one estimator and the controls.
 const SMALL: [&str; 9] =
     ["compare", "--quick", "--arms", "ste,steep", "--tasks", "equal,gradient", "--steps-scale", "0.1", "--log-level=warn"];
+/// One that would take hours.
+const LONG: [&str; 7] = ["compare", "--arms", "ste", "--tasks", "equal", "--steps-scale", "1000"];
 
 fn hardmax(arguments: &[&str], out: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hardmax"));
@@ -98,9 +105,11 @@ fn what_cannot_be_is_said_before_a_folder_is_made() {
     let config = config.to_string_lossy().into_owned();
     let out = folder.path().join("out");
     for (arguments, message) in [
-        (vec!["--arms", "stee"], "--arms: 'stee' is unknown"),
-        (vec!["--tasks", "eqal"], "one of equal, unequal, collapsed, digits, text, gradient"),
+        (vec!["--arms", "stee"], "--arms: 'stee' is unknown; did you mean ste"),
+        (vec!["--tasks", "eqal"], "one of equal, unequal, collapsed, digits, text, rates, gradient"),
         (vec!["--seeds", "0"], "--seeds: must be at least 1"),
+        (vec!["--seeds", "18446744073709551615"], "--seeds: must be at least 1 and at most 100"),
+        (vec!["--arms", "dselect_k", "--tasks", "gradient"], "--arms: 'dselect_k' has no place in what is asked for"),
         (vec!["--steps-scale", "0"], "--steps-scale: must be above 0"),
         (vec!["--config", &config], "mine.routing.temperature: 0 is no value for it"),
     ] {
@@ -110,4 +119,61 @@ fn what_cannot_be_is_said_before_a_folder_is_made() {
         assert!(said.contains(message), "{said}");
         assert!(!out.exists(), "{arguments:?}");
     }
+}
+
+/// Waits for `is` to become true, at most half a minute.
+fn wait_until(what: &str, is: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is() {
+        assert!(began.elapsed() < Duration::from_secs(30), "{what}");
+        thread::yield_now();
+    }
+}
+
+/// Processes whose command line names the folder.
+#[cfg(target_os = "linux")]
+fn processes_of(folder: &Path) -> usize {
+    let folder = folder.to_string_lossy().into_owned();
+    let names =
+        |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&folder));
+    fs::read_dir("/proc").expect("processes").flatten().map(names).filter(|named| *named).count()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_folder_has_one_run_and_cells_end_with_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("out");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hardmax"));
+    command.args(LONG).args(["--jobs", "2"]).arg("--out").arg(&out).stdin(Stdio::null()).stderr(Stdio::null());
+    let mut first = command.spawn().expect("the program starts");
+    wait_until("no cell was begun", || processes_of(folder.path()) == 3);
+
+    let second = hardmax(&SMALL, &out);
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(1), "{said}");
+    assert!(said.contains("another run writes to this folder"), "{said}");
+
+    // As the kernel does when memory is short: it has no time to end anything itself.
+    first.kill().expect("it runs");
+    first.wait().expect("it was killed");
+    wait_until("cells live on", || processes_of(folder.path()) == 0);
+    assert!(hardmax(&SMALL, &out).status.success(), "a lock ends with its owner");
+}
+
+#[test]
+fn a_cell_that_cannot_write_says_so_by_its_status() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let request =
+        Request { arms: vec!["ste".into()], tasks: vec![TaskName::Gradient], quick: true, steps_scale: 1.0, ..Request::default() };
+    let cells = plan(&request).expect("sound");
+    let spec = serde_json::to_vec(&cells[0]).expect("JSON");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hardmax"));
+    command.args(["compare", "--cell"]).arg(folder.path().join("no-such-folder")).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program starts");
+    child.stdin.take().expect("a pipe").write_all(&spec).expect("it reads");
+    let output = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(i32::from(UNWRITABLE)), "{said}");
+    assert!(said.contains("No such file"), "{said}");
 }

@@ -123,7 +123,7 @@ impl Model<'_> {
         };
         let pairs = || soft.layers.iter().zip(&hard1.layers).flat_map(|(soft, hard1)| soft.routed.iter().zip(&hard1.routed));
         let missed = || mean(pairs().map(|(soft, hard1)| Some(missed_mass(soft, hard1))));
-        let confusions: Vec<Confusion> = hard1.layers.iter().map(|layer| confusion(layer, &test.domains)).collect();
+        let confusions = hard1.confusions(&test.domains);
         let stats = || hard1.layers.iter().map(|layer| &layer.stats);
         let worst = |value: fn(&RoutingStats) -> f64| finite(stats().map(value).fold(f64::NEG_INFINITY, f64::max));
         Ok(CellResult {
@@ -149,6 +149,21 @@ impl Model<'_> {
 }
 
 impl Evaluated {
+    /// Rows that were pushed through experts, of all layers.
+    pub(super) fn executed(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.stats.executed).sum()
+    }
+
+    /// Relaxed weights of the experts by layer, `[T, E]` each.
+    pub(super) fn routers(&self) -> Vec<Vec<f64>> {
+        self.layers.iter().map(|layer| layer.routed.iter().flat_map(|routed| routed.relaxed()).copied().collect()).collect()
+    }
+
+    /// Top-1 against domains, by layer.
+    pub(super) fn confusions(&self, domains: &[u32]) -> Vec<Confusion> {
+        self.layers.iter().map(|layer| confusion(layer, domains)).collect()
+    }
+
     /// Share of tokens per expert, in the first routed layer.
     pub(super) fn load(&self) -> Vec<f64> {
         self.layers.first().map_or_else(Vec::new, |layer| mean_rows(layer.routed.iter().map(|routed| load(routed)).collect()))

@@ -10,16 +10,19 @@ mod teacher;
 mod tests;
 mod text;
 
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{path::Path, sync::Arc};
 
 use self::{
-    evaluate::Model,
+    evaluate::{Evaluated, Model},
     model::{learning, model_spec, optimizer, plan, rate},
     routes::{ByDomain, ByHash, FixedRoute},
     text::{Corpus, LENGTH, Windows},
 };
 use super::{
     arm::{Arm, Route},
+    clock::cpu_time,
+    cost::{self, Rows},
+    memory::Watermark,
     metric::{Distance, quantile},
     results::{CellResult, Curves, Duration, RouterGradient, finite},
     spec::{Budget, CellSpec},
@@ -27,7 +30,6 @@ use super::{
 use crate::{
     error::Result,
     model::Decoder,
-    moe::estimator::Combine,
     train::{
         learner::{Distillation, Learner, Setup, StepReport, Text},
         optimizer::Outcome,
@@ -38,6 +40,8 @@ use crate::{
 
 /// Test windows of a point of the curves.
 const POINT_WINDOWS: usize = 8;
+/// Training windows by which the teacher's experts are matched to domains.
+const MATCHING_WINDOWS: usize = 16;
 /// Lines of remedies that a result keeps.
 const REMEDY_LINES: usize = 50;
 
@@ -66,8 +70,9 @@ struct Cell<'a> {
     teacher: Option<Decoder>,
     route: Option<Box<dyn FixedRoute>>,
     updates: usize,
-    /// Expert rows per token and layer, summed over updates: what equal expert-FLOPs are counted in.
+    /// Products of experts per token and layer, summed over updates.
     spent: f64,
+    memory: Watermark,
     record: Record,
 }
 
@@ -78,7 +83,9 @@ struct Record {
     norms: Vec<f64>,
     norms_at_point: usize,
     executed: u64,
+    products: f64,
     rows: u64,
+    peak_bytes: Option<u64>,
     curves: Curves,
     remedies: Vec<String>,
     remedy_actions: usize,
@@ -87,6 +94,7 @@ struct Record {
 
 impl<'a> Cell<'a> {
     fn new(spec: &'a CellSpec, cells: &Path) -> Result<Self> {
+        let memory = Watermark::set();
         let corpus = Corpus::new();
         let own = plan(spec, &spec.arm, learning(spec.arm.route))?;
         let begin = match spec.arm.route {
@@ -98,8 +106,17 @@ impl<'a> Cell<'a> {
         let teacher = match spec.teacher() {
             Some(of) => {
                 let weights = teacher::read(&of.weights(cells)?)?;
-                teacher::copy(&weights, &learner, spec.arm.route, own.estimator(0))?;
-                Some(teacher::decoder(spec, &weights)?)
+                let teacher = teacher::decoder(spec, &weights)?;
+                let order = match spec.arm.route {
+                    // The best route is to lead to the experts that are at home there.
+                    Route::Oracle => {
+                        let windows = corpus.batch(spec.seed, 0, MATCHING_WINDOWS);
+                        Some(teacher::order(&teacher, &windows, spec.task.experts())?)
+                    }
+                    _ => None,
+                };
+                teacher::copy(&weights, &learner, spec.arm.route, own.estimator(0), order.as_deref())?;
+                Some(teacher)
             }
             None => None,
         };
@@ -110,7 +127,8 @@ impl<'a> Cell<'a> {
             Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } => None,
         };
         let test = corpus.test(spec.size.test);
-        Ok(Self { spec, corpus, test, learner, decoder, own, teacher, route, updates: 0, spent: 0.0, record: Record::default() })
+        let record = Record::default();
+        Ok(Self { spec, corpus, test, learner, decoder, own, teacher, route, updates: 0, spent: 0.0, memory, record })
     }
 
     fn train(&mut self) -> Result<()> {
@@ -127,6 +145,7 @@ impl<'a> Cell<'a> {
                 break;
             }
         }
+        self.record.peak_bytes = self.memory.growth();
         self.note_point(self.spec.size.steps, &points)
     }
 
@@ -135,7 +154,7 @@ impl<'a> Cell<'a> {
         let steps = self.spec.size.steps;
         let clock = match self.spec.budget {
             Budget::Steps => self.updates,
-            Budget::Flops => self.spent as usize,
+            Budget::Flops => (self.spent / cost::OF_A_ROW) as usize,
         };
         (clock < steps && self.updates < steps).then_some(clock)
     }
@@ -152,36 +171,37 @@ impl<'a> Cell<'a> {
 
     /// One update; false if something was not finite.
     fn advance(&mut self, clock: usize) -> Result<bool> {
-        let (started, size) = (Instant::now(), self.spec.size);
+        let (started, size) = (cpu_time(), self.spec.size);
         let windows = self.corpus.batch(self.spec.seed, self.updates, size.batch);
         let route = self.route.as_ref().map(|route| route.of(&windows));
-        let weight = self.spec.arm.distill;
-        let teacher = match (&self.teacher, weight > 0.0) {
-            (Some(teacher), true) => Some(teacher::soft(teacher, &windows)?.logits),
-            _ => None,
-        };
+        let arm = &self.spec.arm;
+        let asked = arm.distill > 0.0 || arm.follows_router();
+        let teacher = self.teacher.as_ref().filter(|_| asked).map(|teacher| teacher::soft(teacher, &windows)).transpose()?;
+        let routers = teacher.as_ref().map(Evaluated::routers).unwrap_or_default();
         let text = Text {
             inputs: &windows.inputs,
             targets: &windows.targets,
             length: LENGTH,
             route: route.as_deref(),
-            teacher: teacher.as_deref().map(|logits| Distillation { logits, weight }),
+            teacher: teacher.as_ref().map(|teacher| Distillation { logits: &teacher.logits, weight: arm.distill, routers: &routers }),
         };
         let report = self.learner.step(clock, text, rate(self.spec, clock))?;
-        self.note_step(&report, windows.inputs.len());
-        self.record.milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
+        self.note_step(&report, windows.inputs.len(), teacher.map_or(0, |teacher| teacher.executed()));
+        self.record.milliseconds.push((cpu_time() - started).as_secs_f64() * 1e3);
         self.updates += 1;
         Ok(report.lm_loss.is_finite() && report.outcome != Outcome::Skipped)
     }
 
-    fn note_step(&mut self, report: &StepReport, tokens: usize) {
+    /// `teacher` are the rows that a teacher's experts ran.
+    fn note_step(&mut self, report: &StepReport, tokens: usize, teacher: u64) {
         let rows = (tokens * report.layers.len()) as u64;
         let executed: u64 = report.layers.iter().map(|stats| stats.executed).sum();
-        // A merged expert costs as much as all the experts it is merged from.
-        let each = if report.estimator.combine == Combine::Merged { 1 + self.spec.task.experts() } else { 1 };
-        self.spent += (each as u64 * executed) as f64 / rows.max(1) as f64;
+        // Whatever the decoder runs it differentiates, also where the weight is 0.
+        let products = Rows { forward: executed, backward: executed, teacher }.products(&report.estimator, self.spec.task.experts());
+        self.spent += products / rows.max(1) as f64;
         let record = &mut self.record;
         record.executed += executed;
+        record.products += products;
         record.rows += rows;
         record.norms.push(report.task_gradient);
         record.remedy_actions += report.actions.len();
@@ -227,14 +247,17 @@ impl<'a> Cell<'a> {
         let model = self.model(steps);
         let (record, norms) = (&self.record, &self.record.norms);
         Ok(CellResult {
+            settings: self.spec.settings()?,
             trivial: self.corpus.trivial(&self.test),
             router_grad: RouterGradient {
                 norm: if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) },
                 ..RouterGradient::default()
             },
             executed_per_token: record.executed as f64 / record.rows.max(1) as f64,
-            executed_expected: model.estimator.executed_per_token(self.spec.task.experts()).into(),
+            executed_expected: cost::expected(self.spec, &model.estimator, self.updates),
+            products_per_token: record.products / record.rows.max(1) as f64,
             step_ms: Duration { median: quantile(&record.milliseconds, 0.5), p90: quantile(&record.milliseconds, 0.9) },
+            peak_bytes: record.peak_bytes,
             steps: self.updates,
             diverged: record.diverged,
             remedies: record.remedies.clone(),

@@ -23,8 +23,6 @@ const HIDDEN: usize = 32;
 const EXPERT_WIDTH: usize = 64;
 /// Decoder layers.
 const LAYERS: usize = 2;
-/// In tuning the router learns this much slower: it is the teacher's already.
-const TUNING_ROUTER_RATE: f64 = 0.3;
 /// One step in so many is warm-up.
 const WARM_UP: usize = 20;
 
@@ -90,9 +88,10 @@ pub(super) fn plan(spec: &CellSpec, arm: &Arm, train: Learning) -> Result<Routin
         explore: ExploreConfig { jitter: some(arm.jitter), epsilon: some(arm.explore.epsilon), dropout: some(arm.explore.dropout) },
         remedies: arm.remedies.clone(),
         train,
-        router_rate: if spec.mode == Mode::Tune { TUNING_ROUTER_RATE } else { 1.0 },
+        router_rate: spec.router_share(),
         params: arm.estimator.params.clone(),
     };
-    let run = RunShape { experts: spec.task.experts(), steps: spec.size.steps, purpose: Purpose::Laboratory, teacher: false };
+    let teacher = spec.mode == Mode::Tune;
+    let run = RunShape { experts: spec.task.experts(), steps: spec.size.steps, purpose: Purpose::Laboratory, teacher };
     config.plan(run)
 }

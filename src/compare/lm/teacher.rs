@@ -14,6 +14,7 @@ use crate::{
         arm::{Arm, Route},
         files,
         spec::CellSpec,
+        teacher::permutation,
     },
     error::{Error, Result},
     model::Decoder,
@@ -27,10 +28,20 @@ use crate::{
     },
 };
 
-/// Logits of a teacher under its own soft routing.
+/// A teacher under its own soft routing.
 pub(super) fn soft(teacher: &Decoder, windows: &Windows) -> Result<Evaluated> {
+    model(teacher).soft(windows)
+}
+
+/// By layer, the teacher's expert that is most at home in each domain, `[E]`: a permutation.
+pub(super) fn order(teacher: &Decoder, windows: &Windows, experts: usize) -> Result<Vec<Vec<usize>>> {
+    let confusions = model(teacher).hard(windows, 1)?.confusions(&windows.domains);
+    Ok(confusions.iter().map(|confusion| permutation(&confusion.matching().unwrap_or_default(), experts)).collect())
+}
+
+fn model(teacher: &Decoder) -> Model<'_> {
     let estimator = RoutingPolicy::Soft { temperature: 1.0 }.estimator();
-    Model { decoder: teacher, estimator, layers: Vec::new(), route: None }.soft(windows)
+    Model { decoder: teacher, estimator, layers: Vec::new(), route: None }
 }
 
 /// Parameters by name.
@@ -59,15 +70,20 @@ pub(super) fn decoder(spec: &CellSpec, weights: &Weights) -> Result<Decoder> {
 /// Starts a student from the teacher: all weights, and the router where one learns that has the teacher's outputs.
 ///
 /// A frozen random router stays random; further outputs (learned noise) stay as they are made; a router whose outputs are
-/// no logits (DSelect-k) begins anew.
-pub(super) fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator) -> Result<()> {
+/// no logits (DSelect-k) begins anew. `order` puts the experts of each layer into other places ([`order()`]).
+pub(super) fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator, order: Option<&[Vec<usize>]>) -> Result<()> {
     let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
     let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. });
     for parameter in student.model().parameters() {
         let Some(value) = teacher.get(&parameter.name) else {
             return Err(Error::NotFound(format!("the teacher has no {}", parameter.name)));
         };
-        if parameter.part != Part::Router {
+        if parameter.part == Part::Experts
+            && let Some(order) = order.and_then(|order| of_layer(order, &parameter.name))
+        {
+            let order: Vec<u32> = order.iter().map(|&expert| expert as u32).collect();
+            student.model().set(&parameter.name, &value.index_select(&Tensor::new(&order[..], value.device())?, 0)?)?;
+        } else if parameter.part != Part::Router {
             student.model().set(&parameter.name, value)?;
         } else if routers {
             let (rows, all) = (value.dim(0)?, parameter.var.dim(0)?);
@@ -79,4 +95,10 @@ pub(super) fn copy(teacher: &Weights, student: &Learner, route: Route, estimator
         }
     }
     Ok(())
+}
+
+/// What a parameter's layer has; parameters of layers are named `layers.<index>.`.
+fn of_layer<'a, T>(layers: &'a [T], name: &str) -> Option<&'a T> {
+    let (index, _) = name.strip_prefix("layers.")?.split_once('.')?;
+    layers.get(index.parse::<usize>().ok()?)
 }

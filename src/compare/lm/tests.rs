@@ -21,6 +21,7 @@ fn named(mode: Mode, name: &str) -> Arm {
 
 fn untimed(mut result: CellResult) -> CellResult {
     result.step_ms = Duration::default();
+    result.peak_bytes = None;
     result
 }
 
@@ -31,13 +32,17 @@ fn every_arm_runs_as_many_experts_as_it_says() {
         let result = run(&spec(arm, Mode::Scratch, 2), Path::new("unused")).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(!result.diverged && result.steps == 2, "{name}");
         assert!(result.loss.train.is_some() && result.loss.hard1.is_some(), "{name}: {:?}", result.loss);
-        match (result.executed_expected, name.as_str()) {
-            // Two steps of which the first is soft.
-            (_, "experts_only") => assert_eq!(result.executed_per_token, 2.5, "{name}"),
-            (Expected::Exactly(n), _) => assert_eq!(result.executed_per_token, n, "{name}"),
-            (Expected::AtMost(n), _) => assert!(result.executed_per_token > 0.0 && result.executed_per_token <= n, "{name}"),
-            (Expected::Merged, _) => assert_eq!(result.executed_per_token, 1.0, "{name}"),
+        match result.executed_expected {
+            Expected::Exactly(n) => assert_eq!(result.executed_per_token, n, "{name}"),
+            Expected::AtMost(n) => assert!(result.executed_per_token > 0.0 && result.executed_per_token <= n, "{name}"),
+            Expected::Merged => assert_eq!(result.executed_per_token, 1.0, "{name}"),
         }
+        // Two steps of which the first is soft.
+        if name == "experts_only" {
+            assert_eq!(result.executed_per_token, 2.5);
+        }
+        let each = if name == "smear" { 5.0 } else { 1.0 };
+        assert_eq!(result.products_per_token, 3.0 * each * result.executed_per_token, "{name}");
         if name == "onehot" {
             assert_eq!(result.router_grad.norm, Some(0.0), "nothing tells the router anything");
         }
@@ -67,4 +72,36 @@ fn tuning_begins_at_the_teacher() {
     }
     let lost = run(&spec(named(Mode::Tune, "ste"), Mode::Tune, 1), &cells.path().join("elsewhere")).unwrap_err();
     assert!(lost.to_string().contains(".teacher"), "{lost}");
+}
+
+#[test]
+fn the_oracle_of_tuning_has_the_teachers_experts_where_they_are_at_home() {
+    let cells = tempfile::tempdir().unwrap();
+    let oracle = spec(named(Mode::Tune, "oracle"), Mode::Tune, 0);
+    let teacher = oracle.teacher().unwrap();
+    run(&teacher, cells.path()).unwrap();
+    let weights = teacher::read(&teacher.weights(cells.path()).unwrap()).unwrap();
+    let cell = Cell::new(&oracle, cells.path()).unwrap();
+    let windows = cell.corpus.batch(oracle.seed, 0, MATCHING_WINDOWS);
+    let order = teacher::order(cell.teacher.as_ref().unwrap(), &windows, 4).unwrap();
+    assert_eq!(order.len(), 2, "each layer has its own");
+    for (layer, order) in order.iter().enumerate() {
+        for part in ["gate_up", "down"] {
+            let name = format!("layers.{layer}.experts.{part}");
+            let own = cell.learner.model().parameters().iter().find(|p| p.name == name).unwrap();
+            let row = |tensor: &candle_core::Tensor, expert| tensor.get(expert).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for (domain, expert) in order.iter().enumerate() {
+                assert_eq!(row(&own.var, domain), row(&weights[&name], *expert), "{name}, domain {domain}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_teacher_that_is_asked_is_charged() {
+    let cells = tempfile::tempdir().unwrap();
+    let tuned = |arm: &str| spec(named(Mode::Tune, arm), Mode::Tune, 1);
+    run(&tuned("ste").teacher().unwrap(), cells.path()).unwrap();
+    let products = |arm: &str| run(&tuned(arm), cells.path()).unwrap().products_per_token;
+    assert_eq!([products("raw_topk"), products("raw_topk+router_kl"), products("ste+distill")], [3.0, 7.0, 16.0]);
 }

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 
 use super::{
     plots::Picture,
+    rates,
     results::{Expected, Outcome, Results},
     spec::{Mode, TaskName},
     table::{self, Table},
@@ -23,6 +24,7 @@ pub fn write(results: &Results, pictures: &[Picture]) -> String {
         out +=
             &pictures.iter().filter(|picture| picture.stem == loss || more.contains(&picture.stem.as_str())).map(shown).collect::<String>();
     }
+    out += &rates::section(results);
     out += &tables::gradients(results);
     let placed = |stem: &str| tables.iter().any(|table| stem == format!("loss-{}", table.id()) || of_table(table).contains(&stem));
     let rest = pictures.iter().filter(|picture| !placed(&picture.stem));
@@ -123,9 +125,10 @@ possible; normalised mutual information of expert and region. 1 is perfect.
 exact gradient of the expected loss, by enumeration, where that exists: for k = 1 on the synthetic tasks.
 * **experts/token**: rows pushed through experts in training forwards, counted, per token; in brackets what the method should take. \
 **Bold**: the two disagree.
-* **step**: milliseconds of an update, median. Cells share the machine, so small differences mean nothing.
-* **peak**: growth of the process's memory at its highest, MiB.
-* **equal expert-FLOPs**: hard top-1 when the arm has so many fewer steps as it executes more experts per token; `=`: it executes k.
+* **step**: milliseconds of CPU time of an update, median. Cells share caches and memory, so small differences mean nothing.
+* **peak**: growth of the process's memory while it trained, at its highest, MiB.
+* **equal expert-FLOPs**: hard top-1 when the arm has so many fewer steps as its step takes more products of experts than that of a sparse \
+top-1 arm: one for a row that runs, two more where it learns; `=`: it takes as many.
 * Below the line are controls: `frozen` a random router that never learns, `hash` a hash of the token, `oracle` the best routing (digits and \
 text: the rotation, the domain), `experts_only` the router of a soft-trained model, kept while the experts learn to be routed hard.
 ";

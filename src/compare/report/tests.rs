@@ -93,7 +93,7 @@ fn results() -> Results {
     cells.push(cell(TaskName::Collapsed, Mode::Scratch, &prepared, 1, done(dense_first)));
     cells.push(cell(TaskName::Equal, Mode::Tune, &ste, 1, tuned(0.2, 0.5)));
     cells.push(cell(TaskName::Equal, Mode::Tune, &raw, 1, tuned(0.4, 0.1)));
-    let gradient = GradientResult { quadratic: quality(1.6), cross_entropy: quality(0.9) };
+    let gradient = GradientResult { quadratic: quality(1.6), cross_entropy: quality(0.9), ..GradientResult::default() };
     cells.push(cell(TaskName::Gradient, Mode::Scratch, &ste, 1, Outcome::Gradient(gradient)));
     cells.push(cell(TaskName::Digits, Mode::Scratch, &soft, 1, Outcome::Failed("out of\npaper".into())));
     Results {

@@ -69,6 +69,10 @@ impl Task for Digits {
         &self.test
     }
 
+    fn validation(&self) -> Option<&Batch> {
+        None
+    }
+
     fn handicap(&self) -> Vec<f64> {
         vec![0.0; ROTATIONS]
     }

@@ -43,6 +43,9 @@ pub trait Task: Send + Sync {
     /// Rows that no step sees.
     fn test(&self) -> &Batch;
 
+    /// Rows that are in neither, to choose settings by; `None` where the data is too small for that.
+    fn validation(&self) -> Option<&Batch>;
+
     /// Added to the router's initial logits, `[E]`.
     fn handicap(&self) -> Vec<f64>;
 
@@ -56,7 +59,7 @@ pub trait Task: Send + Sync {
 /// The task of a cell; text is trained by [`super::lm`], `gradient` by nobody.
 pub fn open(name: TaskName, seed: u64, size: Size) -> Result<Box<dyn Task>> {
     match name {
-        TaskName::Equal => Ok(Box::new(regions::Regions::new(seed, [0.0; 3], 0.0, size.test))),
+        TaskName::Equal | TaskName::Rates => Ok(Box::new(regions::Regions::new(seed, [0.0; 3], 0.0, size.test))),
         TaskName::Unequal => Ok(Box::new(regions::Regions::new(seed, regions::UNEQUAL, 0.0, size.test))),
         TaskName::Collapsed => Ok(Box::new(regions::Regions::new(seed, [0.0; 3], regions::HANDICAP, size.test))),
         TaskName::Digits => Ok(Box::new(digits::Digits::new(seed)?)),

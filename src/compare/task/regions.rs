@@ -19,6 +19,8 @@ const REGIONS: usize = 8;
 /// Rows that steps take theirs from: so many more than there are weights that drawing new ones would change nothing but the
 /// time.
 const POOL: usize = 16_384;
+/// Rows to choose settings by.
+const VALIDATION: usize = 2048;
 
 /// The task.
 #[derive(Clone, Debug)]
@@ -32,6 +34,7 @@ pub struct Regions {
     maps: Vec<f64>,
     /// Rows that steps take theirs from.
     pool: Batch,
+    validation: Batch,
     test: Batch,
     trivial: f64,
 }
@@ -44,8 +47,10 @@ impl Regions {
         // So that the target has a variance of about 1.
         let maps = random.normals(REGIONS * OUTPUTS * FEATURES, 1.0 / (FEATURES as f64).sqrt());
         let empty = Batch { features: FEATURES, outputs: OUTPUTS, x: Vec::new(), targets: Targets::Values(Vec::new()), region: Vec::new() };
-        let mut task = Self { seed, directions, thresholds, handicap, maps, pool: empty.clone(), test: empty, trivial: 0.0 };
+        let (pool, validation) = (empty.clone(), empty.clone());
+        let mut task = Self { seed, directions, thresholds, handicap, maps, pool, validation, test: empty, trivial: 0.0 };
         task.pool = task.draw(&mut Random::new(seed, "pool"), POOL);
+        task.validation = task.draw(&mut Random::new(seed, "validation rows"), VALIDATION);
         task.test = task.draw(&mut Random::new(seed, "test rows"), test_rows);
         task.trivial = trivial(&task.test);
         task
@@ -95,6 +100,10 @@ impl Task for Regions {
 
     fn test(&self) -> &Batch {
         &self.test
+    }
+
+    fn validation(&self) -> Option<&Batch> {
+        Some(&self.validation)
     }
 
     fn handicap(&self) -> Vec<f64> {
@@ -193,6 +202,8 @@ mod tests {
         assert_eq!(a.batch(7, 20), b.batch(7, 20));
         assert_ne!(a.batch(7, 20), a.batch(8, 20));
         assert_ne!(a.test(), Regions::new(3, [0.0; 3], 0.0, 10).test());
+        let validation = a.validation().expect("there is one").part(0..10);
+        assert!(validation.x != a.test().x && validation.x != a.pool.part(0..10).x, "rows of their own");
         assert!((a.trivial() - 1.0).abs() < 0.9);
     }
 }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    schedule::Schedule,
+    schedule::{Schedule, Shape},
 };
 
 /// A row of the catalogue and what differs from its defaults.
@@ -89,6 +89,18 @@ impl EstimatorSpec {
         let spec = Self { row, k, settings: row.params.iter().map(setting).collect::<Result<_>>()? };
         spec.check_whole(config, purpose)?;
         Ok(spec)
+    }
+
+    /// The same with every default written out.
+    pub fn resolved(&self) -> EstimatorConfig {
+        let param = |setting: Setting| match setting {
+            Setting::Number(schedule) if schedule.schedule == Shape::Constant => Param::Number(schedule.init),
+            Setting::Number(schedule) => Param::Schedule(schedule),
+            Setting::Word(word) => Param::Word(word.to_owned()),
+            Setting::Flag(flag) => Param::Flag(flag),
+        };
+        let params = self.settings.iter().map(|(name, setting)| ((*name).to_owned(), param(*setting))).collect();
+        EstimatorConfig { name: self.row.name.to_owned(), k: self.k(), params }
     }
 
     /// The row of the catalogue.
@@ -190,7 +202,7 @@ fn unknown(name: &str) -> Error {
 }
 
 /// Insertions, deletions and replacements from one word to the other (Levenshtein 1966).
-fn distance(a: &str, b: &str) -> usize {
+pub(crate) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     // Longer than any name: no near miss, and not worth the time.

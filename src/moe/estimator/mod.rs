@@ -36,6 +36,7 @@ mod soft_topk;
 mod surrogate;
 mod values;
 
+pub(crate) use self::config::distance;
 pub use self::{
     batch::RoutedBatch,
     catalog::Needs,
