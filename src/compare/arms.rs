@@ -30,9 +30,6 @@ const STEEP_ENDS: [f64; 3] = [0.3, 0.05, 0.02];
 /// Start of annealed temperatures in tuning: the teacher's.
 const TUNING_TEMPERATURE: f64 = 1.0;
 
-/// The teacher as it is: no step is done.
-pub const UNTOUCHED: &str = "untouched";
-
 /// The arms of a task in a mode, controls last.
 pub fn arms(task: TaskName, mode: Mode) -> Vec<Arm> {
     let mut arms: Vec<Arm> = CATALOG.iter().map(|row| top_1(row.name)).collect();
@@ -61,7 +58,6 @@ pub fn arms(task: TaskName, mode: Mode) -> Vec<Arm> {
             arms.iter_mut().for_each(start_at_the_teacher);
             arms.extend(["ste", "steep"].map(|name| distilled(top_1(name))));
             arms.push(top_2(&["ste"]).remove(0));
-            arms.push(named(top_1("soft"), UNTOUCHED));
         }
     }
     if task != TaskName::Gradient {
@@ -70,16 +66,20 @@ pub fn arms(task: TaskName, mode: Mode) -> Vec<Arm> {
     arms
 }
 
-/// What every table has besides estimators; all execute one expert per token.
-pub fn controls(mode: Mode) -> [Arm; 4] {
+/// What every table has besides estimators: routing to one expert per token, and in tuning the teacher as it is.
+pub fn controls(mode: Mode) -> Vec<Arm> {
     let share = if mode == Mode::Scratch { PREPARATION } else { 0.0 };
     let control = |name, route| Arm { route, ..named(top_1("onehot"), name) };
-    [
+    let mut controls = vec![
         control("frozen", Route::Frozen),
         control("hash", Route::Hash),
         control("oracle", Route::Oracle),
         control("experts_only", Route::ExpertsAfter { share }),
-    ]
+    ];
+    if mode == Mode::Tune {
+        controls.push(Arm { route: Route::Untouched, ..named(Arm::teacher(), "untouched") });
+    }
+    controls
 }
 
 /// An arm with another name.
@@ -123,8 +123,8 @@ fn variants() -> Vec<Arm> {
     arms.push(with("ste", "sampled", "sampled", Param::Flag(true)));
     arms.push(with("soft_topk", "logistic", "kernel", word("logistic")));
     arms.push(with("soft_topk", "clip", "kernel", word("clip")));
-    arms.push(with("reinforce", "average", "baseline", word("moving_average")));
-    arms.push(with("reinforce", "critical", "baseline", word("self_critical")));
+    arms.push(with("reinforce", "moving_average", "baseline", word("moving_average")));
+    arms.push(with("reinforce", "self_critical", "baseline", word("self_critical")));
     arms.push(with("sparsemixer_v2", "star", "star", Param::Flag(true)));
     arms.push(balanced(top_1("raw_topk")));
     arms.push(balanced(top_1("ste")));

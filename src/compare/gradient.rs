@@ -4,10 +4,9 @@
 //! softmax, whatever temperature an estimator uses. Its draws are rows of one batch.
 
 use super::{
-    metric::median,
-    probe::{Quality, compare, expected_loss_gradient, is_random},
+    probe::{Quality, compare, expected_loss_gradient, is_random, medians},
     random::Random,
-    results::{GradientQuality, GradientResult, finite},
+    results::GradientResult,
     spec::CellSpec,
     step::{advantages, samples},
     task::Targets,
@@ -36,8 +35,9 @@ struct Problem {
 /// Measures the cell's estimator on both losses.
 pub fn run(spec: &CellSpec) -> Result<GradientResult> {
     let experts = spec.task.experts();
-    let estimator =
-        EstimatorSpec::new(&spec.arm.estimator, experts, spec.size.steps, Purpose::Laboratory)?.at(spec.size.steps, spec.size.steps);
+    let own = EstimatorSpec::new(&spec.arm.estimator, experts, spec.size.steps, Purpose::Laboratory)?;
+    let in_force = |name: &str| own.number_at(name, spec.size.steps, spec.size.steps);
+    let estimator = own.at(spec.size.steps, spec.size.steps);
     if matches!(estimator.relaxation, Relaxation::SmoothStep { .. }) {
         return Err(Error::invalid("arm.estimator", "the task `gradient` needs a router with an output for each expert"));
     }
@@ -51,6 +51,8 @@ pub fn run(spec: &CellSpec) -> Result<GradientResult> {
         medians(&qualities.collect::<Vec<_>>())
     };
     Ok(GradientResult {
+        sharpness: in_force("temperature").or_else(|| in_force("width")),
+        noise: in_force("noise"),
         quadratic: measure(|random| Targets::Values(random.normals(OUTPUTS, 1.0)), "quadratic"),
         cross_entropy: measure(|random| Targets::Classes(vec![random.below(OUTPUTS)]), "cross-entropy"),
     })
@@ -128,12 +130,6 @@ impl Problem {
     fn loss(&self, y: &[f64], dy: &mut [f64]) -> f64 {
         self.targets.loss(y, OUTPUTS, dy).iter().sum()
     }
-}
-
-fn medians(qualities: &[Quality]) -> GradientQuality {
-    let middle =
-        |value: fn(&Quality) -> f64| median(&qualities.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite);
-    GradientQuality { bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
 }
 
 #[cfg(test)]

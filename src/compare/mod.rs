@@ -12,7 +12,7 @@
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
 //! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
 //! | [`lm`] | language-model cells, on the decoder that is served |
-//! | [`results`], [`table`], [`plots`], [`report`] | what is left behind, and shown |
+//! | [`results`], [`table`], [`quality`], [`plots`], [`report`] | what is left behind, and shown |
 
 pub mod adam;
 pub mod arm;
@@ -30,6 +30,7 @@ pub mod net;
 pub mod plan;
 pub mod plots;
 pub mod probe;
+pub mod quality;
 pub mod random;
 pub mod report;
 pub mod results;

@@ -148,7 +148,7 @@ fn check_names(request: &Request) -> Result<()> {
             if arm.name.is_empty() || !arm.name.chars().all(plain) {
                 return Err(Error::invalid(format!("arm[{i}].name"), "lower case letters, digits, _, + and . only"));
             }
-            let taken = own[..i].iter().any(|other| other.name == arm.name) || controls(Mode::Scratch).iter().any(|c| c.name == arm.name);
+            let taken = own[..i].iter().any(|other| other.name == arm.name) || controls(Mode::Tune).iter().any(|c| c.name == arm.name);
             if taken || arm.name == Arm::teacher().name {
                 return Err(Error::invalid(format!("arm[{i}].name"), format!("'{}' is taken", arm.name)));
             }
@@ -170,7 +170,7 @@ fn cells_of_arm(request: &Request, task: TaskName, mode: Mode, arm: &Arm) -> Res
         other => other,
     };
     let checked = arm.check(task.experts(), size.steps).map_err(of_arm)?;
-    if arm.name == super::arms::UNTOUCHED {
+    if arm.route == Route::Untouched {
         size.steps = 0;
     }
     let cell = |budget, seed| CellSpec {

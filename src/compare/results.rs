@@ -71,6 +71,9 @@ pub struct CellResult {
     pub accuracy: Option<ByRouting>,
     /// Loss of the best constant prediction: the unit in which tables show losses.
     pub trivial: f64,
+    /// Loss on the test rows of each domain, where the task has such: text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<DomainLoss>,
     /// Relative distance of hard outputs from those of the training routing without noise: `‖y - y_hard‖ / ‖y‖`, pooled.
     pub rel_l2: Hardened,
     /// Routing weight outside the top-1, mean over tokens, under the training routing without noise.
@@ -128,6 +131,15 @@ pub struct ByRouting {
     pub hard2: Option<f64>,
 }
 
+/// Test loss on a part of the data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DomainLoss {
+    /// Which part.
+    pub domain: String,
+    /// Mean over its test rows.
+    pub loss: ByRouting,
+}
+
 /// A figure under the two hard routings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Hardened {
@@ -142,7 +154,8 @@ pub struct Hardened {
 pub struct RouterGradient {
     /// Mean L2 norm over the steps, before clipping.
     pub norm: Option<f64>,
-    /// `‖mean - exact‖ / ‖exact‖`.
+    /// `‖mean - exact‖ / ‖exact‖`, the mean over [`super::probe::DRAWS`] draws; it holds the noise of that mean,
+    /// [`super::quality::Bias`] does not.
     pub bias: Option<f64>,
     /// Cosine of mean and exact.
     pub cosine: Option<f64>,
@@ -204,6 +217,10 @@ pub struct Curves {
 /// Quality of an estimator's gradient on [`super::spec::TaskName::Gradient`]: medians over the problems.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GradientResult {
+    /// Temperature or width in force. Absent where there is none.
+    pub sharpness: Option<f64>,
+    /// Factor on the noise in force; absent where there is none to set.
+    pub noise: Option<f64>,
     /// Squared error.
     pub quadratic: GradientQuality,
     /// Cross-entropy.
@@ -213,9 +230,10 @@ pub struct GradientResult {
 /// Against the exact gradient of the expected loss under random routing, `p ⊙ (f - <p, f>)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GradientQuality {
-    /// `‖mean - exact‖ / ‖exact‖`.
+    /// `‖mean - exact‖ / ‖exact‖`, the mean over as many draws as the cell's batch; it holds the noise of that mean,
+    /// [`super::quality::Bias`] does not.
     pub bias: Option<f64>,
-    /// Cosine of mean and exact.
+    /// Cosine of mean and exact; a mean of 0 counts as 0, and is absent if all are.
     pub cosine: Option<f64>,
     /// `√(E‖g - mean‖²) / ‖exact‖`; 0 for deterministic estimators.
     pub std: Option<f64>,
@@ -232,6 +250,11 @@ pub fn brief(x: f64) -> Option<f64> {
 }
 
 impl CellResult {
+    /// Growth of memory, MiB.
+    pub fn peak_mib(&self) -> Option<f64> {
+        self.peak_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))
+    }
+
     /// What hardening costs: hard loss minus the loss of the training routing, per kind.
     pub fn gap(&self) -> Hardened {
         let over = |hard: Option<f64>| Some(hard? - self.loss.train?);

@@ -122,9 +122,9 @@ impl TaskName {
     /// What the routing is compared with.
     pub fn optimum(self) -> &'static str {
         match self {
-            Self::Equal | Self::Unequal | Self::Collapsed => "the optimum, known in closed form",
-            Self::Digits => "the rotation",
-            Self::Text => "the domain",
+            Self::Equal | Self::Unequal | Self::Collapsed => "the best routing, known in closed form",
+            Self::Digits => "the rotation of the digit: a label, not an optimum, so that an arm may be better than `oracle`",
+            Self::Text => "the domain of the text: a label, not an optimum, so that an arm may be better than `oracle`",
             Self::Gradient => "none",
         }
     }

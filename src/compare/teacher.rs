@@ -56,7 +56,7 @@ impl Teacher {
     pub fn copy_to(&self, student: &mut Net, route: Route, estimator: &Estimator) {
         student.experts.clone_from(&self.net.experts);
         let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
-        if logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. }) {
+        if logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. } | Route::Untouched) {
             student.router.iter_mut().zip(&self.net.router).for_each(|(w, teacher)| *w = *teacher);
         }
     }

@@ -7,7 +7,7 @@ use super::{
     net::{Means, Net, Shape},
     plan::{Request, plan},
     random::Random,
-    results::{Expected, Outcome},
+    results::{Expected, Outcome, brief},
     spec::{CellSpec, Size, TaskName},
     step::{Step, StepInput, step},
     task::{Batch, Targets},
@@ -181,6 +181,7 @@ fn every_arm_trains_and_executes_what_it_should() {
             panic!("{name}: {:?}", cell::finished(&spec, cells.path()));
         };
         assert!(!result.diverged && result.loss.hard1.is_some(), "{name}");
+        assert_eq!(result.curves.hard1.last(), Some(&result.loss.hard1.and_then(brief)), "{name}: curves end at the figures of the tables");
         // Soft routing prepares the router of experts_only; a token may lack an expert where capacity drops.
         let mixed = matches!(spec.arm.route, Route::ExpertsAfter { .. }) || spec.arm.capacity.is_some() || result.steps == 0;
         match result.executed_expected {

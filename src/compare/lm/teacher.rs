@@ -62,7 +62,7 @@ pub(super) fn decoder(spec: &CellSpec, weights: &Weights) -> Result<Decoder> {
 /// no logits (DSelect-k) begins anew.
 pub(super) fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator) -> Result<()> {
     let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
-    let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. });
+    let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. } | Route::Untouched);
     for parameter in student.model().parameters() {
         let Some(value) = teacher.get(&parameter.name) else {
             return Err(Error::NotFound(format!("the teacher has no {}", parameter.name)));
