@@ -235,18 +235,17 @@ impl fmt::Display for Paired {
 
 /// Three significant digits; a whole number as such.
 pub fn figure(value: f64) -> String {
-    let size = value.abs();
-    if value.fract() == 0.0 && size < 1e5 {
-        format!("{:.0}", value + 0.0)
-    } else if (1e-3..1e3).contains(&size) {
-        let decimals = (2.0 - size.log10().floor()).clamp(0.0, 5.0) as usize;
-        format!("{value:.decimals$}")
-    } else if (1e3..1e5).contains(&size) {
-        let unit = 10f64.powf(size.log10().floor() - 2.0);
-        format!("{:.0}", (value / unit).round() * unit)
-    } else {
-        format!("{value:.1e}")
+    if value.fract() == 0.0 && value.abs() < 1e5 {
+        return format!("{:.0}", value + 0.0);
     }
+    if !(1e-3..1e5).contains(&value.abs()) {
+        return format!("{value:.1e}");
+    }
+    // Rounded first: 0.9996 becomes 1.00, and 17132.4 becomes 17100.
+    let unit = 10f64.powf(value.abs().log10().floor() - 2.0);
+    let rounded = (value / unit).round() * unit;
+    let decimals = (2.0 - rounded.abs().log10().floor()).clamp(0.0, 5.0) as usize;
+    format!("{rounded:.decimals$}")
 }
 
 #[cfg(test)]
@@ -262,8 +261,8 @@ mod tests {
 
     #[test]
     fn figures_have_three_digits() {
-        let shown = [-0.0, 0.001234, 0.12345, 1.0, 1.004, 12.34, 123.4, 99_999.0, 17_132.4, -0.5, 1e-5, 2.5e7].map(figure);
-        assert_eq!(shown, ["0", "0.00123", "0.123", "1", "1.00", "12.3", "123", "99999", "17100", "-0.500", "1.0e-5", "2.5e7"]);
+        let shown = [-0.0, 0.001234, 0.12345, 1.0, 1.004, 12.34, 123.4, 0.9996, 99_999.0, 17_132.4, -0.5, 1e-5, 2.5e7].map(figure);
+        assert_eq!(shown, ["0", "0.00123", "0.123", "1", "1.00", "12.3", "123", "1.00", "99999", "17100", "-0.500", "1.0e-5", "2.5e7"]);
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub struct Series {
     /// Of all of it.
     pub colour: Colour,
     /// Values. Those that are not finite, or have no place on a logarithmic axis, are left out; a curve has a gap there.
-    /// Beyond fixed ends of an axis curves are cut off, tints and dots are drawn at its end.
+    /// Beyond fixed ends of an axis curves and tints are cut off, dots are drawn at its end.
     pub form: Form,
 }
 
@@ -60,11 +60,6 @@ pub enum Dash {
 }
 
 impl Dash {
-    /// One of the four, over and over.
-    pub fn nth(i: usize) -> Self {
-        [Self::Long, Self::Short, Self::Dotted, Self::Mixed][i % 4]
-    }
-
     fn lengths(self) -> &'static [f64] {
         match self {
             Self::Long => &[10.0, 4.0],
@@ -188,11 +183,13 @@ impl Frame<'_> {
             }
             Form::Band(points) => {
                 let there = |(x, from, to): &(f64, f64, f64)| self.has((*x, *from)) && self.has((*x, *to));
-                let edge = |pick: fn(&(f64, f64, f64)) -> At| points.iter().filter(|point| there(point)).map(pick).map(|at| self.at(at));
+                let edge =
+                    |pick: fn(&(f64, f64, f64)) -> At| points.iter().filter(|point| there(point)).map(pick).map(|at| self.anywhere(at));
                 let mut outline: Vec<At> = edge(|&(x, from, _)| (x, from)).collect();
                 outline.extend(edge(|&(x, _, to)| (x, to)).collect::<Vec<_>>().into_iter().rev());
-                if outline.len() > 3 {
-                    canvas.marks.push(Mark::Polygon { points: outline, colour: series.colour.with_alpha(0.15) });
+                let points = self.area.cut_polygon(&outline);
+                if points.len() > 2 {
+                    canvas.marks.push(Mark::Polygon { points, colour: series.colour.with_alpha(0.15) });
                 }
             }
             Form::Dots(points) => points.iter().for_each(|&at| self.dot(canvas, at, series.colour)),

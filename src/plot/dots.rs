@@ -42,7 +42,7 @@ pub struct DotSeries {
 /// What is shown in a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Dot {
-    /// A value and its range. 0 on a logarithmic axis is the digit 0 at its left end.
+    /// A value and its range. 0 on a logarithmic axis is at its left end.
     At {
         /// The dot.
         middle: f64,
@@ -162,7 +162,7 @@ impl DotColumn {
         let range = |canvas: &mut Canvas, from: f64, to: f64| canvas.line(vec![(from, y), (to, y)], 2.0, colour.with_alpha(0.5));
         match dot {
             Dot::At { middle, .. } if middle == 0.0 && !self.axis.has(middle) => {
-                canvas.text((area.left + 6.0, y), "0", SMALL - 1.0, Align::Middle);
+                canvas.marks.push(Mark::Dot { at: (area.left, y), radius: RADIUS, colour });
             }
             Dot::At { middle, low, high } if self.axis.has(middle) => {
                 range(canvas, place(low), place(high));

@@ -94,6 +94,22 @@ impl Area {
         parts
     }
 
+    /// The part of a polygon that is inside (Sutherland and Hodgman 1974).
+    pub(super) fn cut_polygon(&self, points: &[At]) -> Vec<At> {
+        // How far inside each of the four edges a place is.
+        let edges: [&dyn Fn(At) -> f64; 4] =
+            [&|at| at.0 - self.left, &|at| self.right() - at.0, &|at| at.1 - self.top, &|at| self.bottom() - at.1];
+        edges.into_iter().fold(points.to_vec(), |polygon, inside| {
+            let next = polygon.iter().cycle().skip(1);
+            let kept = polygon.iter().zip(next).flat_map(|(&from, &to)| {
+                let (a, b) = (inside(from), inside(to));
+                let crossing = || (from.0 + (to.0 - from.0) * a / (a - b), from.1 + (to.1 - from.1) * a / (a - b));
+                [(a >= 0.0).then_some(from), ((a >= 0.0) != (b >= 0.0)).then(crossing)].into_iter().flatten()
+            });
+            kept.collect()
+        })
+    }
+
     /// The part of a segment that is inside (Liang and Barsky 1984).
     fn inside(&self, from: At, to: At) -> Option<(At, At)> {
         let (mut enters, mut leaves) = (0.0_f64, 1.0_f64);
@@ -242,6 +258,9 @@ mod tests {
         assert_eq!(out_and_in, [vec![(2.0, 5.0), (3.0, 10.0)], vec![(5.0, 10.0), (6.0, 5.0)]]);
         assert_eq!(area.cut(&[(-10.0, 5.0), (20.0, 5.0)]), [vec![(0.0, 5.0), (10.0, 5.0)]], "through it");
         assert!(area.cut(&[(1.0, 11.0), (9.0, 11.0)]).is_empty() && area.cut(&[(5.0, 5.0)]).is_empty());
+        let triangle = [(2.0, 5.0), (4.0, 15.0), (6.0, 5.0)];
+        assert_eq!(area.cut_polygon(&triangle), [(2.0, 5.0), (3.0, 10.0), (5.0, 10.0), (6.0, 5.0)]);
+        assert!(area.cut_polygon(&triangle.map(|(x, y)| (x, y + 9.0))).is_empty() && area.cut_polygon(&[]).is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::{BELOW_BEST, Drawn, WIDTH, curve, picture};
 use crate::{
     compare::{
+        arm::Route,
         results::CellResult,
         table::{Runs, Spread, Table},
     },
@@ -11,8 +12,6 @@ use crate::{
 
 /// Curves in one picture, besides controls.
 const CURVES: usize = 8;
-/// Tints in one picture of curves: more would hide one another.
-const TINTS: usize = 3;
 /// A relative distance that is rounding, and no gap.
 const NO_GAP: f64 = 1e-3;
 /// The axis of losses leaves out this share of the run at its beginning, when all arms fall alike.
@@ -33,10 +32,10 @@ struct Curve {
 pub(super) fn losses(table: &Table<'_>) -> Drawn {
     let value = |result: &CellResult, i: usize| result.relative(*result.curves.hard1.get(i)?);
     let mut curves = best(table.estimators.iter(), value);
-    curves.extend(table.controls.iter().enumerate().map(|(i, runs)| Curve {
+    curves.extend(table.controls.iter().map(|runs| Curve {
         name: runs.label(),
         colour: Colour::new([70; 3]),
-        dash: Some(Dash::nth(i)),
+        dash: Some(dash(runs.arm.route)),
         tinted: false,
         points: curve(runs, value),
     }));
@@ -44,12 +43,22 @@ pub(super) fn losses(table: &Table<'_>) -> Drawn {
     let axis = Axis::log("test loss / best constant prediction").from_to(low, high);
     let caption = format!(
         "Test loss of task `{0}` under hard top-1 over the run, in units of the best constant prediction, on all test rows: the ends are the figures \
-         of the table. Medians over seeds of the {CURVES} best estimators and (dashed) the controls; tints from the best to the worst seed, of the \
-         best {TINTS}. The axis leaves out the first tenth of the run, and what is below {BELOW_BEST} of the best estimator.",
+         of the table. Medians over seeds of the {CURVES} best estimators and (dashed) the controls; the tint is from the best to the worst seed \
+         of the best one. The axis leaves out the first tenth of the run, and what is below {BELOW_BEST} of the best estimator.",
         table.task.id()
     );
     let chart = chart(format!("{}: hard top-1 loss", table.task.id()), Axis::linear("step"), axis, curves);
     Some((picture(&format!("loss-{}", table.id()), caption, table), single(chart)))
+}
+
+/// A control looks the same in every picture.
+fn dash(route: Route) -> Dash {
+    match route {
+        Route::Oracle => Dash::Long,
+        Route::Frozen => Dash::Short,
+        Route::Hash => Dash::Dotted,
+        Route::ExpertsAfter { .. } | Route::Untouched | Route::Learned => Dash::Mixed,
+    }
 }
 
 /// Ends of the axis of losses; `None` of nothing.
@@ -60,7 +69,9 @@ fn window(curves: &[Curve]) -> Option<(f64, f64)> {
     };
     let all = Spread::of(curves.iter().flat_map(late))?;
     let estimators = Spread::of(curves.iter().filter(|curve| curve.dash.is_none()).flat_map(late)).unwrap_or(all);
-    Some((0.9 * all.low.max(BELOW_BEST * estimators.low), 1.1 * all.high))
+    let low = all.low.max(BELOW_BEST * estimators.low);
+    let margin = (all.high / low).powf(0.05);
+    Some((low / margin, all.high * margin))
 }
 
 /// An arm's name, and (temperature, gap) in the order of the run.
@@ -121,8 +132,8 @@ pub(super) fn router_gradient(table: &Table<'_>) -> Drawn {
     let title = "gradient that reaches the router, task equal".into();
     let chart = chart(title, Axis::linear("step"), Axis::log("L2 norm, mean over the steps since the point before"), curves);
     let caption = format!(
-        "Norm of the task's gradient at the router's weights, task `equal`: medians over seeds of the {CURVES} best estimators, tints from the least \
-         to the largest seed, of the best {TINTS}. Estimators whose router gets no gradient at all have no curve."
+        "Norm of the task's gradient at the router's weights, task `equal`: medians over seeds of the {CURVES} best estimators, the tint from the \
+         least to the largest seed of the best one. Estimators whose router gets no gradient at all have no curve."
     );
     Some((picture("router-gradient", caption, table), single(chart)))
 }
@@ -133,7 +144,7 @@ fn best<'a>(arms: impl Iterator<Item = &'a Runs<'a>>, value: impl Fn(&CellResult
         name: runs.label(),
         colour: Colour::nth(i),
         dash: None,
-        tinted: i < TINTS,
+        tinted: i == 0,
         points: curve(runs, value),
     };
     arms.take(CURVES).enumerate().map(curve).filter(|curve| !curve.points.is_empty()).collect()

@@ -117,7 +117,7 @@ pub(super) fn one_token(results: &Results) -> Drawn {
 
 /// What the two columns of gradients mean.
 const QUALITY: &str = "relative bias, without the noise of its measurement, and relative standard deviation of a single draw, least bias first. A \
-                       line that ends in a bar: the bias is somewhere below, less than the noise of the mean. 0: estimators that draw nothing.";
+                       line that ends in a bar: the bias is somewhere below, less than the noise of the mean. On the left edge, 0: estimators that draw nothing.";
 
 fn bias(quality: Quality) -> Dot {
     match quality.bias {

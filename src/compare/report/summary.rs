@@ -159,7 +159,10 @@ struct Ranks {
 
 impl std::fmt::Display for Ranks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} [{}..{}]", figure(self.mean), figure(self.best), figure(self.worst))
+        match self.best == self.worst {
+            true => f.write_str(&figure(self.mean)),
+            false => write!(f, "{} [{}..{}]", figure(self.mean), figure(self.best), figure(self.worst)),
+        }
     }
 }
 
