@@ -64,6 +64,8 @@ pub enum Route {
     Hash,
     /// The optimum; no router.
     Oracle,
+    /// Nothing is trained at all: in tuning, the teacher as it is.
+    Untouched,
     /// Only experts are tuned: soft routing trains everything for this share of the steps (0 in tuning, which has the
     /// teacher's router), then the router is frozen and experts learn under hard routing.
     ExpertsAfter {

@@ -35,9 +35,6 @@ const TUNING_TEMPERATURE: f64 = 1.0;
 /// move cannot become a hard one.
 const ROUTER_KL: f64 = 0.1;
 
-/// The teacher as it is: no step is done.
-pub const UNTOUCHED: &str = "untouched";
-
 /// Estimators that have no place in a task, and why.
 pub fn left_out(task: TaskName) -> &'static [(&'static str, &'static str)] {
     match task {
@@ -77,7 +74,6 @@ pub fn arms(task: TaskName, mode: Mode) -> Vec<Arm> {
             arms.extend(["ste", "steep"].map(|name| distilled(top_1(name))));
             arms.extend(["raw_topk", "ste"].map(|name| near_the_router(top_1(name))));
             arms.push(top_2(&["ste"]).remove(0));
-            arms.push(named(top_1("soft"), UNTOUCHED));
         }
     }
     if task != TaskName::Gradient {
@@ -86,16 +82,20 @@ pub fn arms(task: TaskName, mode: Mode) -> Vec<Arm> {
     arms
 }
 
-/// What every table has besides estimators; all execute one expert per token.
-pub fn controls(mode: Mode) -> [Arm; 4] {
+/// What every table has besides estimators: routing to one expert per token, and in tuning the teacher as it is.
+pub fn controls(mode: Mode) -> Vec<Arm> {
     let share = if mode == Mode::Scratch { PREPARATION } else { 0.0 };
     let control = |name, route| Arm { route, ..named(top_1("onehot"), name) };
-    [
+    let mut controls = vec![
         control("frozen", Route::Frozen),
         control("hash", Route::Hash),
         control("oracle", Route::Oracle),
         control("experts_only", Route::ExpertsAfter { share }),
-    ]
+    ];
+    if mode == Mode::Tune {
+        controls.push(Arm { route: Route::Untouched, ..named(Arm::teacher(), "untouched") });
+    }
+    controls
 }
 
 /// An arm with another name.
@@ -139,8 +139,8 @@ fn variants() -> Vec<Arm> {
     arms.push(with("ste", "sampled", "sampled", Param::Flag(true)));
     arms.push(with("soft_topk", "logistic", "kernel", word("logistic")));
     arms.push(with("soft_topk", "clip", "kernel", word("clip")));
-    arms.push(with("reinforce", "average", "baseline", word("moving_average")));
-    arms.push(with("reinforce", "critical", "baseline", word("self_critical")));
+    arms.push(with("reinforce", "moving_average", "baseline", word("moving_average")));
+    arms.push(with("reinforce", "self_critical", "baseline", word("self_critical")));
     arms.push(with("sparsemixer_v2", "star", "star", Param::Flag(true)));
     arms.push(balanced(top_1("raw_topk")));
     arms.push(balanced(top_1("ste")));

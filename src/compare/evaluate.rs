@@ -47,7 +47,46 @@ pub struct Evaluated {
     pub routed: RoutedBatch,
 }
 
+/// What the curves of a run have of a set of rows.
+#[derive(Clone, Debug, Default)]
+pub struct Point {
+    /// Mean loss under the training routing without noise.
+    pub soft: f64,
+    /// Mean loss under hard top-1.
+    pub hard: f64,
+    /// Outputs of one from those of the other.
+    pub apart: Distance,
+    /// Share of hard top-1 per expert, `[E]`.
+    pub load: Vec<f64>,
+}
+
+impl Point {
+    /// Adds a part of the rows that is such a share of all.
+    pub fn add(&mut self, part: Point, share: f64) {
+        self.soft += share * part.soft;
+        self.hard += share * part.hard;
+        self.apart = self.apart.and(part.apart);
+        self.load.resize(part.load.len(), 0.0);
+        self.load.iter_mut().zip(part.load).for_each(|(all, part)| *all += share * part);
+    }
+}
+
+/// Rows at once, where a point is measured: as many as a step has, so that the curves take no memory of their own.
+const AT_ONCE: usize = 256;
+
 impl Model<'_> {
+    /// A point of the curves: the same rows and figures as those of the end ([`Self::measure`]).
+    pub fn point(&self, test: &Batch) -> Point {
+        let mut point = Point::default();
+        for first in (0..test.rows()).step_by(AT_ONCE) {
+            let rows = test.part(first..first + AT_ONCE);
+            let (soft, hard) = (self.soft(&rows), self.hard(&rows, 1));
+            let part = Point { soft: soft.loss, hard: hard.loss, apart: Distance::of(&soft.y, &hard.y), load: load(&hard.routed) };
+            point.add(part, rows.rows() as f64 / test.rows() as f64);
+        }
+        point
+    }
+
     /// Under the training routing without noise.
     pub fn soft(&self, batch: &Batch) -> Evaluated {
         self.under(batch, self.estimator)
@@ -103,7 +142,7 @@ impl Model<'_> {
     }
 }
 
-/// Share of hard top-1 per expert.
+/// Share of tokens per expert.
 pub fn load(routed: &RoutedBatch) -> Vec<f64> {
     let counts = routed.rows().counts(0..routed.tokens, routed.experts);
     counts.iter().map(|n| n / routed.tokens.max(1) as f64).collect()

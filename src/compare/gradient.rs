@@ -7,10 +7,9 @@
 //! `gumbel_soft` is 0, which it has trained under at no other time.
 
 use super::{
-    metric::median,
-    probe::{Quality, compare, expected_loss_gradient, is_random},
+    probe::{Quality, compare, expected_loss_gradient, is_random, medians},
     random::Random,
-    results::{GradientQuality, GradientResult, finite},
+    results::GradientResult,
     spec::CellSpec,
     step::{advantages, samples},
     task::Targets,
@@ -41,7 +40,7 @@ pub fn run(spec: &CellSpec) -> Result<GradientResult> {
     let (experts, steps) = (spec.task.experts(), spec.size.steps);
     let schedules = EstimatorSpec::new(&spec.arm.estimator, experts, steps, Purpose::Laboratory)?;
     let estimator = schedules.at(steps / 2, steps);
-    let in_force = |name| schedules.number_at(name, steps / 2, steps);
+    let in_force = |name: &str| schedules.number_at(name, steps / 2, steps);
     if matches!(estimator.relaxation, Relaxation::SmoothStep { .. }) {
         return Err(Error::invalid("arm.estimator", "the task `gradient` needs a router with an output for each expert"));
     }
@@ -135,12 +134,6 @@ impl Problem {
     fn loss(&self, y: &[f64], dy: &mut [f64]) -> f64 {
         self.targets.loss(y, OUTPUTS, dy).iter().sum()
     }
-}
-
-fn medians(qualities: &[Quality]) -> GradientQuality {
-    let middle =
-        |value: fn(&Quality) -> f64| median(&qualities.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite);
-    GradientQuality { bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
 }
 
 #[cfg(test)]

@@ -111,6 +111,11 @@ impl Distance {
         Self { apart, length: reference.iter().map(|a| a * a).sum() }
     }
 
+    /// Of these rows and those.
+    pub fn and(self, other: Self) -> Self {
+        Self { apart: self.apart + other.apart, length: self.length + other.length }
+    }
+
     /// `‖reference - other‖ / ‖reference‖`; `None` where the reference is 0 or something is not finite.
     pub fn relative(self) -> Option<f64> {
         super::results::finite((self.apart / self.length).sqrt())
@@ -184,5 +189,6 @@ mod tests {
         assert_eq!(median(&[]), None);
         assert_eq!(quantile(&(0..=10).map(f64::from).collect::<Vec<_>>(), 0.9), 9.0);
         assert_eq!(Distance::of(&[3.0, 4.0], &[3.0, 9.0]).relative(), Some(1.0));
+        assert_eq!(Distance::of(&[3.0], &[3.0]).and(Distance::of(&[4.0], &[9.0])).relative(), Some(1.0));
     }
 }

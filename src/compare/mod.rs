@@ -13,7 +13,7 @@
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
 //! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
 //! | [`lm`] | language-model cells, on the decoder that is served |
-//! | [`results`], [`table`], [`rates`], [`plots`], [`report`] | what is left behind, and shown |
+//! | [`results`], [`table`], [`quality`], [`rates`], [`plots`], [`report`] | what is left behind, and shown |
 
 pub mod adam;
 pub mod arm;
@@ -34,6 +34,7 @@ pub mod plan;
 pub mod plots;
 pub mod probe;
 pub mod process;
+pub mod quality;
 pub mod random;
 pub mod rates;
 pub mod report;

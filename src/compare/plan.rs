@@ -199,7 +199,7 @@ fn check_own_arms(request: &Request) -> Result<()> {
         if arm.name.is_empty() || !arm.name.chars().all(plain) {
             return Err(Error::invalid(format!("arm[{i}].name"), "lower case letters, digits, _, + and . only"));
         }
-        let taken = own[..i].iter().any(|other| other.name == arm.name) || controls(Mode::Scratch).iter().any(|c| c.name == arm.name);
+        let taken = own[..i].iter().any(|other| other.name == arm.name) || controls(Mode::Tune).iter().any(|c| c.name == arm.name);
         if taken || arm.name == Arm::teacher().name {
             return Err(Error::invalid(format!("arm[{i}].name"), format!("'{}' is taken", arm.name)));
         }
@@ -220,7 +220,7 @@ fn cells_of_arm(request: &Request, task: TaskName, mode: Mode, arm: &Arm) -> Res
         return Err(Error::invalid(format!("{}.estimator", arm.name), message));
     }
     let checked = arm.check(task.experts(), size.steps, mode).map_err(of_arm)?;
-    if arm.name == super::arms::UNTOUCHED {
+    if arm.route == Route::Untouched {
         size.steps = 0;
     }
     let cell = |budget, size, seed| CellSpec {

@@ -10,7 +10,7 @@ use super::{
     arm::Route,
     metric::median,
     net::{Gradients, Means, Net},
-    results::{RouterGradient, finite},
+    results::{GradientQuality, RouterGradient},
     step::{StepInput, step},
     task::Batch,
 };
@@ -22,7 +22,7 @@ use crate::moe::{
 /// Tokens of a probe.
 const ROWS: usize = 64;
 /// Draws of a random estimator.
-const DRAWS: usize = 64;
+pub const DRAWS: usize = 64;
 
 /// What is probed.
 #[derive(Clone, Copy, Debug)]
@@ -89,9 +89,18 @@ pub fn compare(exact: &[f64], draws: &[Vec<f64>]) -> Quality {
 
 /// Medians over the probes of a run.
 pub fn summary(probes: &[Quality]) -> RouterGradient {
-    let middle =
-        |value: fn(&Quality) -> f64| median(&probes.iter().map(value).filter(|x| x.is_finite()).collect::<Vec<_>>()).and_then(finite);
-    RouterGradient { norm: None, bias: middle(|q| q.bias), cosine: middle(|q| q.cosine), std: middle(|q| q.std) }
+    let GradientQuality { bias, cosine, std } = medians(probes);
+    RouterGradient { norm: None, bias, cosine, std }
+}
+
+/// Medians over those with an exact gradient that is not 0. A mean of 0 has no direction: its cosine counts as 0, and is
+/// absent only where all are so, so that the three are of the same probes.
+pub fn medians(qualities: &[Quality]) -> GradientQuality {
+    let measured: Vec<&Quality> = qualities.iter().filter(|quality| quality.bias.is_finite() && quality.std.is_finite()).collect();
+    let middle = |value: fn(&Quality) -> f64| median(&measured.iter().map(|quality| value(quality)).collect::<Vec<_>>());
+    let directed = measured.iter().any(|quality| quality.cosine.is_finite());
+    let cosine = |quality: &Quality| if quality.cosine.is_finite() { quality.cosine } else { 0.0 };
+    GradientQuality { bias: middle(|q| q.bias), cosine: directed.then(|| middle(cosine)).flatten(), std: middle(|q| q.std) }
 }
 
 /// What a token's one expert is drawn from or mixed by.

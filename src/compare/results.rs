@@ -75,6 +75,9 @@ pub struct CellResult {
     pub accuracy: Option<ByRouting>,
     /// Loss of the best constant prediction: the unit in which tables show losses.
     pub trivial: f64,
+    /// Loss on the test rows of each domain, where the task has such: text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<DomainLoss>,
     /// Relative distance of hard outputs from those of the training routing without noise: `‖y - y_hard‖ / ‖y‖`, pooled.
     pub rel_l2: Hardened,
     /// Routing weight outside the top-1, mean over tokens, under the training routing without noise.
@@ -136,6 +139,15 @@ pub struct ByRouting {
     pub hard2: Option<f64>,
 }
 
+/// Test loss on a part of the data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DomainLoss {
+    /// Which part.
+    pub domain: String,
+    /// Mean over its test rows.
+    pub loss: ByRouting,
+}
+
 /// A figure under the two hard routings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Hardened {
@@ -150,7 +162,8 @@ pub struct Hardened {
 pub struct RouterGradient {
     /// Mean L2 norm over the steps, before clipping.
     pub norm: Option<f64>,
-    /// `‖mean - exact‖ / ‖exact‖`.
+    /// `‖mean - exact‖ / ‖exact‖`, the mean over [`super::probe::DRAWS`] draws; it holds the noise of that mean,
+    /// [`super::quality::Bias`] does not.
     pub bias: Option<f64>,
     /// Cosine of mean and exact.
     pub cosine: Option<f64>,
@@ -225,9 +238,10 @@ pub struct GradientResult {
 /// Against the exact gradient of the expected loss under random routing, `p ⊙ (f - <p, f>)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GradientQuality {
-    /// `‖mean - exact‖ / ‖exact‖`.
+    /// `‖mean - exact‖ / ‖exact‖`, the mean over as many draws as the cell's batch; it holds the noise of that mean,
+    /// [`super::quality::Bias`] does not.
     pub bias: Option<f64>,
-    /// Cosine of mean and exact.
+    /// Cosine of mean and exact; a mean of 0 counts as 0, and is absent if all are.
     pub cosine: Option<f64>,
     /// `√(E‖g - mean‖²) / ‖exact‖`; 0 for deterministic estimators.
     pub std: Option<f64>,
@@ -244,6 +258,11 @@ pub fn brief(x: f64) -> Option<f64> {
 }
 
 impl CellResult {
+    /// Growth of memory, MiB.
+    pub fn peak_mib(&self) -> Option<f64> {
+        self.peak_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))
+    }
+
     /// What hardening costs: hard loss minus the loss of the training routing, per kind.
     pub fn gap(&self) -> Hardened {
         let over = |hard: Option<f64>| Some(hard? - self.loss.train?);

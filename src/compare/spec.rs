@@ -148,9 +148,9 @@ impl TaskName {
     /// What the routing is compared with.
     pub fn optimum(self) -> &'static str {
         match self {
-            Self::Equal | Self::Unequal | Self::Collapsed | Self::Rates => "the optimum, known in closed form",
-            Self::Digits => "the rotation",
-            Self::Text => "the domain",
+            Self::Equal | Self::Unequal | Self::Collapsed | Self::Rates => "the best routing, known in closed form",
+            Self::Digits => "the rotation of the digit: a label, not an optimum, so that an arm may be better than `oracle`",
+            Self::Text => "the domain of the text: a label, not an optimum, so that an arm may be better than `oracle`",
             Self::Gradient => "none",
         }
     }
@@ -201,7 +201,7 @@ impl CellSpec {
         let learns = match self.arm.route {
             Route::Learned => true,
             Route::ExpertsAfter { share } => share > 0.0,
-            Route::Frozen | Route::Hash | Route::Oracle => false,
+            Route::Frozen | Route::Hash | Route::Oracle | Route::Untouched => false,
         };
         let router_rate = if learns { self.router_share() * self.size.rate } else { 0.0 };
         Ok(Settings { k, params, rate: self.size.rate, router_rate })

@@ -90,7 +90,7 @@ pub fn router_outputs(net: &Net, route: Route, batch: &Batch, x: &[f64]) -> Vec<
         z
     };
     match route {
-        Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } => net.logits(x),
+        Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } | Route::Untouched => net.logits(x),
         Route::Hash => lead(batch.hashes().into_iter().map(|hash| (hash % experts as u64) as usize).collect()),
         Route::Oracle => lead(batch.region.clone()),
     }

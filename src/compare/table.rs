@@ -5,7 +5,7 @@ use std::fmt;
 use super::{
     arm::Arm,
     results::{CellRecord, CellResult, Outcome, Results},
-    spec::{Budget, Mode, TaskName},
+    spec::{Budget, Mode, Size, TaskName},
 };
 use crate::moe::estimator::{EstimatorSpec, Purpose};
 
@@ -16,7 +16,9 @@ pub struct Table<'a> {
     pub task: TaskName,
     /// From where.
     pub mode: Mode,
-    /// Estimators, best hard top-1 first; those without one last.
+    /// What every arm was given that trained at all.
+    pub size: Size,
+    /// Estimators, by [`Runs::standing`]; those without one last.
     pub estimators: Vec<Runs<'a>>,
     /// Controls, likewise.
     pub controls: Vec<Runs<'a>>,
@@ -27,10 +29,19 @@ pub struct Table<'a> {
 pub struct Runs<'a> {
     /// What was compared.
     pub arm: &'a Arm,
-    /// With equal steps; by seed.
-    pub steps: Vec<&'a CellResult>,
-    /// With equal expert-FLOPs; empty where that is the same.
-    pub flops: Vec<&'a CellResult>,
+    /// With equal steps.
+    pub steps: Seeds<'a>,
+    /// With equal expert-FLOPs; none where that is the same.
+    pub flops: Seeds<'a>,
+}
+
+/// The cells of an arm that differ only by their seed.
+#[derive(Clone, Debug, Default)]
+pub struct Seeds<'a> {
+    /// Those that came to their end with losses that are finite: seed and result. All figures are of these.
+    pub sound: Vec<(u64, &'a CellResult)>,
+    /// Cells in which something was not finite.
+    pub diverged: usize,
     /// Cells that ended with an error.
     pub failed: usize,
 }
@@ -48,45 +59,64 @@ pub struct Spread {
     pub count: usize,
 }
 
-/// The tables of all tasks and modes with trained cells, in the order of the report.
+/// Hard top-1 losses of two arms, seed by seed: the same data and the same start.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Paired {
+    /// Of this arm's loss minus the other's, in units of the best constant prediction.
+    pub median: f64,
+    /// Seeds in which this arm's is the lower one.
+    pub better: usize,
+    /// Seeds in which it is the higher one.
+    pub worse: usize,
+    /// Seeds that both have.
+    pub seeds: usize,
+}
+
+/// The tables of all tasks and modes in which something is trained, in the order of the report.
 pub fn tables(results: &Results) -> Vec<Table<'_>> {
     // The same arms at several rates are no rows of one table; see `rates`.
-    let tasks = TaskName::ALL.into_iter().filter(|task| *task != TaskName::Rates);
-    let places = tasks.flat_map(|task| [Mode::Scratch, Mode::Tune].map(|mode| (task, mode)));
+    let trained = TaskName::ALL.into_iter().filter(|task| !matches!(task, TaskName::Gradient | TaskName::Rates));
+    let places = trained.flat_map(|task| [Mode::Scratch, Mode::Tune].map(|mode| (task, mode)));
     places.filter_map(|(task, mode)| table(results, task, mode)).collect()
 }
 
 fn table(results: &Results, task: TaskName, mode: Mode) -> Option<Table<'_>> {
-    let cells = results.cells.iter().filter(|cell| cell.spec.task == task && cell.spec.mode == mode && !cell.spec.is_teacher());
+    let cells = || results.cells.iter().filter(|cell| cell.spec.task == task && cell.spec.mode == mode && !cell.spec.is_teacher());
     let mut runs: Vec<Runs<'_>> = Vec::new();
-    for cell in cells {
+    for cell in cells() {
         let at = runs.iter().position(|runs| runs.arm.name == cell.spec.arm.name).unwrap_or_else(|| {
-            runs.push(Runs { arm: &cell.spec.arm, steps: Vec::new(), flops: Vec::new(), failed: 0 });
+            runs.push(Runs { arm: &cell.spec.arm, steps: Seeds::default(), flops: Seeds::default() });
             runs.len() - 1
         });
-        runs[at].take(cell);
+        match cell.spec.budget {
+            Budget::Steps => runs[at].steps.take(cell),
+            Budget::Flops => runs[at].flops.take(cell),
+        }
     }
-    runs.retain(|runs| runs.failed > 0 || !runs.steps.is_empty());
-    let last = f64::INFINITY;
-    let order = |runs: &Runs<'_>| runs.hard1().map_or(last, |spread| spread.median);
-    runs.sort_by(|a, b| order(a).total_cmp(&order(b)));
-    let (controls, estimators): (Vec<_>, Vec<_>) = runs.into_iter().partition(|runs| runs.arm.route.is_control());
-    (!controls.is_empty() || !estimators.is_empty()).then_some(Table { task, mode, estimators, controls })
+    runs.sort_by(|a, b| a.standing().total_cmp(&b.standing()));
+    let size = cells().map(|cell| cell.spec.size).max_by_key(|size| size.steps)?;
+    let (controls, estimators) = runs.into_iter().partition(|runs| runs.arm.route.is_control());
+    Some(Table { task, mode, size, estimators, controls })
 }
 
-impl<'a> Runs<'a> {
+impl<'a> Seeds<'a> {
     fn take(&mut self, cell: &'a CellRecord) {
-        match (&cell.outcome, cell.spec.budget) {
-            (Outcome::Trained(result), Budget::Steps) => self.steps.push(result),
-            (Outcome::Trained(result), Budget::Flops) => self.flops.push(result),
-            (Outcome::Failed(_), _) => self.failed += 1,
-            (Outcome::Gradient(_), _) => {}
+        match &cell.outcome {
+            Outcome::Trained(result) if result.is_sound() => self.sound.push((cell.spec.seed, result)),
+            Outcome::Trained(_) => self.diverged += 1,
+            Outcome::Failed(_) => self.failed += 1,
+            Outcome::Gradient(_) => {}
         }
     }
 
-    /// A figure over the seeds, equal steps. Seeds without it are left out.
+    /// Cells that there should be.
+    pub fn planned(&self) -> usize {
+        self.sound.len() + self.diverged + self.failed
+    }
+
+    /// A figure over the seeds. Those without it are left out.
     pub fn spread(&self, value: impl Fn(&CellResult) -> Option<f64>) -> Option<Spread> {
-        Spread::of(self.steps.iter().filter_map(|result| value(result)))
+        Spread::of(self.sound.iter().filter_map(|(_, result)| value(result)))
     }
 
     /// Hard top-1 loss in units of the best constant prediction.
@@ -94,14 +124,46 @@ impl<'a> Runs<'a> {
         self.spread(|result| result.relative(result.loss.hard1))
     }
 
-    /// Experts per token in training; `None` where the estimator has no k, and for controls without one.
+    /// What has to be said where figures are of fewer seeds than were planned: `4 of 5 seeds: 1 diverged`.
+    pub fn lost(&self) -> Option<String> {
+        let why = [(self.diverged, "diverged"), (self.failed, "failed")].into_iter().filter(|(count, _)| *count > 0);
+        let why: Vec<String> = why.map(|(count, what)| format!("{count} {what}")).collect();
+        (!why.is_empty()).then(|| format!("{} of {} seeds: {}", self.sound.len(), self.planned(), why.join(", ")))
+    }
+}
+
+impl Runs<'_> {
+    /// Hard top-1 loss by which arms are ordered: the median over all seeds that were planned, one that diverged or failed
+    /// being worse than any other. A lucky seed of many does not make an arm the best.
+    pub fn standing(&self) -> f64 {
+        let mut losses: Vec<f64> =
+            self.steps.sound.iter().map(|(_, result)| result.relative(result.loss.hard1).unwrap_or(f64::INFINITY)).collect();
+        losses.resize(self.steps.planned(), f64::INFINITY);
+        super::metric::median(&losses).unwrap_or(f64::INFINITY)
+    }
+
+    /// Hard top-1 of these against those of another arm; `None` without a common seed.
+    pub fn against(&self, other: &Runs<'_>) -> Option<Paired> {
+        let hard1 = |result: &CellResult| result.relative(result.loss.hard1);
+        let of_other = |seed: u64| other.steps.sound.iter().find(|(of, _)| *of == seed).and_then(|(_, result)| hard1(result));
+        let apart: Vec<f64> = self.steps.sound.iter().filter_map(|(seed, result)| Some(hard1(result)? - of_other(*seed)?)).collect();
+        let count = |is: fn(&f64) -> bool| apart.iter().filter(|apart| is(apart)).count();
+        let median = super::metric::median(&apart)?;
+        Some(Paired { median, better: count(|apart| *apart < 0.0), worse: count(|apart| *apart > 0.0), seeds: apart.len() })
+    }
+
+    /// Experts per token in training; `None` where the estimator has no k.
     pub fn k(&self, experts: usize) -> Option<usize> {
         EstimatorSpec::new(&self.arm.estimator, experts, 1, Purpose::Laboratory).ok()?.k()
     }
 
-    /// Runs that ended with something that is not finite.
-    pub fn diverged(&self) -> usize {
-        self.steps.iter().filter(|result| result.diverged).count()
+    /// Name of the arm, for pictures: with what has to be said of its seeds.
+    pub fn label(&self) -> String {
+        let Seeds { sound, .. } = &self.steps;
+        match self.steps.planned() {
+            planned if planned == sound.len() => self.arm.name.clone(),
+            planned => format!("{} ({} of {planned} seeds)", self.arm.name, sound.len()),
+        }
     }
 }
 
@@ -110,16 +172,21 @@ impl CellResult {
     pub fn relative(&self, loss: Option<f64>) -> Option<f64> {
         loss.map(|loss| loss / self.trivial).filter(|ratio| ratio.is_finite())
     }
+
+    /// Whether training came to its end, with losses that are finite.
+    pub fn is_sound(&self) -> bool {
+        !self.diverged && self.loss.train.is_some() && self.loss.hard1.is_some()
+    }
 }
 
-impl Table<'_> {
+impl<'a> Table<'a> {
     /// Estimators, then controls.
-    pub fn all(&self) -> impl Iterator<Item = &Runs<'_>> {
+    pub fn all(&self) -> impl Iterator<Item = &Runs<'a>> {
         self.estimators.iter().chain(&self.controls)
     }
 
     /// The row of a name.
-    pub fn find(&self, name: &str) -> Option<&Runs<'_>> {
+    pub fn find(&self, name: &str) -> Option<&Runs<'a>> {
         self.all().find(|runs| runs.arm.name == name)
     }
 
@@ -143,6 +210,13 @@ impl Spread {
     }
 }
 
+impl Paired {
+    /// Whether all seeds say the same.
+    pub fn agrees(&self) -> bool {
+        [self.better, self.worse, self.seeds - self.better - self.worse].contains(&self.seeds)
+    }
+}
+
 impl fmt::Display for Spread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.low == self.high {
@@ -152,27 +226,44 @@ impl fmt::Display for Spread {
     }
 }
 
+/// `-0.780, 5 of 5`; slanted where seeds disagree on the sign.
+impl fmt::Display for Paired {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = if self.agrees() { "" } else { "*" };
+        write!(f, "{mark}{}, {} of {}{mark}", figure(self.median), self.better, self.seeds)
+    }
+}
+
 /// Three significant digits; a whole number as such.
 pub fn figure(value: f64) -> String {
-    let size = value.abs();
-    if value.fract() == 0.0 && size < 1e5 {
-        format!("{:.0}", value + 0.0)
-    } else if (1e-3..1e5).contains(&size) {
-        let decimals = (2.0 - size.log10().floor()).clamp(0.0, 5.0) as usize;
-        format!("{value:.decimals$}")
-    } else {
-        format!("{value:.1e}")
+    if value.fract() == 0.0 && value.abs() < 1e5 {
+        return format!("{:.0}", value + 0.0);
     }
+    if !(1e-3..1e5).contains(&value.abs()) {
+        return format!("{value:.1e}");
+    }
+    // Rounded first: 0.9996 becomes 1.00, and 17132.4 becomes 17100.
+    let unit = 10f64.powf(value.abs().log10().floor() - 2.0);
+    let rounded = (value / unit).round() * unit;
+    let decimals = (2.0 - rounded.abs().log10().floor()).clamp(0.0, 5.0) as usize;
+    format!("{rounded:.decimals$}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        compare::{
+            results::{ByRouting, Machine, RESULTS_VERSION},
+            spec::{CellSpec, LAB_VERSION},
+        },
+        moe::estimator::EstimatorConfig,
+    };
 
     #[test]
     fn figures_have_three_digits() {
-        let shown = [-0.0, 0.001234, 0.12345, 1.0, 1.004, 12.34, 123.4, 99_999.0, -0.5, 1e-5, 2.5e7].map(figure);
-        assert_eq!(shown, ["0", "0.00123", "0.123", "1", "1.00", "12.3", "123", "99999", "-0.500", "1.0e-5", "2.5e7"]);
+        let shown = [-0.0, 0.001234, 0.12345, 1.0, 1.004, 12.34, 123.4, 0.9996, 99_999.0, 17_132.4, -0.5, 1e-5, 2.5e7].map(figure);
+        assert_eq!(shown, ["0", "0.00123", "0.123", "1", "1.00", "12.3", "123", "1.00", "99999", "17100", "-0.500", "1.0e-5", "2.5e7"]);
     }
 
     #[test]
@@ -182,5 +273,68 @@ mod tests {
         assert_eq!(spread(&[1.0, 2.0, 4.0, 3.0, f64::NAN]).unwrap(), "2.50 [1..4]");
         assert_eq!(spread(&[0.5]).unwrap(), "0.500");
         assert_eq!(spread(&[]), None);
+    }
+
+    /// A cell of `equal` with that hard top-1 loss; not finite: one that diverged; `None`: one that failed.
+    fn cell(name: &str, seed: u64, loss: Option<f64>) -> CellRecord {
+        let arm = Arm::new(name, EstimatorConfig { name: "ste".into(), k: Some(1), params: Default::default() });
+        let size = Size { steps: 10, batch: 8, test: 8, points: 1, rate: 0.01 };
+        let spec = CellSpec {
+            lab: LAB_VERSION,
+            task: TaskName::Equal,
+            mode: Mode::Scratch,
+            budget: Budget::Steps,
+            arm,
+            seed,
+            size,
+            teacher_size: None,
+        };
+        let trained = |loss: f64| {
+            let loss = ByRouting { train: Some(1.0), hard1: super::super::results::finite(loss), hard2: None };
+            Outcome::Trained(Box::new(CellResult { loss, trivial: 1.0, ..CellResult::default() }))
+        };
+        CellRecord { spec, outcome: loss.map_or_else(|| Outcome::Failed("no".into()), trained) }
+    }
+
+    fn results(arms: &[(&str, &[Option<f64>])]) -> Results {
+        let cells = arms.iter().flat_map(|(name, losses)| (1..).zip(*losses).map(|(seed, loss)| cell(name, seed, *loss)));
+        let machine = Machine { cpu: String::new(), cores: 1, jobs: 1, hardmax: String::new(), git: String::new() };
+        let (version, lab, command) = (RESULTS_VERSION, LAB_VERSION, String::new());
+        Results { version, lab, machine, command, seconds: 0.0, cells: cells.collect() }
+    }
+
+    #[test]
+    fn lost_seeds_are_said_and_stand_last() {
+        let nan = Some(f64::NAN);
+        let results = results(&[
+            ("steady", &[Some(0.5), Some(0.6), Some(0.7)]),
+            ("lucky", &[None, nan, Some(0.1)]),
+            ("mostly", &[nan, Some(0.2), Some(0.3)]),
+            ("gone", &[None, None, None]),
+        ]);
+        let tables = tables(&results);
+        let names: Vec<&str> = tables[0].estimators.iter().map(|runs| &*runs.arm.name).collect();
+        assert_eq!(names, ["mostly", "steady", "lucky", "gone"], "0.3, 0.6, and no median");
+        let runs = |name| tables[0].find(name).expect("a row");
+        assert_eq!(runs("steady").steps.lost(), None);
+        assert_eq!(runs("lucky").steps.lost().expect("two are lost"), "1 of 3 seeds: 1 diverged, 1 failed");
+        assert_eq!(runs("mostly").steps.hard1().expect("two").median, 0.25, "figures are of those that are there");
+        assert_eq!((runs("steady").label(), runs("gone").label()), ("steady".to_owned(), "gone (0 of 3 seeds)".to_owned()));
+    }
+
+    #[test]
+    fn differences_are_seed_by_seed() {
+        let results = results(&[
+            ("base", &[Some(0.5), Some(1.0), Some(2.0), None]),
+            ("better", &[Some(0.4), Some(0.5), Some(1.0), Some(9.0)]),
+            ("mixed", &[Some(0.6), Some(0.5), None, Some(9.0)]),
+            ("alone", &[None, None, None, Some(1.0)]),
+        ]);
+        let tables = tables(&results);
+        let against = |name: &str| tables[0].find(name).expect("a row").against(tables[0].find("base").expect("a row"));
+        assert_eq!(against("better").expect("three").to_string(), "-0.500, 3 of 3");
+        assert_eq!(against("mixed").expect("two").to_string(), "*-0.200, 1 of 2*", "the sign is not the same");
+        assert_eq!(against("base").expect("itself").to_string(), "0, 0 of 3");
+        assert_eq!(against("alone"), None);
     }
 }

@@ -64,7 +64,7 @@ impl Teacher {
             }
         }
         let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
-        if logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. }) {
+        if logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. } | Route::Untouched) {
             student.router.iter_mut().zip(&self.net.router).for_each(|(w, teacher)| *w = *teacher);
         }
     }

@@ -11,7 +11,7 @@ use super::{
     net::{Means, Net, Shape},
     plan::{RATE, Request, plan},
     random::Random,
-    results::{CellResult, Expected, Outcome},
+    results::{CellResult, Expected, Outcome, brief},
     spec::{Budget, CellSpec, LAB_VERSION, Mode, Size, TaskName},
     step::{Step, StepInput, step},
     task::{self, Batch, Targets},
@@ -196,6 +196,7 @@ fn every_arm_trains_and_executes_what_it_should() {
         let name = format!("{:?} {:?} {:?} {}", spec.task, spec.mode, spec.budget, spec.arm.name);
         let result = result_of(&spec, cells.path());
         assert!(!result.diverged && result.loss.hard1.is_some(), "{name}");
+        assert_eq!(result.curves.hard1.last(), Some(&result.loss.hard1.and_then(brief)), "{name}: curves end at the figures of the tables");
         let executed = result.executed_per_token;
         match result.executed_expected {
             Expected::Exactly(n) => assert!((executed - n).abs() < 1e-12, "{name}: {executed}, not {n}"),

@@ -7,10 +7,10 @@ use super::{
     arm::{Arm, CheckedArm, Route},
     clock::cpu_time,
     cost::{self, Rows},
-    evaluate::{Evaluated, Model, load},
+    evaluate::Model,
     expert::ExpertShape,
     memory::Watermark,
-    metric::{Distance, quantile},
+    metric::quantile,
     net::{Gradients, Means, Net, Shape},
     probe,
     results::{CellResult, Curves, Duration, RouterGradient, brief, finite},
@@ -33,8 +33,6 @@ use crate::{
 
 /// Largest norm of the router's gradient.
 const ROUTER_CLIP: f64 = 1.0;
-/// Test rows of a point of the curves.
-const POINT_ROWS: usize = 256;
 /// Training rows by which the teacher's experts are matched to regions.
 const MATCHING_ROWS: usize = 1024;
 /// Points at which the quality of the router's gradient is measured.
@@ -144,15 +142,15 @@ impl<'a> Training<'a> {
 
     /// Trains to the end and measures. Returns the trained net too, for those who start from it.
     pub fn run(mut self) -> Result<(CellResult, Net)> {
-        let points = self.task.test().part(0..POINT_ROWS);
+        let points = self.task.test();
         let (mut next_point, mut next_probe) = (0, 0);
         while let Some(clock) = self.clock() {
             if reached(clock, self.spec.size.steps, next_point, self.spec.size.points) {
-                self.note_point(clock, &points);
+                self.note_point(clock, points);
                 next_point += 1;
             }
             if reached(clock, self.spec.size.steps, next_probe, PROBES) {
-                self.note_probe(clock, &points);
+                self.note_probe(clock, points);
                 next_probe += 1;
             }
             if !self.advance(clock)? {
@@ -161,7 +159,7 @@ impl<'a> Training<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        self.note_point(self.spec.size.steps, &points);
+        self.note_point(self.spec.size.steps, points);
         let result = self.result()?;
         Ok((result, self.state.net))
     }
@@ -192,7 +190,7 @@ impl<'a> Training<'a> {
     fn router_learns(&self, clock: usize) -> bool {
         match self.spec.arm.route {
             Route::Learned => true,
-            Route::Frozen | Route::Hash | Route::Oracle => false,
+            Route::Frozen | Route::Hash | Route::Oracle | Route::Untouched => false,
             Route::ExpertsAfter { .. } => self.experts_only(clock) == Some(false),
         }
     }
@@ -360,20 +358,18 @@ impl<'a> Training<'a> {
 
     fn note_point(&mut self, clock: usize, rows: &Batch) {
         let estimator = self.estimator(clock);
-        let model = self.model(&estimator);
-        let (soft, hard): (Evaluated, Evaluated) = (model.soft(rows), model.hard(rows, 1));
+        let point = self.model(&estimator).point(rows);
         let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.number_at(name, clock, self.spec.size.steps));
-        let gap = Distance::of(&soft.y, &hard.y).relative();
         let norms = &self.record.norms[self.record.norms_at_point..];
         let grad_norm = if norms.is_empty() { None } else { brief(norms.iter().sum::<f64>() / norms.len() as f64) };
         let curves = &mut self.record.curves;
         curves.step.push(clock);
-        curves.loss.push(brief(soft.loss));
-        curves.hard1.push(brief(hard.loss));
-        curves.gap.push(gap.and_then(brief));
+        curves.loss.push(brief(point.soft));
+        curves.hard1.push(brief(point.hard));
+        curves.gap.push(point.apart.relative().and_then(brief));
         curves.sharpness.push(sharpness.and_then(brief));
         curves.grad_norm.push(grad_norm);
-        curves.load.push(load(&hard.routed).into_iter().filter_map(brief).collect());
+        curves.load.push(point.load.into_iter().filter_map(brief).collect());
         self.record.norms_at_point = self.record.norms.len();
     }
 

@@ -29,7 +29,7 @@ pub struct Series {
     /// Of all of it.
     pub colour: Colour,
     /// Values. Those that are not finite, or have no place on a logarithmic axis, are left out; a curve has a gap there.
-    /// Those beyond fixed ends of an axis are drawn at its end.
+    /// Beyond fixed ends of an axis curves and tints are cut off, dots are drawn at its end.
     pub form: Form,
 }
 
@@ -38,14 +38,36 @@ pub struct Series {
 pub enum Form {
     /// A curve through (x, y).
     Line(Vec<(f64, f64)>),
-    /// The same, dashed.
-    Dashed(Vec<(f64, f64)>),
+    /// The same, in parts.
+    Dashed(Vec<(f64, f64)>, Dash),
     /// A tint between two curves, (x, from, to).
     Band(Vec<(f64, f64, f64)>),
     /// A dot at each (x, y).
     Dots(Vec<(f64, f64)>),
-    /// A dot at each (x, y) with its name beside it, where there is room.
-    Named(Vec<(f64, f64, String)>),
+}
+
+/// How a line is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dash {
+    /// Long dashes.
+    Long,
+    /// Short ones.
+    Short,
+    /// Dots.
+    Dotted,
+    /// A long dash and a dot in turn.
+    Mixed,
+}
+
+impl Dash {
+    fn lengths(self) -> &'static [f64] {
+        match self {
+            Self::Long => &[10.0, 4.0],
+            Self::Short => &[5.0, 3.0],
+            Self::Dotted => &[1.5, 2.5],
+            Self::Mixed => &[10.0, 3.0, 1.5, 3.0],
+        }
+    }
 }
 
 /// Where the names of a chart's series are.
@@ -79,12 +101,11 @@ impl Chart {
         let frame = self.frame(area);
         frame.draw_axes(canvas, area);
         self.series.iter().for_each(|series| frame.draw_form(canvas, series));
-        frame.draw_names(canvas);
         frame.draw_legend(canvas);
     }
 
     fn frame(&self, area: Area) -> Frame<'_> {
-        let margin = if self.series.iter().any(|series| matches!(series.form, Form::Dots(_) | Form::Named(_))) { 0.06 } else { 0.0 };
+        let margin = if self.series.iter().any(|series| matches!(series.form, Form::Dots(_))) { 0.06 } else { 0.0 };
         let x = self.x.fit(self.places().map(|(x, _)| x), margin);
         let y = self.y.fit(self.places().map(|(_, y)| y), 0.05);
         let ticks = y.ticks(5).iter().map(|tick| font::width(&tick.label, SMALL)).fold(0.0, f64::max);
@@ -104,9 +125,8 @@ impl Chart {
     fn places(&self) -> impl Iterator<Item = At> + '_ {
         let of = |series: &Series| -> Vec<At> {
             match &series.form {
-                Form::Line(points) | Form::Dashed(points) | Form::Dots(points) => points.clone(),
+                Form::Line(points) | Form::Dashed(points, _) | Form::Dots(points) => points.clone(),
                 Form::Band(points) => points.iter().flat_map(|&(x, from, to)| [(x, from), (x, to)]).collect(),
-                Form::Named(points) => points.iter().map(|&(x, y, _)| (x, y)).collect(),
             }
         };
         self.series.iter().flat_map(of).filter(|(x, y)| self.x.has(*x) && self.y.has(*y))
@@ -122,9 +142,14 @@ impl Chart {
 }
 
 impl Frame<'_> {
-    fn at(&self, (x, y): At) -> At {
-        let [right, up] = [self.x.share(x), self.y.share(y)].map(|share| share.clamp(0.0, 1.0));
-        (self.area.left + right * self.area.width, self.area.bottom() - up * self.area.height)
+    /// A place within the frame: at its edge for what is beyond.
+    fn at(&self, at: At) -> At {
+        let (x, y) = self.anywhere(at);
+        (x.clamp(self.area.left, self.area.right()), y.clamp(self.area.top, self.area.bottom()))
+    }
+
+    fn anywhere(&self, (x, y): At) -> At {
+        (self.area.left + self.x.share(x) * self.area.width, self.area.bottom() - self.y.share(y) * self.area.height)
     }
 
     fn has(&self, (x, y): At) -> bool {
@@ -153,59 +178,33 @@ impl Frame<'_> {
     fn draw_form(&self, canvas: &mut Canvas, series: &Series) {
         match &series.form {
             Form::Line(points) => self.pieces(points).into_iter().for_each(|piece| canvas.line(piece, 2.0, series.colour)),
-            Form::Dashed(points) => self.pieces(points).into_iter().for_each(|piece| canvas.dashed(&piece, 1.6, series.colour)),
+            Form::Dashed(points, dash) => {
+                self.pieces(points).iter().for_each(|piece| canvas.dashed(piece, dash.lengths(), 1.6, series.colour));
+            }
             Form::Band(points) => {
                 let there = |(x, from, to): &(f64, f64, f64)| self.has((*x, *from)) && self.has((*x, *to));
-                let edge = |pick: fn(&(f64, f64, f64)) -> At| points.iter().filter(|point| there(point)).map(pick).map(|at| self.at(at));
+                let edge =
+                    |pick: fn(&(f64, f64, f64)) -> At| points.iter().filter(|point| there(point)).map(pick).map(|at| self.anywhere(at));
                 let mut outline: Vec<At> = edge(|&(x, from, _)| (x, from)).collect();
                 outline.extend(edge(|&(x, _, to)| (x, to)).collect::<Vec<_>>().into_iter().rev());
-                if outline.len() > 3 {
-                    canvas.marks.push(Mark::Polygon { points: outline, colour: series.colour.with_alpha(0.15) });
+                let points = self.area.cut_polygon(&outline);
+                if points.len() > 2 {
+                    canvas.marks.push(Mark::Polygon { points, colour: series.colour.with_alpha(0.15) });
                 }
             }
             Form::Dots(points) => points.iter().for_each(|&at| self.dot(canvas, at, series.colour)),
-            Form::Named(points) => points.iter().for_each(|&(x, y, _)| self.dot(canvas, (x, y), series.colour)),
         }
     }
 
-    /// Runs of values that have a place.
+    /// Runs of values that have a place, cut where they leave the frame.
     fn pieces(&self, points: &[At]) -> Vec<Vec<At>> {
-        points.split(|&at| !self.has(at)).map(|piece| piece.iter().map(|&at| self.at(at)).collect()).collect()
+        let cut = |run: &[At]| self.area.cut(&run.iter().map(|&at| self.anywhere(at)).collect::<Vec<_>>());
+        points.split(|&at| !self.has(at)).flat_map(cut).collect()
     }
 
     fn dot(&self, canvas: &mut Canvas, at: At, colour: Colour) {
         if self.has(at) {
             canvas.marks.push(Mark::Dot { at: self.at(at), radius: DOT, colour: colour.with_alpha(0.85) });
-        }
-    }
-
-    /// Names of dots, each at the first place beside its dot that is free; a name without one is moved down until it is.
-    fn draw_names(&self, canvas: &mut Canvas) {
-        let names = |series: &Series| match &series.form {
-            Form::Named(points) => points.clone(),
-            _ => Vec::new(),
-        };
-        let dots: Vec<(At, String)> = (self.chart.series.iter().flat_map(names))
-            .filter(|&(x, y, _)| self.has((x, y)))
-            .map(|(x, y, name)| (self.at((x, y)), name))
-            .collect();
-        let around = |(x, y): At, r: f64| Area { left: x - r, top: y - r, width: 2.0 * r, height: 2.0 * r };
-        let mut taken: Vec<Area> = dots.iter().map(|(at, _)| around(*at, DOT)).collect();
-        for ((x, y), name) in &dots {
-            let size = (font::width(name, SMALL), 12.0);
-            let place = |(dx, dy): (f64, f64)| Area { left: x + dx, top: y + dy - size.1 / 2.0, width: size.0, height: size.1 };
-            let (right, left, centre) = (DOT + 3.0, -DOT - 3.0 - size.0, -size.0 / 2.0);
-            let beside = [0.0, -6.0, 6.0, -12.0, 12.0].into_iter().flat_map(|dy| [(right, dy), (left, dy)]);
-            let further =
-                (1..12).flat_map(|i| [(centre, 12.0 * f64::from(i)), (centre, -12.0 * f64::from(i)), (right + 8.0, 12.0 * f64::from(i))]);
-            let free = |area: &Area| self.area.contains(area) && !taken.iter().any(|other| other.meets(area));
-            let Some(area) = beside.chain(further).map(place).find(free) else { continue };
-            let middle = area.top + area.height / 2.0;
-            if (middle - y).abs() > 13.0 {
-                canvas.line(vec![(*x, *y), (area.left + area.width / 2.0, middle)], 0.5, Colour::GREY);
-            }
-            canvas.text((area.left, middle), name, SMALL, Align::Start);
-            taken.push(area);
         }
     }
 
@@ -225,11 +224,11 @@ impl Frame<'_> {
             let line = [(left + 4.0, y), (left + 24.0, y)];
             match &series.form {
                 Form::Line(_) => canvas.line(line.to_vec(), 2.0, series.colour),
-                Form::Dashed(_) => canvas.dashed(&line, 1.6, series.colour),
+                Form::Dashed(_, dash) => canvas.dashed(&line, dash.lengths(), 1.6, series.colour),
                 Form::Band(_) => {
                     canvas.rect(Area { left: left + 4.0, top: y - 5.0, width: 20.0, height: 10.0 }, series.colour.with_alpha(0.3));
                 }
-                Form::Dots(_) | Form::Named(_) => canvas.marks.push(Mark::Dot { at: (left + 14.0, y), radius: DOT, colour: series.colour }),
+                Form::Dots(_) => canvas.marks.push(Mark::Dot { at: (left + 14.0, y), radius: DOT, colour: series.colour }),
             }
             canvas.text((left + 29.0, y), &series.name, TEXT, Align::Start);
         }

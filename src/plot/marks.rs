@@ -81,13 +81,51 @@ impl Area {
         self.top + self.height
     }
 
-    /// Whether two rectangles have a point in common.
-    pub(super) fn meets(&self, other: &Self) -> bool {
-        self.left < other.right() && other.left < self.right() && self.top < other.bottom() && other.top < self.bottom()
+    /// The parts of a line that are inside.
+    pub(super) fn cut(&self, points: &[At]) -> Vec<Vec<At>> {
+        let mut parts: Vec<Vec<At>> = Vec::new();
+        for pair in points.windows(2) {
+            let Some((from, to)) = self.inside(pair[0], pair[1]) else { continue };
+            match parts.last_mut() {
+                Some(part) if part.last() == Some(&from) => part.push(to),
+                _ => parts.push(vec![from, to]),
+            }
+        }
+        parts
     }
 
-    pub(super) fn contains(&self, other: &Self) -> bool {
-        self.left <= other.left && other.right() <= self.right() && self.top <= other.top && other.bottom() <= self.bottom()
+    /// The part of a polygon that is inside (Sutherland and Hodgman 1974).
+    pub(super) fn cut_polygon(&self, points: &[At]) -> Vec<At> {
+        // How far inside each of the four edges a place is.
+        let edges: [&dyn Fn(At) -> f64; 4] =
+            [&|at| at.0 - self.left, &|at| self.right() - at.0, &|at| at.1 - self.top, &|at| self.bottom() - at.1];
+        edges.into_iter().fold(points.to_vec(), |polygon, inside| {
+            let next = polygon.iter().cycle().skip(1);
+            let kept = polygon.iter().zip(next).flat_map(|(&from, &to)| {
+                let (a, b) = (inside(from), inside(to));
+                let crossing = || (from.0 + (to.0 - from.0) * a / (a - b), from.1 + (to.1 - from.1) * a / (a - b));
+                [(a >= 0.0).then_some(from), ((a >= 0.0) != (b >= 0.0)).then(crossing)].into_iter().flatten()
+            });
+            kept.collect()
+        })
+    }
+
+    /// The part of a segment that is inside (Liang and Barsky 1984).
+    fn inside(&self, from: At, to: At) -> Option<(At, At)> {
+        let (mut enters, mut leaves) = (0.0_f64, 1.0_f64);
+        for (from, to, low, high) in [(from.0, to.0, self.left, self.right()), (from.1, to.1, self.top, self.bottom())] {
+            if from == to {
+                if from < low || from > high {
+                    return None;
+                }
+                continue;
+            }
+            let [a, b] = [low, high].map(|end| (end - from) / (to - from));
+            (enters, leaves) = (enters.max(a.min(b)), leaves.min(a.max(b)));
+        }
+        let at = |share: f64| (from.0 + (to.0 - from.0) * share, from.1 + (to.1 - from.1) * share);
+        // Ends that are inside stay what they are, to the last bit: the next segment begins there.
+        (enters < leaves).then(|| (if enters > 0.0 { at(enters) } else { from }, if leaves < 1.0 { at(leaves) } else { to }))
     }
 }
 
@@ -151,9 +189,9 @@ impl Canvas {
         }
     }
 
-    /// A line of dashes of 6 with gaps of 4.
-    pub(super) fn dashed(&mut self, points: &[At], width: f64, colour: Colour) {
-        dashes(points, [6.0, 4.0]).into_iter().for_each(|dash| self.line(dash, width, colour));
+    /// A line in parts: lengths of what is drawn and of gaps, in turn.
+    pub(super) fn dashed(&mut self, points: &[At], lengths: &[f64], width: f64, colour: Colour) {
+        dashes(points, lengths).into_iter().for_each(|dash| self.line(dash, width, colour));
     }
 
     pub(super) fn rect(&mut self, area: Area, colour: Colour) {
@@ -166,9 +204,10 @@ impl Canvas {
     }
 }
 
-/// Cuts a line into the parts that are drawn: `[on, off]` lengths in turn.
-fn dashes(points: &[At], lengths: [f64; 2]) -> Vec<Vec<At>> {
-    let (mut done, mut on, mut left) = (Vec::new(), true, lengths[0]);
+/// Cuts a line into the parts that are drawn: lengths of what is drawn and of gaps in turn, over and over.
+fn dashes(points: &[At], lengths: &[f64]) -> Vec<Vec<At>> {
+    let mut turns = lengths.iter().copied().cycle();
+    let (mut done, mut on, mut left) = (Vec::new(), true, turns.next().unwrap_or(f64::INFINITY));
     let mut dash: Vec<At> = points.first().copied().into_iter().collect();
     for pair in points.windows(2) {
         let (mut from, to) = (pair[0], pair[1]);
@@ -184,7 +223,7 @@ fn dashes(points: &[At], lengths: [f64; 2]) -> Vec<Vec<At>> {
                 dash = vec![from];
             }
             on = !on;
-            left = lengths[usize::from(!on)];
+            left = turns.next().unwrap_or(f64::INFINITY);
         }
         left -= length;
         if on {
@@ -203,10 +242,25 @@ mod tests {
 
     #[test]
     fn dashes_go_round_corners() {
-        let cut = dashes(&[(0.0, 0.0), (8.0, 0.0), (8.0, 7.0)], [6.0, 4.0]);
+        let cut = dashes(&[(0.0, 0.0), (8.0, 0.0), (8.0, 7.0)], &[6.0, 4.0]);
         assert_eq!(cut, [vec![(0.0, 0.0), (6.0, 0.0)], vec![(8.0, 2.0), (8.0, 7.0)]]);
-        assert_eq!(dashes(&[(0.0, 0.0), (3.0, 0.0), (5.0, 0.0)], [6.0, 4.0]), [vec![(0.0, 0.0), (3.0, 0.0), (5.0, 0.0)]]);
-        assert!(dashes(&[(1.0, 1.0)], [6.0, 4.0]).is_empty() && dashes(&[], [6.0, 4.0]).is_empty());
+        assert_eq!(dashes(&[(0.0, 0.0), (3.0, 0.0), (5.0, 0.0)], &[6.0, 4.0]), [vec![(0.0, 0.0), (3.0, 0.0), (5.0, 0.0)]]);
+        assert!(dashes(&[(1.0, 1.0)], &[6.0, 4.0]).is_empty() && dashes(&[], &[6.0, 4.0]).is_empty());
+        let mixed = dashes(&[(0.0, 0.0), (12.0, 0.0)], &[4.0, 2.0, 1.0, 2.0]);
+        assert_eq!(mixed, [vec![(0.0, 0.0), (4.0, 0.0)], vec![(6.0, 0.0), (7.0, 0.0)], vec![(9.0, 0.0), (12.0, 0.0)]]);
+    }
+
+    #[test]
+    fn lines_are_cut_where_they_leave() {
+        let area = Area { left: 0.0, top: 0.0, width: 10.0, height: 10.0 };
+        assert_eq!(area.cut(&[(1.0, 1.0), (2.0, 5.0), (9.0, 5.0)]), [vec![(1.0, 1.0), (2.0, 5.0), (9.0, 5.0)]], "inside: whole");
+        let out_and_in = area.cut(&[(2.0, 5.0), (4.0, 15.0), (6.0, 5.0)]);
+        assert_eq!(out_and_in, [vec![(2.0, 5.0), (3.0, 10.0)], vec![(5.0, 10.0), (6.0, 5.0)]]);
+        assert_eq!(area.cut(&[(-10.0, 5.0), (20.0, 5.0)]), [vec![(0.0, 5.0), (10.0, 5.0)]], "through it");
+        assert!(area.cut(&[(1.0, 11.0), (9.0, 11.0)]).is_empty() && area.cut(&[(5.0, 5.0)]).is_empty());
+        let triangle = [(2.0, 5.0), (4.0, 15.0), (6.0, 5.0)];
+        assert_eq!(area.cut_polygon(&triangle), [(2.0, 5.0), (3.0, 10.0), (5.0, 10.0), (6.0, 5.0)]);
+        assert!(area.cut_polygon(&triangle.map(|(x, y)| (x, y + 9.0))).is_empty() && area.cut_polygon(&[]).is_empty());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Pictures: charts and heat maps, as SVG for documents and PNG for everything else.
+//! Pictures: charts, rows of dots and heat maps, as SVG for documents and PNG for everything else.
 //!
 //! A [`Figure`] is laid out once into a list of marks (`marks`) in logical pixels, which two small writers know how to
 //! draw: `svg` as text, `raster` through plotters' bitmap backend. Text is measured and drawn with the font in this
@@ -6,6 +6,7 @@
 
 mod axis;
 mod chart;
+mod dots;
 mod font;
 mod heat;
 mod marks;
@@ -17,7 +18,8 @@ use std::path::Path;
 use self::marks::{Align, Area, Canvas};
 pub use self::{
     axis::{Axis, Scale},
-    chart::{Chart, Form, Legend, Series},
+    chart::{Chart, Dash, Form, Legend, Series},
+    dots::{Dot, DotColumn, DotPlot, DotSeries},
     heat::{ColourBar, HeatMap},
     marks::Colour,
 };
@@ -43,6 +45,8 @@ pub struct Figure {
 pub enum Panel {
     /// Curves and points over two axes.
     Chart(Chart),
+    /// Dots in named rows.
+    Dots(DotPlot),
     /// Values as colours.
     Heat(HeatMap),
 }
@@ -93,6 +97,7 @@ impl Figure {
             let area = Area { left: column * width, top: top + row * height, width, height };
             match panel {
                 Panel::Chart(chart) => chart.draw(&mut canvas, area),
+                Panel::Dots(dots) => dots.draw(&mut canvas, area),
                 Panel::Heat(heat) => heat.draw(&mut canvas, area),
             }
         }

@@ -12,9 +12,8 @@ fn chart() -> Chart {
         series: vec![
             series(0, "", Form::Band(line(0.1).into_iter().map(|(x, y)| (x, 0.8 * y, 1.3 * y)).collect())),
             series(0, "ste", Form::Line(line(0.1))),
-            series(1, "soft", Form::Dashed(line(0.05))),
+            series(1, "soft", Form::Dashed(line(0.05), Dash::Mixed)),
             series(2, "points", Form::Dots(vec![(10.0, 0.5), (20.0, f64::NAN), (30.0, -1.0), (40.0, 0.2)])),
-            series(3, "names", Form::Named(vec![(25.0, 0.3, "here".into()), (25.5, 0.3, "and here".into())])),
         ],
         legend: Legend::Right,
     }
@@ -31,12 +30,29 @@ fn heat() -> HeatMap {
     }
 }
 
+fn dots() -> DotPlot {
+    let at = |middle: f64| Some(Dot::At { middle, low: 0.5 * middle, high: 2.0 * middle });
+    let series = |i: usize, name: &str, dots| DotSeries { name: name.into(), colour: Colour::nth(i), dots };
+    DotPlot {
+        title: "quality".into(),
+        names: ["above", "and below", "nothing", "a control"].map(String::from).into(),
+        set_off: 3,
+        columns: vec![
+            DotColumn {
+                axis: Axis::log("bias"),
+                series: vec![series(4, "one token", vec![at(0.1), Some(Dot::Below(0.2)), None, at(1.0)])],
+            },
+            DotColumn { axis: Axis::log("loss").from_to(0.1, 1.0), series: vec![series(5, "", vec![at(0.0), at(0.5), None, at(1e-9)])] },
+        ],
+    }
+}
+
 fn figure() -> Figure {
     Figure {
         title: "All".into(),
         panel: (420.0, 280.0),
         columns: 2,
-        panels: vec![Panel::Chart(chart()), Panel::Heat(heat()), Panel::Chart(Chart::default())],
+        panels: vec![Panel::Chart(chart()), Panel::Heat(heat()), Panel::Chart(Chart::default()), Panel::Dots(dots())],
         bar: Some(ColourBar { label: "load / fair".into(), most: 8.0 }),
     }
 }
@@ -46,11 +62,13 @@ fn the_svg_is_well_formed_and_says_everything() {
     let laid = figure().lay_out();
     let svg = svg::write(&laid.canvas, laid.size);
     assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"904\" height=\"590\"") && svg.ends_with("</svg>\n"));
-    for text in ["loss &amp; &lt;gap&gt;", "τ ≤ 1", ">ste<", ">soft<", ">here<", ">and here<", "raw_topk", ">3000<", "load / fair", ">All<"]
-    {
+    let texts = ["loss &amp; &lt;gap&gt;", "τ ≤ 1", ">ste<", ">soft<", "raw_topk", ">3000<", "load / fair", ">All<"];
+    for text in texts.into_iter().chain([">quality<", ">and below<", ">a control<", ">bias<", ">one token<"]) {
         assert!(svg.contains(text), "{text}");
     }
-    assert_eq!(svg.matches("<circle").count(), 2 + 2 + 2, "two dots have no place; two in the legend");
+    let of_rows = 2 + 2 + 1;
+    assert_eq!(svg.matches("<circle").count(), 2 + 1 + of_rows, "two dots have no place; each legend has one");
+    assert_eq!(svg.matches("<polygon").count(), 1 + 1, "a tint, and a control that is beyond its axis");
     assert!(!svg.contains("NaN") && !svg.contains("inf"));
 }
 
@@ -72,25 +90,20 @@ fn the_png_has_the_size_and_the_colours() {
 
 #[test]
 fn names_do_not_lie_on_one_another() {
-    let crowd = (0..30).map(|i| (f64::from(i % 3), f64::from(i % 5), format!("estimator_{i}"))).collect();
-    let series = vec![Series { name: String::new(), colour: Colour::INK, form: Form::Named(crowd) }];
-    let chart = Chart { series, legend: Legend::None, ..Chart::default() };
+    let names: Vec<String> = (0..30).map(|i| format!("estimator_{i}")).collect();
+    let dots = vec![Some(Dot::Below(1.0)); names.len()];
+    let series = vec![DotSeries { name: String::new(), colour: Colour::INK, dots }];
+    let plot = DotPlot { names, set_off: 30, columns: vec![DotColumn { axis: Axis::log("x"), series }], ..DotPlot::default() };
     let mut canvas = Canvas::default();
-    chart.draw(&mut canvas, Area { left: 0.0, top: 0.0, width: 900.0, height: 700.0 });
-    let names: Vec<Area> = canvas
-        .marks
-        .iter()
-        .filter_map(|mark| match mark {
-            marks::Mark::Text { at, text, size, .. } if text.starts_with("estimator") => {
-                Some(Area { left: at.0, top: at.1 - 6.0, width: font::width(text, *size), height: 12.0 })
-            }
-            _ => None,
-        })
-        .collect();
+    plot.draw(&mut canvas, Area { left: 0.0, top: 0.0, width: 900.0, height: plot.height() });
+    let text = |mark: &marks::Mark| match mark {
+        marks::Mark::Text { at, text, size, .. } if text.starts_with("estimator") => Some((at.0 - font::width(text, *size), at.1, *size)),
+        _ => None,
+    };
+    let names: Vec<(f64, f64, f64)> = canvas.marks.iter().filter_map(text).collect();
     assert_eq!(names.len(), 30);
-    for (i, a) in names.iter().enumerate() {
-        assert!(names[i + 1..].iter().all(|b| !a.meets(b)), "{a:?}");
-    }
+    assert!(names.windows(2).all(|pair| pair[1].1 - pair[0].1 > pair[0].2), "rows are further apart than their names are high");
+    assert!(names.iter().all(|(left, ..)| *left >= 0.0), "names are within the picture");
 }
 
 #[test]

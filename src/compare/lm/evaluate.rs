@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::{
     routes::FixedRoute,
-    text::{LENGTH, VOCABULARY, Windows},
+    text::{DOMAIN_NAMES, DOMAINS, LENGTH, VOCABULARY, Windows},
 };
 use crate::{
     compare::{
-        evaluate::{load, missed_mass},
+        evaluate::{Point, load, missed_mass},
         metric::{Confusion, Distance},
-        results::{ByRouting, CellResult, Fidelity, Hardened, finite},
+        results::{ByRouting, CellResult, DomainLoss, Fidelity, Hardened, finite},
         task::{
             Targets,
             targets::{argmax, divergence},
@@ -46,6 +46,8 @@ pub(super) struct Evaluated {
     pub(super) logits: Vec<f64>,
     /// Mean loss, nats per byte.
     pub(super) loss: f64,
+    /// The same, of each domain.
+    domains: [f64; DOMAINS],
     /// Share of bytes that were the most probable ones.
     pub(super) accuracy: f64,
     /// By MoE layer.
@@ -64,6 +66,20 @@ struct Layer {
 const AT_ONCE: usize = 8;
 
 impl Model<'_> {
+    /// A point of the curves: the same windows and figures as those of the end ([`Self::measure`]), a part at a time, so
+    /// that it takes no more memory than training.
+    pub(super) fn point(&self, test: &Windows) -> Result<Point> {
+        let count = test.inputs.len() / LENGTH;
+        let mut point = Point::default();
+        for first in (0..count).step_by(AT_ONCE) {
+            let windows = test.part(first..first + AT_ONCE);
+            let (soft, hard) = (self.soft(&windows)?, self.hard(&windows, 1)?);
+            let part = Point { soft: soft.loss, hard: hard.loss, apart: Distance::of(&soft.logits, &hard.logits), load: hard.load() };
+            point.add(part, windows.inputs.len() as f64 / test.inputs.len() as f64);
+        }
+        Ok(point)
+    }
+
     /// Under the training routing without noise.
     pub(super) fn soft(&self, windows: &Windows) -> Result<Evaluated> {
         self.under(windows, self.estimator)
@@ -84,7 +100,8 @@ impl Model<'_> {
         let losses = targets.loss(&logits, VOCABULARY, &mut unused);
         let loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
         let accuracy = targets.accuracy(&logits, VOCABULARY).unwrap_or(f64::NAN);
-        Ok(Evaluated { logits, loss, accuracy, layers })
+        let domains = by_domain(&losses, &windows.domains);
+        Ok(Evaluated { logits, loss, domains, accuracy, layers })
     }
 
     fn add_forward(&self, windows: &Windows, estimator: Estimator, logits: &mut Vec<f64>, layers: &mut Vec<Layer>) -> Result<()> {
@@ -116,7 +133,7 @@ impl Model<'_> {
         let (soft, hard1) = (self.soft(test)?, self.hard(test, 1)?);
         let has_router = self.route.is_none();
         let hard2 = if has_router { Some(self.hard(test, 2)?) } else { None };
-        let by_routing = |value: fn(&Evaluated) -> f64| ByRouting {
+        let by_routing = |value: &dyn Fn(&Evaluated) -> f64| ByRouting {
             train: finite(value(&soft)),
             hard1: finite(value(&hard1)),
             hard2: hard2.as_ref().map(value).and_then(finite),
@@ -127,8 +144,11 @@ impl Model<'_> {
         let stats = || hard1.layers.iter().map(|layer| &layer.stats);
         let worst = |value: fn(&RoutingStats) -> f64| finite(stats().map(value).fold(f64::NEG_INFINITY, f64::max));
         Ok(CellResult {
-            loss: by_routing(|evaluated| evaluated.loss),
-            accuracy: Some(by_routing(|evaluated| evaluated.accuracy)),
+            loss: by_routing(&|evaluated| evaluated.loss),
+            accuracy: Some(by_routing(&|evaluated| evaluated.accuracy)),
+            domains: (DOMAIN_NAMES.iter().enumerate())
+                .map(|(i, name)| DomainLoss { domain: (*name).to_owned(), loss: by_routing(&|evaluated| evaluated.domains[i]) })
+                .collect(),
             rel_l2: Hardened {
                 hard1: Distance::of(&soft.logits, &hard1.logits).relative(),
                 hard2: hard2.as_ref().and_then(|hard2| Distance::of(&soft.logits, &hard2.logits).relative()),
@@ -165,9 +185,17 @@ impl Evaluated {
     }
 
     /// Share of tokens per expert, in the first routed layer.
-    pub(super) fn load(&self) -> Vec<f64> {
+    fn load(&self) -> Vec<f64> {
         self.layers.first().map_or_else(Vec::new, |layer| mean_rows(layer.routed.iter().map(|routed| load(routed)).collect()))
     }
+}
+
+/// Mean losses of the bytes of each domain; NaN for one without a byte.
+fn by_domain(losses: &[f64], domains: &[u32]) -> [f64; DOMAINS] {
+    std::array::from_fn(|domain| {
+        let own: Vec<f64> = losses.iter().zip(domains).filter(|(_, of)| **of as usize == domain).map(|(loss, _)| *loss).collect();
+        own.iter().sum::<f64>() / own.len() as f64
+    })
 }
 
 /// Top-1 against domains.
@@ -175,7 +203,7 @@ fn confusion(hard1: &Layer, domains: &[u32]) -> Confusion {
     let experts = hard1.stats.expert_tokens.len();
     let chosen = hard1.routed.iter().flat_map(|routed| (0..routed.tokens).map(|t| routed.rows().of(t).first().copied()));
     let pairs = chosen.zip(domains).filter_map(|(expert, &domain)| Some((expert? as usize, domain as usize)));
-    Confusion::new(experts, super::text::DOMAINS, pairs)
+    Confusion::new(experts, DOMAINS, pairs)
 }
 
 /// Of those that are there.

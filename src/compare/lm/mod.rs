@@ -23,7 +23,7 @@ use super::{
     clock::cpu_time,
     cost::{self, Rows},
     memory::Watermark,
-    metric::{Distance, quantile},
+    metric::quantile,
     results::{CellResult, Curves, Duration, RouterGradient, finite},
     spec::{Budget, CellSpec},
 };
@@ -38,8 +38,6 @@ use crate::{
     },
 };
 
-/// Test windows of a point of the curves.
-const POINT_WINDOWS: usize = 8;
 /// Training windows by which the teacher's experts are matched to domains.
 const MATCHING_WINDOWS: usize = 16;
 /// Lines of remedies that a result keeps.
@@ -124,7 +122,7 @@ impl<'a> Cell<'a> {
         let route: Option<Box<dyn FixedRoute>> = match spec.arm.route {
             Route::Hash => Some(Box::new(ByHash { experts: spec.task.experts() })),
             Route::Oracle => Some(Box::new(ByDomain)),
-            Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } => None,
+            Route::Learned | Route::Frozen | Route::ExpertsAfter { .. } | Route::Untouched => None,
         };
         let test = corpus.test(spec.size.test);
         let record = Record::default();
@@ -132,12 +130,11 @@ impl<'a> Cell<'a> {
     }
 
     fn train(&mut self) -> Result<()> {
-        let points = self.test.part(0..POINT_WINDOWS);
         let mut next = 0;
         while let Some(clock) = self.clock() {
             self.change_plan(clock)?;
             if next < self.spec.size.points && clock * self.spec.size.points >= next * self.spec.size.steps {
-                self.note_point(clock, &points)?;
+                self.note_point(clock)?;
                 next += 1;
             }
             if !self.advance(clock)? {
@@ -146,7 +143,7 @@ impl<'a> Cell<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        self.note_point(self.spec.size.steps, &points)
+        self.note_point(self.spec.size.steps)
     }
 
     /// Where schedules stand, in steps of the full run; `None` at the end.
@@ -222,21 +219,21 @@ impl<'a> Cell<'a> {
         Model { decoder: &self.decoder, estimator, layers, route: self.route.as_deref() }
     }
 
-    fn note_point(&mut self, clock: usize, windows: &Windows) -> Result<()> {
+    fn note_point(&mut self, clock: usize) -> Result<()> {
         let model = self.model(clock);
-        let (soft, hard) = (model.soft(windows)?, model.hard(windows, 1)?);
+        let point = model.point(&self.test)?;
         let steps = self.spec.size.steps;
         let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.estimator.number_at(name, clock, steps));
         let norms = &self.record.norms[self.record.norms_at_point..];
         let grad_norm = if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) };
         let curves = &mut self.record.curves;
         curves.step.push(clock);
-        curves.loss.push(finite(soft.loss));
-        curves.hard1.push(finite(hard.loss));
-        curves.gap.push(Distance::of(&soft.logits, &hard.logits).relative());
+        curves.loss.push(finite(point.soft));
+        curves.hard1.push(finite(point.hard));
+        curves.gap.push(point.apart.relative());
         curves.sharpness.push(sharpness);
         curves.grad_norm.push(grad_norm);
-        curves.load.push(hard.load());
+        curves.load.push(point.load);
         self.record.norms_at_point = self.record.norms.len();
         Ok(())
     }

@@ -73,7 +73,7 @@ pub(super) fn decoder(spec: &CellSpec, weights: &Weights) -> Result<Decoder> {
 /// no logits (DSelect-k) begins anew. `order` puts the experts of each layer into other places ([`order()`]).
 pub(super) fn copy(teacher: &Weights, student: &Learner, route: Route, estimator: Estimator, order: Option<&[Vec<usize>]>) -> Result<()> {
     let logits = !matches!(estimator.relaxation, Relaxation::SmoothStep { .. });
-    let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. });
+    let routers = logits && matches!(route, Route::Learned | Route::ExpertsAfter { .. } | Route::Untouched);
     for parameter in student.model().parameters() {
         let Some(value) = teacher.get(&parameter.name) else {
             return Err(Error::NotFound(format!("the teacher has no {}", parameter.name)));

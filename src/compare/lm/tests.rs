@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::compare::{
-    arms::{UNTOUCHED, arms},
+    arms::arms,
     results::Expected,
     spec::{LAB_VERSION, Mode, Size, TaskName},
 };
@@ -32,6 +32,10 @@ fn every_arm_runs_as_many_experts_as_it_says() {
         let result = run(&spec(arm, Mode::Scratch, 2), Path::new("unused")).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(!result.diverged && result.steps == 2, "{name}");
         assert!(result.loss.train.is_some() && result.loss.hard1.is_some(), "{name}: {:?}", result.loss);
+        let (end, all) = (result.curves.hard1.last().copied().flatten().unwrap(), result.loss.hard1.unwrap());
+        assert!((end - all).abs() < 1e-9 * all, "{name}: curves end at the figures of the tables: {end}, {all}");
+        let by_domain = result.domains.iter().filter_map(|of| of.loss.hard1).sum::<f64>() / result.domains.len() as f64;
+        assert!((by_domain - all).abs() < 1e-9 * all, "{name}: domains have equally many windows: {by_domain}, {all}");
         match result.executed_expected {
             Expected::Exactly(n) => assert_eq!(result.executed_per_token, n, "{name}"),
             Expected::AtMost(n) => assert!(result.executed_per_token > 0.0 && result.executed_per_token <= n, "{name}"),
@@ -61,9 +65,9 @@ fn one_specification_has_one_result() {
 #[test]
 fn tuning_begins_at_the_teacher() {
     let cells = tempfile::tempdir().unwrap();
-    let teacher = spec(named(Mode::Tune, UNTOUCHED), Mode::Tune, 0).teacher().unwrap();
+    let teacher = spec(named(Mode::Tune, "untouched"), Mode::Tune, 0).teacher().unwrap();
     let trained = run(&teacher, cells.path()).unwrap();
-    let untouched = run(&spec(named(Mode::Tune, UNTOUCHED), Mode::Tune, 0), cells.path()).unwrap();
+    let untouched = run(&spec(named(Mode::Tune, "untouched"), Mode::Tune, 0), cells.path()).unwrap();
     assert_eq!((untouched.loss, untouched.steps), (trained.loss, 0));
     for arm in arms(TaskName::Text, Mode::Tune) {
         let name = arm.name.clone();

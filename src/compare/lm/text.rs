@@ -6,8 +6,10 @@ use crate::compare::random::Random;
 
 /// Bytes of a window.
 pub(super) const LENGTH: usize = 64;
-/// Domains: prose, source code, records of numbers, arithmetic.
-pub(super) const DOMAINS: usize = 4;
+/// Domains.
+pub(super) const DOMAINS: usize = DOMAIN_NAMES.len();
+/// Prose, source code, records of numbers, arithmetic; as the report has them.
+pub(super) const DOMAIN_NAMES: [&str; 4] = ["prose", "code", "records", "arithmetic"];
 /// Values of a byte.
 pub(super) const VOCABULARY: usize = 256;
 /// Bytes of arithmetic, as many as the other domains have about.

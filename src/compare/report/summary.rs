@@ -1,71 +1,168 @@
 //! The table of the four questions: fidelity, stability, cost, needs.
 
-use super::{heading, line, tables::as_expected};
+use super::{
+    NOTHING, heading, line, listed, median, or_dash, rule,
+    tables::{RAW, as_expected},
+};
 use crate::{
     compare::{
         results::CellResult,
         spec::{Mode, TaskName},
-        table::{Runs, Spread, Table, figure},
+        table::{Runs, Seeds, Spread, Table, figure},
     },
     moe::estimator::{EstimatorSpec, Purpose},
 };
 
-/// One arm in all tasks from scratch.
+/// One arm in the tasks in which it ran from scratch.
 struct Arm<'a> {
     name: &'a str,
     places: Vec<(&'a Table<'a>, &'a Runs<'a>)>,
 }
 
+/// What arms are compared on.
+struct Field<'a> {
+    tables: Vec<&'a Table<'a>>,
+    arms: Vec<Arm<'a>>,
+}
+
+/// A column: its title, and what it says of an arm.
+type Column = (&'static str, fn(&Field<'_>, &Arm<'_>) -> String);
+
+/// A loss below is solved: how far below is the optimizer's, and would rule a mean.
+const SOLVED: f64 = 1e-3;
+
+const COLUMNS: [Column; 11] = [
+    ("arm", |_, arm| arm.named()),
+    ("mean rank [best..worst]", |field, arm| field.ranks(arm).map_or(NOTHING.to_owned(), |ranks| ranks.to_string())),
+    ("hard top-1, geometric mean", |_, arm| figure(arm.loss())),
+    ("**fidelity**: gap, median task", |_, arm| median(arm.gap())),
+    ("gap, worst task", |_, arm| or_dash(arm.gap().map(|gap| figure(gap.high)))),
+    ("**stability**: worst seed / median", |_, arm| or_dash(arm.worst_seed().map(figure))),
+    ("gradient std, median task", |_, arm| median(arm.over_tasks(|result| result.router_grad.std))),
+    ("**cost**: experts/token of 8", |_, arm| median(arm.executed_of_8())),
+    ("step / `raw_topk`'s", |_, arm| median(arm.step())),
+    ("peak MiB, worst task", |_, arm| or_dash(arm.over_tasks(CellResult::peak_mib).map(|peak| figure(peak.high)))),
+    ("**needs**", |_, arm| arm.needs()),
+];
+
 /// The section; empty without a task.
 pub(super) fn write(tables: &[Table<'_>]) -> String {
-    let mut arms = gather(tables);
-    if arms.is_empty() {
+    let field = Field::new(tables);
+    if field.arms.is_empty() {
         return String::new();
     }
-    arms.sort_by(|a, b| a.loss().total_cmp(&b.loss()));
-    let titles = [
-        "arm",
-        "hard top-1, mean over tasks",
-        "**fidelity**: gap top-1, median and worst task",
-        "**stability**: worst seed over median; gradient std; diverged",
-        "**cost**: experts/token of 8; step over raw_topk's; peak MiB",
-        "**needs**",
-    ];
-    let base = step_of(tables);
-    let row =
-        |arm: &Arm<'_>| line([format!("`{}`", arm.name), figure(arm.loss()), arm.fidelity(), arm.stability(), arm.cost(base), arm.needs()]);
-    let (controls, estimators): (Vec<_>, Vec<_>) = arms.iter().partition(|arm| arm.is_control());
-    let rows = |arms: Vec<&Arm<'_>>| arms.into_iter().map(row).collect::<String>();
-    let rule = line(["*controls*", "", "", "", "", ""]);
+    let titles = COLUMNS.map(|(title, _)| title);
+    let rows = |arms: Vec<&Arm<'_>>| field.sorted(arms).into_iter().map(|arm| field.row(arm)).collect::<String>();
+    let (controls, estimators): (Vec<_>, Vec<_>) = field.arms.iter().filter(|arm| field.is_whole(arm)).partition(|arm| arm.is_control());
+    let names = listed(field.tables.iter().map(|table| table.task.id()));
     format!(
-        "## The four questions\n\nOver the tasks from scratch at equal steps. Arms with balance losses, biases or remedies are in the tables of their \
-         tasks.\n\n{}{}{rule}{}\n{}",
+        "## The four questions\n\nArms that ran on every one of the tasks {names}, from scratch, at equal steps. They are ordered by their mean rank \
+         (rank by hard top-1 within each task, ties shared), because that gives every task one voice: a mean of losses is ruled by the tasks on which \
+         losses differ by factors. Ranks in turn do not know small differences from large ones: whether an arm is better than its neighbour is in the \
+         paired differences of each task. Losses below {SOLVED} count as {SOLVED} here. Task `{}` is no vote: it begins broken.\n\n{}{}{}{}\n{}{}",
+        TaskName::Collapsed.id(),
         heading(&titles),
         rows(estimators),
+        rule("*controls, ranked as if among them*", titles.len()),
         rows(controls),
+        field.partial(),
         executed(tables)
     )
 }
 
-/// Arms that are an estimator or a control and nothing besides.
-fn gather<'a>(tables: &'a [Table<'a>]) -> Vec<Arm<'a>> {
-    let mut arms: Vec<Arm<'a>> = Vec::new();
-    for table in tables.iter().filter(|table| table.mode == Mode::Scratch && table.task != TaskName::Collapsed) {
-        for runs in table.all().filter(|runs| !runs.steps.is_empty() && !runs.arm.name.contains('+')) {
+impl<'a> Field<'a> {
+    fn new(tables: &'a [Table<'a>]) -> Self {
+        let votes = |table: &&Table<'_>| table.mode == Mode::Scratch && table.task != TaskName::Collapsed;
+        let tables: Vec<&Table<'_>> = tables.iter().filter(votes).collect();
+        let mut arms: Vec<Arm<'_>> = Vec::new();
+        for (table, runs) in tables.iter().flat_map(|table| table.all().map(move |runs| (*table, runs))) {
+            if runs.steps.sound.is_empty() {
+                continue;
+            }
             match arms.iter_mut().find(|arm| arm.name == runs.arm.name) {
                 Some(arm) => arm.places.push((table, runs)),
                 None => arms.push(Arm { name: &runs.arm.name, places: vec![(table, runs)] }),
             }
         }
+        Self { tables, arms }
     }
-    arms
+
+    /// Whether an arm has figures in every task.
+    fn is_whole(&self, arm: &Arm<'_>) -> bool {
+        arm.places.len() == self.tables.len()
+    }
+
+    /// Ranks of an arm in its tasks, among the estimators that have one in every task.
+    fn ranks(&self, arm: &Arm<'_>) -> Option<Ranks> {
+        let of = |(table, runs): &(&Table<'_>, &Runs<'_>)| {
+            let others = self.arms.iter().filter(|other| self.is_whole(other) && !other.is_control() && other.name != arm.name);
+            let standings = others.filter_map(|other| Some(table.find(other.name)?.standing()));
+            let own = runs.standing();
+            standings.fold(1.0, |rank, other| {
+                rank + if other < own {
+                    1.0
+                } else if other == own {
+                    0.5
+                } else {
+                    0.0
+                }
+            })
+        };
+        let ranks: Vec<f64> = arm.places.iter().map(of).collect();
+        let mean = ranks.iter().sum::<f64>() / ranks.len() as f64;
+        Spread::of(ranks.into_iter()).map(|spread| Ranks { mean, best: spread.low, worst: spread.high })
+    }
+
+    fn sorted<'b>(&self, mut arms: Vec<&'b Arm<'b>>) -> Vec<&'b Arm<'b>> {
+        let rank = |arm: &Arm<'_>| self.ranks(arm).map_or(f64::INFINITY, |ranks| ranks.mean);
+        arms.sort_by(|a, b| rank(a).total_cmp(&rank(b)).then(a.loss().total_cmp(&b.loss())));
+        arms
+    }
+
+    fn row(&self, arm: &Arm<'_>) -> String {
+        line(COLUMNS.map(|(_, cell)| cell(self, arm)))
+    }
+
+    /// Arms that ran on some of the tasks only, by the tasks they ran on.
+    fn partial(&self) -> String {
+        let mut groups: Vec<(String, Vec<&Arm<'_>>)> = Vec::new();
+        for arm in self.arms.iter().filter(|arm| !self.is_whole(arm)) {
+            let tasks = listed(arm.places.iter().map(|(table, _)| table.task.id()));
+            match groups.iter_mut().find(|(of, _)| *of == tasks) {
+                Some((_, arms)) => arms.push(arm),
+                None => groups.push((tasks, vec![arm])),
+            }
+        }
+        if groups.is_empty() {
+            return String::new();
+        }
+        let titles = COLUMNS.map(|(title, _)| title);
+        let mut out = format!(
+            "### Arms that ran on fewer tasks\n\nNot to be compared with the arms above across tasks: figures are over the tasks that each part \
+             names, and ranks are those that an arm would have there among the arms above.\n\n{}",
+            heading(&titles)
+        );
+        for (tasks, arms) in groups {
+            out += &rule(&format!("*on {tasks}:*"), titles.len());
+            out += &self.sorted(arms).into_iter().map(|arm| self.row(arm)).collect::<String>();
+        }
+        out + "\n"
+    }
 }
 
-/// Median step of `raw_topk` in each task: the unit of step times.
-fn step_of<'a>(tables: &'a [Table<'a>]) -> impl Fn(&Table<'_>) -> Option<f64> + Copy + 'a {
-    move |of: &Table<'_>| {
-        let table = tables.iter().find(|table| table.task == of.task && table.mode == of.mode)?;
-        Some(table.find("raw_topk")?.spread(|result| Some(result.step_ms.median))?.median)
+/// Of an arm over tasks.
+struct Ranks {
+    mean: f64,
+    best: f64,
+    worst: f64,
+}
+
+impl std::fmt::Display for Ranks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.best == self.worst {
+            true => f.write_str(&figure(self.mean)),
+            false => write!(f, "{} [{}..{}]", figure(self.mean), figure(self.best), figure(self.worst)),
+        }
     }
 }
 
@@ -74,46 +171,50 @@ impl Arm<'_> {
         self.places.iter().any(|(_, runs)| runs.arm.route.is_control())
     }
 
-    /// Medians of a figure, one for each task.
-    fn medians(&self, value: impl Fn(&CellResult) -> Option<f64>) -> Vec<f64> {
-        self.places.iter().filter_map(|(_, runs)| Some(runs.spread(&value)?.median)).collect()
+    /// With the seeds that are missing in all tasks together.
+    fn named(&self) -> String {
+        let all = self.places.iter().fold(Seeds::default(), |mut all, (_, runs)| {
+            all.sound.extend(&runs.steps.sound);
+            all.diverged += runs.steps.diverged;
+            all.failed += runs.steps.failed;
+            all
+        });
+        all.lost().map_or_else(|| format!("`{}`", self.name), |lost| format!("`{}` ({lost})", self.name))
     }
 
-    /// Geometric, so that no task outweighs another. Endless without a figure.
+    /// Of the medians of a figure, one for each task.
+    fn over_tasks(&self, value: impl Fn(&CellResult) -> Option<f64>) -> Option<Spread> {
+        Spread::of(self.places.iter().filter_map(|(_, runs)| Some(runs.steps.spread(&value)?.median)))
+    }
+
+    /// Geometric mean over tasks. Endless without a figure.
     fn loss(&self) -> f64 {
-        let losses = self.medians(|result| result.relative(result.loss.hard1));
+        let losses: Vec<f64> = self.places.iter().filter_map(|(_, runs)| Some(runs.steps.hard1()?.median)).collect();
         match losses.is_empty() {
             true => f64::INFINITY,
-            false => (losses.iter().map(|loss| loss.max(1e-12).ln()).sum::<f64>() / losses.len() as f64).exp(),
+            false => (losses.iter().map(|loss| loss.max(SOLVED).ln()).sum::<f64>() / losses.len() as f64).exp(),
         }
     }
 
-    fn fidelity(&self) -> String {
-        match Spread::of(self.medians(|result| result.relative(result.gap().hard1)).into_iter()) {
-            Some(gap) => format!("{}; {}", figure(gap.median), figure(gap.high)),
-            None => "-".to_owned(),
-        }
+    fn gap(&self) -> Option<Spread> {
+        self.over_tasks(|result| result.relative(result.gap().hard1))
     }
 
-    fn stability(&self) -> String {
-        let ratio = |runs: &Runs<'_>| runs.hard1().map(|spread| spread.high / spread.median);
-        let worst = self.places.iter().filter_map(|(_, runs)| ratio(runs)).filter(|ratio| ratio.is_finite()).fold(0.0, f64::max);
-        let std = Spread::of(self.medians(|result| result.router_grad.std).into_iter());
-        let diverged: usize = self.places.iter().map(|(_, runs)| runs.diverged()).sum();
-        let failed: usize = self.places.iter().map(|(_, runs)| runs.failed).sum();
-        let std = std.map_or("-".to_owned(), |std| figure(std.median));
-        format!("{}; {std}; {}", if worst > 0.0 { figure(worst) } else { "-".to_owned() }, diverged + failed)
+    /// The largest ratio over tasks.
+    fn worst_seed(&self) -> Option<f64> {
+        let ratio = |runs: &Runs<'_>| runs.steps.hard1().map(|spread| spread.high.max(SOLVED) / spread.median.max(SOLVED));
+        self.places.iter().filter_map(|(_, runs)| ratio(runs)).max_by(f64::total_cmp)
     }
 
-    fn cost(&self, base: impl Fn(&Table<'_>) -> Option<f64>) -> String {
+    fn executed_of_8(&self) -> Option<Spread> {
         let of_8 = self.places.iter().filter(|(table, _)| table.task.experts() == 8);
-        let executed = Spread::of(of_8.filter_map(|(_, runs)| Some(runs.spread(|result| Some(result.executed_per_token))?.median)));
-        let ratio =
-            |(table, runs): &(&Table<'_>, &Runs<'_>)| Some(runs.spread(|result| Some(result.step_ms.median))?.median / base(table)?);
-        let step = Spread::of(self.places.iter().filter_map(ratio));
-        let peak = self.medians(|result| result.peak_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))).into_iter().fold(0.0, f64::max);
-        let or_dash = |spread: Option<Spread>| spread.map_or("-".to_owned(), |spread| figure(spread.median));
-        format!("{}; {}; {}", or_dash(executed), or_dash(step), figure(peak))
+        Spread::of(of_8.filter_map(|(_, runs)| Some(runs.steps.spread(|result| Some(result.executed_per_token))?.median)))
+    }
+
+    /// Over the median step of `raw_topk` in the same task.
+    fn step(&self) -> Option<Spread> {
+        let step = |runs: &Runs<'_>| Some(runs.steps.spread(|result| Some(result.step_ms.median))?.median);
+        Spread::of(self.places.iter().filter_map(|(table, runs)| Some(step(runs)? / step(table.find(RAW)?)?)))
     }
 
     fn needs(&self) -> String {
@@ -141,12 +242,11 @@ impl Arm<'_> {
 fn executed(tables: &[Table<'_>]) -> String {
     let mut wrong: Vec<String> = Vec::new();
     let mut cells = 0;
-    for table in tables {
-        for runs in table.all() {
-            cells += runs.steps.len() + runs.flops.len();
-            if runs.steps.iter().chain(&runs.flops).any(|result| !as_expected(table.task.experts(), runs.arm, result)) {
-                wrong.push(format!("`{}` ({})", runs.arm.name, table.id()));
-            }
+    for (table, runs) in tables.iter().flat_map(|table| table.all().map(move |runs| (table, runs))) {
+        let all = || runs.steps.sound.iter().chain(&runs.flops.sound);
+        cells += all().count();
+        if !all().all(|(_, result)| as_expected(result)) {
+            wrong.push(format!("`{}` ({})", runs.arm.name, table.id()));
         }
     }
     match wrong.is_empty() {

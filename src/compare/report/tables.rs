@@ -1,92 +1,83 @@
-//! A table for each task and mode, and one of gradients.
+//! The tables of a task in a mode: quality, routing, cost.
 
-use super::{expected, heading, line};
+use super::{NOTHING, expected, heading, line, median, or_dash, rule};
 use crate::compare::{
-    arm::{Arm, Route},
-    results::{CellResult, Expected, GradientQuality, Outcome, Results},
+    quality::along,
+    results::{CellResult, Expected},
     spec::{Mode, TaskName},
-    table::{Runs, Spread, Table, figure},
+    table::{Runs, Seeds, Spread, Table, figure},
 };
 
 /// A column: its title, and what it says of an arm.
 type Column = (&'static str, fn(&Table<'_>, &Runs<'_>) -> String);
 
-const NAME: Column = ("arm", |_, runs| match runs.diverged() {
-    0 => format!("`{}`", runs.arm.name),
-    n => format!("`{}` ({n} of {} diverged)", runs.arm.name, runs.steps.len()),
-});
-const K: Column = ("k", |table, runs| match runs.arm.route.is_control() {
-    true => "1".to_owned(),
-    false => runs.k(table.task.experts()).map_or("-".to_owned(), |k| k.to_string()),
-});
-const TRAIN: Column = ("training routing", |_, runs| shown(runs.spread(|result| result.relative(result.loss.train))));
-const HARD1: Column = ("hard top-1", |_, runs| shown(runs.hard1()));
-const HARD2: Column = ("hard top-2", |_, runs| shown(runs.spread(|result| result.relative(result.loss.hard2))));
-const GAP: Column = ("gap top-1", |_, runs| shown(runs.spread(|result| result.relative(result.gap().hard1))));
+/// What an arm says that has nothing to be compared in a column.
+const SAME: &str = "=";
+/// Arms that others are compared with, seed by seed: no router that learns, and the plainest one that does.
+pub(super) const FROZEN: &str = "frozen";
+pub(super) const RAW: &str = "raw_topk";
+
+const NAME: Column = ("arm", |_, runs| named(runs));
+const K: Column = ("k", |table, runs| or_dash(runs.k(table.task.experts()).map(|k| k.to_string())));
+const TRAIN: Column = ("training routing", |_, runs| spread(&runs.steps, |result| result.relative(result.loss.train)));
+const HARD1: Column = ("hard top-1", |_, runs| spread(&runs.steps, |result| result.relative(result.loss.hard1)));
+const HARD2: Column = ("hard top-2", |_, runs| spread(&runs.steps, |result| result.relative(result.loss.hard2)));
+const GAP: Column = ("gap top-1", |_, runs| spread(&runs.steps, |result| result.relative(result.gap().hard1)));
+const TO_FROZEN: Column = ("against `frozen`", |table, runs| against(table, runs, FROZEN));
+const TO_RAW: Column = ("against `raw_topk`", |table, runs| against(table, runs, RAW));
 const ACCURACY: Column = ("accuracy, training / top-1", |_, runs| {
-    let percent =
-        |pick: fn(&CellResult) -> Option<f64>| runs.spread(pick).map_or("-".to_owned(), |spread| format!("{:.1} %", spread.median * 100.0));
-    format!("{} / {}", percent(|result| result.accuracy?.train), percent(|result| result.accuracy?.hard1))
+    let percent = |pick: fn(&CellResult) -> Option<f64>| Some(format!("{:.1} %", runs.steps.spread(pick)?.median * 100.0));
+    let both = percent(|result| result.accuracy?.train).zip(percent(|result| result.accuracy?.hard1));
+    or_dash(both.map(|(training, hard)| format!("{training} / {hard}")))
 });
 const AGREEMENT: Column = ("agreement / NMI", |_, runs| {
-    let median = |pick: fn(&CellResult) -> Option<f64>| runs.spread(pick).map_or("-".to_owned(), |spread| format!("{:.2}", spread.median));
-    format!("{} / {}", median(|result| result.agreement), median(|result| result.nmi))
+    let median = |pick: fn(&CellResult) -> Option<f64>| Some(format!("{:.2}", runs.steps.spread(pick)?.median));
+    let both = median(|result| result.agreement).zip(median(|result| result.nmi));
+    or_dash(both.map(|(agreement, nmi)| format!("{agreement} / {nmi}")))
 });
-const DEAD: Column = ("dead, MaxVio", |_, runs| {
-    format!("{}, {}", shown(runs.spread(|result| Some(result.dead as f64))), median(runs.spread(|result| result.max_vio)))
+const DEAD: Column = ("dead", |_, runs| spread(&runs.steps, |result| Some(result.dead as f64)));
+const MAX_VIO: Column = ("MaxVio", |_, runs| spread(&runs.steps, |result| result.max_vio));
+const ENTROPY: Column = ("load entropy", |_, runs| median(runs.steps.spread(|result| result.load_entropy)));
+const GINI: Column = ("Gini", |_, runs| median(runs.steps.spread(|result| result.gini)));
+const REMEDIES: Column = ("remedies that acted", |_, runs| match runs.arm.remedies.is_empty() {
+    true => NOTHING.to_owned(),
+    false => spread(&runs.steps, |result| Some(result.remedy_actions as f64)),
 });
-const GRADIENT: Column = ("router gradient: norm, bias, std", |_, runs| {
-    let of = |pick: fn(&CellResult) -> Option<f64>| median(runs.spread(pick));
-    format!("{}, {}, {}", of(|result| result.router_grad.norm), of(|result| result.router_grad.bias), of(|result| result.router_grad.std))
+const NORM: Column = ("router gradient: norm", |_, runs| median(runs.steps.spread(|result| result.router_grad.norm)));
+const BIAS: Column = ("bias", |_, runs| or_dash(along(runs).map(|quality| quality.bias.to_string())));
+const STD: Column = ("std of a draw", |_, runs| or_dash(along(runs).map(|quality| figure(quality.std))));
+const EXECUTED: Column = ("experts/token", |_, runs| {
+    let Some((_, result)) = runs.steps.sound.first() else { return NOTHING.to_owned() };
+    let text = format!("{} ({})", median(runs.steps.spread(|result| Some(result.executed_per_token))), expected(result.executed_expected));
+    if runs.steps.sound.iter().all(|(_, result)| as_expected(result)) { text } else { format!("**{text}**") }
 });
-const EXECUTED: Column = ("experts/token", |table, runs| {
-    let experts = table.task.experts();
-    let Some(result) = runs.steps.first() else { return "-".to_owned() };
-    let Some(counted) = runs.spread(|result| Some(result.executed_per_token)) else { return "-".to_owned() };
-    let text = format!("{} ({})", figure(counted.median), expected(due(experts, runs.arm, result)));
-    if runs.steps.iter().all(|result| as_expected(experts, runs.arm, result)) { text } else { format!("**{text}**") }
+const STEP: Column = ("step, ms", |_, runs| median(runs.steps.spread(|result| (result.steps > 0).then_some(result.step_ms.median))));
+const PEAK: Column = ("peak, MiB", |_, runs| median(runs.steps.spread(CellResult::peak_mib)));
+const FLOPS: Column = ("hard top-1 at equal expert-FLOPs", |_, runs| {
+    let Some(hard1) = runs.flops.hard1() else { return if runs.flops.planned() == 0 { SAME } else { NOTHING }.to_owned() };
+    let steps = median(runs.flops.spread(|result| Some(result.steps as f64)));
+    let lost = runs.flops.lost().map_or(String::new(), |lost| format!(" ({lost})"));
+    format!("{hard1} after {steps} steps{lost}")
 });
-const STEP: Column = ("step, ms", |_, runs| median(runs.spread(|result| Some(result.step_ms.median))));
-const PEAK: Column =
-    ("peak, MiB", |_, runs| median(runs.spread(|result| result.peak_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20)))));
-const FLOPS: Column = ("equal expert-FLOPs", |_, runs| {
-    let flops = Spread::of(runs.flops.iter().filter_map(|result| result.relative(result.loss.hard1)));
-    if runs.flops.is_empty() { "=".to_owned() } else { shown(flops) }
-});
-const FIDELITY: Column = ("fidelity: rel. L2 to the teacher", |table, runs| ranked(table, runs, distance));
-const QUALITY: Column = ("quality: hard top-1", |table, runs| ranked(table, runs, |runs| runs.hard1()));
-const TEACHER: Column = ("KL, agreement with the teacher", |_, runs| {
-    let of = |pick: fn(&CellResult) -> Option<f64>| median(runs.spread(pick));
-    format!("{}, {}", of(|result| result.fidelity?.kl), of(|result| result.fidelity?.agreement))
-});
-const ENTROPY: Column = ("load entropy, Gini", |_, runs| {
-    format!("{}, {}", median(runs.spread(|result| result.load_entropy)), median(runs.spread(|result| result.gini)))
-});
-const REMEDIES: Column = ("remedies that acted", |_, runs| match runs.spread(|result| Some(result.remedy_actions as f64)) {
-    Some(actions) if !runs.arm.remedies.is_empty() => shown(Some(actions)),
-    _ => "-".to_owned(),
-});
+const QUALITY: Column = ("quality: hard top-1", |table, runs| ranked(table, runs, |seeds| seeds.hard1()));
+const FIDELITY: Column =
+    ("fidelity: rel. L2 to the teacher", |table, runs| ranked(table, runs, |seeds| seeds.spread(|result| result.fidelity?.rel_l2)));
+const KL: Column = ("KL", |_, runs| spread(&runs.steps, |result| result.fidelity?.kl));
+const SAME_CLASS: Column = ("agreement with the teacher", |_, runs| spread(&runs.steps, |result| result.fidelity?.agreement));
 
 /// The section of a task in a mode.
 pub(super) fn section(table: &Table<'_>) -> String {
-    let classes = table.all().any(|runs| runs.steps.iter().any(|result| result.accuracy.is_some()));
-    let flops = table.all().any(|runs| !runs.flops.is_empty());
-    let accuracy = classes.then_some(ACCURACY);
-    let columns: Vec<Column> = match (table.mode, table.task) {
-        (Mode::Tune, _) => {
-            [NAME, QUALITY, FIDELITY, TEACHER, TRAIN, HARD2].into_iter().chain(accuracy).chain([AGREEMENT, DEAD, EXECUTED]).collect()
-        }
-        (Mode::Scratch, TaskName::Collapsed) => vec![NAME, K, HARD1, DEAD, ENTROPY, AGREEMENT, REMEDIES, TRAIN, GAP, EXECUTED],
-        (Mode::Scratch, _) => {
-            let losses = [NAME, K, TRAIN, HARD1, HARD2, GAP].into_iter().chain(accuracy);
-            losses.chain([AGREEMENT, DEAD, GRADIENT, EXECUTED, STEP, PEAK]).chain(flops.then_some(FLOPS)).collect()
-        }
+    let quality: &[Column] = match table.mode {
+        Mode::Scratch => &[NAME, K, HARD1, TO_FROZEN, TO_RAW, TRAIN, GAP, HARD2, ACCURACY],
+        Mode::Tune => &[NAME, K, QUALITY, FIDELITY, KL, SAME_CLASS, TO_FROZEN, TO_RAW, TRAIN, GAP, HARD2, ACCURACY],
     };
-    let titles: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
-    let rows = |runs: &[Runs<'_>]| runs.iter().map(|runs| line(columns.iter().map(|(_, cell)| cell(table, runs)))).collect::<String>();
-    let rule = line(columns.iter().enumerate().map(|(i, _)| if i == 0 { "*controls*" } else { "" }));
-    let controls = if table.controls.is_empty() { String::new() } else { rule + &rows(&table.controls) };
-    format!("## {}\n\n{}\n\n{}{}{controls}\n", title(table), about(table), heading(&titles), rows(&table.estimators))
+    let blocks = [
+        ("Quality", quality),
+        ("Routing", &[NAME, AGREEMENT, DEAD, MAX_VIO, ENTROPY, GINI, REMEDIES, NORM, BIAS, STD][..]),
+        ("Cost", &[NAME, EXECUTED, STEP, PEAK, FLOPS][..]),
+    ];
+    let blocks = blocks.map(|(title, columns)| block(table, title, columns)).concat();
+    format!("## {}\n\n{}\n\n{blocks}", title(table), about(table))
 }
 
 fn title(table: &Table<'_>) -> String {
@@ -96,84 +87,81 @@ fn title(table: &Table<'_>) -> String {
     }
 }
 
-fn about(table: &Table<'_>) -> String {
-    let all = || table.all().flat_map(|runs| &runs.steps);
-    let trivial = Spread::of(all().map(|result| result.trivial)).map_or(String::new(), |spread| format!(", a constant {spread}"));
-    let steps = all().map(|result| result.steps).max().unwrap_or(0);
-    let seeds = table.all().map(|runs| runs.steps.len()).max().unwrap_or(0);
-    let experts = table.task.experts();
-    format!("{experts} experts, {steps} steps, {seeds} seeds; best routing: {}{trivial}.", table.task.optimum())
+/// Estimators, a line, controls; without the columns in which no row says anything.
+fn block(table: &Table<'_>, title: &str, columns: &[Column]) -> String {
+    let says = |cell: &str| ![NOTHING, SAME].contains(&cell);
+    let columns: Vec<&Column> = columns.iter().filter(|(_, cell)| table.all().any(|runs| says(&cell(table, runs)))).collect();
+    if columns.len() < 2 {
+        return String::new();
+    }
+    let titles: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
+    let rows = |runs: &[Runs<'_>]| runs.iter().map(|runs| line(columns.iter().map(|(_, cell)| cell(table, runs)))).collect::<String>();
+    let controls = if table.controls.is_empty() { String::new() } else { rule("*controls*", columns.len()) + &rows(&table.controls) };
+    format!("### {title}\n\n{}{}{controls}\n", heading(&titles), rows(&table.estimators))
 }
 
-fn distance(runs: &Runs<'_>) -> Option<Spread> {
-    runs.spread(|result| result.fidelity?.rel_l2)
+fn about(table: &Table<'_>) -> String {
+    let size = table.size;
+    let (rows, loss) = match table.task {
+        TaskName::Digits => ("images", "nats"),
+        TaskName::Text => ("windows", "nats per byte"),
+        _ => ("tokens", "squared error"),
+    };
+    let seeds = |of: fn(&Runs<'_>) -> usize| table.all().map(of).max().unwrap_or(0);
+    let flops = match seeds(|runs| runs.flops.planned()) {
+        0 => String::new(),
+        count => format!(" ({count} at equal expert-FLOPs)"),
+    };
+    let trivial = Spread::of(table.all().flat_map(|runs| &runs.steps.sound).map(|(_, result)| result.trivial));
+    let trivial = trivial.map_or(String::new(), |spread| format!(" The best constant prediction has a loss of {spread} ({loss})."));
+    format!(
+        "{} experts; {} steps of {} {rows}, learning rate {} at its peak; {} seeds{flops}.{trivial} `oracle`, agreement and NMI go by {}.",
+        table.task.experts(),
+        size.steps,
+        size.batch,
+        size.rate,
+        seeds(|runs| runs.steps.planned()),
+        table.task.optimum()
+    )
+}
+
+/// Name of an arm with what has to be said of its seeds.
+pub(super) fn named(runs: &Runs<'_>) -> String {
+    match runs.steps.lost() {
+        Some(lost) => format!("`{}` ({lost})", runs.arm.name),
+        None => format!("`{}`", runs.arm.name),
+    }
+}
+
+/// A figure with its spread, and of how many seeds it is where others have none.
+fn spread(seeds: &Seeds<'_>, value: impl Fn(&CellResult) -> Option<f64>) -> String {
+    or_dash(seeds.spread(value).map(|spread| match spread.count == seeds.sound.len() {
+        true => spread.to_string(),
+        false => format!("{spread} (in {} of {})", spread.count, seeds.sound.len()),
+    }))
+}
+
+fn against(table: &Table<'_>, runs: &Runs<'_>, other: &str) -> String {
+    let other = table.find(other).filter(|other| other.arm.name != runs.arm.name);
+    or_dash(other.and_then(|other| runs.against(other)).map(|paired| paired.to_string()))
 }
 
 /// A spread with its rank among the estimators of the table; controls have none.
-fn ranked(table: &Table<'_>, runs: &Runs<'_>, value: fn(&Runs<'_>) -> Option<Spread>) -> String {
-    let Some(spread) = value(runs) else { return "-".to_owned() };
+fn ranked(table: &Table<'_>, runs: &Runs<'_>, value: fn(&Seeds<'_>) -> Option<Spread>) -> String {
+    let Some(spread) = value(&runs.steps) else { return NOTHING.to_owned() };
     if runs.arm.route.is_control() {
         return spread.to_string();
     }
-    let better = table.estimators.iter().filter_map(value).filter(|other| other.median < spread.median).count();
+    let better = table.estimators.iter().filter_map(|runs| value(&runs.steps)).filter(|other| other.median < spread.median).count();
     format!("{spread} ({})", better + 1)
 }
 
-/// Experts per token that a run of this arm should execute: those of its estimator, fewer where capacity drops rows or
-/// nothing was trained, and all of them while the control `experts_only` has its router prepared.
-fn due(experts: usize, arm: &Arm, result: &CellResult) -> Expected {
-    match (result.executed_expected, arm.route) {
-        (_, Route::ExpertsAfter { share }) => {
-            let dense = (experts as f64 - 1.0) * (share * result.steps as f64).ceil() / result.steps.max(1) as f64;
-            Expected::AtMost(1.0 + dense)
-        }
-        (Expected::Exactly(n), _) if arm.capacity.is_some() || result.steps == 0 => Expected::AtMost(n),
-        (expected, _) => expected,
-    }
-}
-
 /// Whether as many experts ran as should.
-pub(super) fn as_expected(experts: usize, arm: &Arm, result: &CellResult) -> bool {
+pub(super) fn as_expected(result: &CellResult) -> bool {
     let counted = result.executed_per_token;
-    match due(experts, arm, result) {
+    match result.executed_expected {
         Expected::Exactly(n) => (counted - n).abs() < 1e-9 * n.max(1.0),
         Expected::AtMost(n) => counted <= n * (1.0 + 1e-9),
         Expected::Merged => (counted - 1.0).abs() < 1e-9,
     }
-}
-
-fn shown(spread: Option<Spread>) -> String {
-    spread.map_or("-".to_owned(), |spread| spread.to_string())
-}
-
-fn median(spread: Option<Spread>) -> String {
-    spread.map_or("-".to_owned(), |spread| figure(spread.median))
-}
-
-/// Quality of gradients on one token, estimators in the order of the plan.
-pub(super) fn gradients(results: &Results) -> String {
-    let mut seen: Vec<&str> = Vec::new();
-    let mut rows = String::new();
-    for cell in &results.cells {
-        let Outcome::Gradient(gradient) = &cell.outcome else { continue };
-        if seen.contains(&cell.spec.arm.name.as_str()) {
-            continue;
-        }
-        seen.push(&cell.spec.arm.name);
-        let pair = |pick: fn(&GradientQuality) -> Option<f64>| {
-            let one = |quality: &GradientQuality| pick(quality).map_or("-".to_owned(), figure);
-            format!("{} / {}", one(&gradient.quadratic), one(&gradient.cross_entropy))
-        };
-        let name = format!("`{}`", cell.spec.arm.name);
-        rows += &line([name, pair(|quality| quality.bias), pair(|quality| quality.cosine), pair(|quality| quality.std)]);
-    }
-    if rows.is_empty() {
-        return rows;
-    }
-    let titles = ["arm", "relative bias", "cosine", "relative std of a draw"];
-    format!(
-        "## Gradients of one token\n\nEight experts with fixed outputs, everything enumerated: squared error / cross-entropy, medians over random \
-         problems.\n\n{}{rows}\n",
-        heading(&titles)
-    )
 }

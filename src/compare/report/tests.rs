@@ -7,7 +7,9 @@ use crate::{
     compare::{
         arm::{Arm, Route},
         plots,
-        results::{ByRouting, CellRecord, CellResult, Curves, Fidelity, GradientQuality, GradientResult, Machine, RESULTS_VERSION},
+        results::{
+            ByRouting, CellRecord, CellResult, Curves, DomainLoss, Fidelity, GradientQuality, GradientResult, Machine, RESULTS_VERSION,
+        },
         spec::{Budget, CellSpec, LAB_VERSION, Size},
     },
     moe::{
@@ -60,11 +62,19 @@ fn quality(bias: f64) -> GradientQuality {
     GradientQuality { bias: Some(bias), cosine: Some(0.5), std: Some(0.0) }
 }
 
+/// Half the loss on prose, hardening for nothing there.
+fn domains(hard1: f64) -> Vec<DomainLoss> {
+    let of =
+        |domain: &str, loss| DomainLoss { domain: domain.into(), loss: ByRouting { train: Some(loss), hard1: Some(loss), hard2: None } };
+    vec![of("prose", 0.5 * hard1), of("code", hard1)]
+}
+
 fn results() -> Results {
     let done = |result: CellResult| Outcome::Trained(Box::new(result));
     let (ste, soft, raw) = (arm("ste", Some(1)), arm("soft", None), arm("raw_topk", Some(1)));
     let frozen = Arm { route: Route::Frozen, name: "frozen".into(), ..arm("onehot", Some(1)) };
     let treated = Arm { remedies: vec!["reinit".into()], ..arm("raw_topk+reinit", Some(1)) };
+    let untouched = Arm { route: Route::Untouched, name: "untouched".into(), ..arm("soft", None) };
     let tuned = |hard1: f64, distance: f64| {
         let fidelity = Some(Fidelity { rel_l2: Some(distance), kl: None, agreement: Some(0.9) });
         done(CellResult { fidelity, ..trained(hard1, 1.0) })
@@ -93,9 +103,21 @@ fn results() -> Results {
     cells.push(cell(TaskName::Collapsed, Mode::Scratch, &prepared, 1, done(dense_first)));
     cells.push(cell(TaskName::Equal, Mode::Tune, &ste, 1, tuned(0.2, 0.5)));
     cells.push(cell(TaskName::Equal, Mode::Tune, &raw, 1, tuned(0.4, 0.1)));
-    let gradient = GradientResult { quadratic: quality(1.6), cross_entropy: quality(0.9), ..GradientResult::default() };
+    cells.push(cell(TaskName::Equal, Mode::Tune, &untouched, 1, tuned(0.9, 0.01)));
+    let gradient = GradientResult { sharpness: Some(1.0), quadratic: quality(1.6), cross_entropy: quality(0.9), ..Default::default() };
     cells.push(cell(TaskName::Gradient, Mode::Scratch, &ste, 1, Outcome::Gradient(gradient)));
-    cells.push(cell(TaskName::Digits, Mode::Scratch, &soft, 1, Outcome::Failed("out of\npaper".into())));
+    let noisy = GradientQuality { std: Some(4.0), ..quality(0.5) };
+    let drawn = GradientResult { sharpness: Some(0.5), noise: Some(1.0), quadratic: noisy, cross_entropy: quality(0.4) };
+    cells.push(cell(TaskName::Gradient, Mode::Scratch, &arm("gumbel_st", Some(1)), 1, Outcome::Gradient(drawn)));
+    cells.push(cell(TaskName::Gradient, Mode::Scratch, &arm("remoe", Some(1)), 1, Outcome::Failed("no".into())));
+    let told = |hard1: f64| done(CellResult { domains: domains(hard1), ..trained(hard1, 1.0) });
+    cells.push(cell(TaskName::Text, Mode::Scratch, &soft, 1, Outcome::Failed("out of\npaper".into())));
+    cells.push(cell(TaskName::Text, Mode::Scratch, &soft, 2, told(1.0)));
+    cells.push(cell(TaskName::Text, Mode::Scratch, &soft, 3, done(CellResult { diverged: true, steps: 7, ..trained(9.0, 1.0) })));
+    cells.push(cell(TaskName::Text, Mode::Scratch, &ste, 1, told(1.2)));
+    cells.push(cell(TaskName::Text, Mode::Scratch, &raw, 1, told(1.4)));
+    cells.push(cell(TaskName::Text, Mode::Scratch, &frozen, 1, told(0.8)));
+    cells.push(cell(TaskName::Equal, Mode::Scratch, &arm("ste_k2", Some(2)), 1, done(trained(0.3, 2.0))));
     Results {
         version: RESULTS_VERSION,
         lab: LAB_VERSION,
@@ -106,87 +128,167 @@ fn results() -> Results {
     }
 }
 
-/// The row of an arm in the first table after a heading.
-fn row<'a>(report: &'a str, after: &str, arm: &str) -> &'a str {
-    let section = report.split_once(after).unwrap_or_else(|| panic!("no {after} in {report}")).1;
+/// What is between a heading and the next one of its rank.
+fn section<'a>(report: &'a str, title: &str) -> &'a str {
+    let rank = title.split(' ').next().unwrap();
+    let section = report.split_once(title).unwrap_or_else(|| panic!("no {title} in {report}")).1;
+    section.split(&format!("\n{rank} ")).next().unwrap()
+}
+
+/// The row of an arm in a section.
+fn row<'a>(section: &'a str, arm: &str) -> &'a str {
     section.lines().find(|line| line.starts_with(&format!("| `{arm}`"))).unwrap_or_else(|| panic!("no {arm} in {section}"))
 }
 
 #[test]
 fn the_report_says_what_the_results_hold() {
     let report = write(&results(), &[]);
-    for said in
-        ["`hardmax compare --tasks equal`", "a processor, 2 cores, 2 cells", "| seeds | 1, 2, 3 |", "2 min 5 s", "of which 1 failed"]
-    {
+    for said in [
+        "`hardmax compare --tasks equal`",
+        "a processor, 2 cores, 2 cells",
+        "| seeds | 1, 2, 3 |",
+        "2 min 5 s",
+        "of which 2 failed and 1 diverged",
+        "* text, scratch, equal steps, `soft`, seed 1: out of paper\n",
+        "* text, scratch, equal steps, `soft`, seed 3: not finite after 7 steps\n",
+    ] {
         assert!(report.contains(said), "{said}");
     }
-    assert!(report.contains("* digits, scratch, `soft`, seed 1: out of paper"));
-    let ste = row(&report, "## Task `equal`\n", "ste");
-    assert!(ste.contains("| 1 | 0.0917 [0.0833..0.208] | 0.110 [0.100..0.250] |"), "losses over the best constant: {ste}");
-    assert!(ste.contains("| 8 (8) | 16 | - | 0.500 |"), "the last is the loss at equal expert-FLOPs: {ste}");
-    assert!(row(&report, "## Task `equal`\n", "soft").starts_with("| `soft` | - |"), "no k");
-    assert!(row(&report, "## Gradients of one token", "ste").contains("1.60 / 0.900"));
+    let equal = section(&report, "## Task `equal`\n");
+    let about = "8 experts; 100 steps of 8 tokens, learning rate 0.01 at its peak; 3 seeds (1 at equal expert-FLOPs).";
+    assert!(equal.contains(about) && equal.contains("go by the best routing, known in closed form."), "{equal}");
+    let ste = row(section(equal, "### Quality"), "ste");
+    assert!(ste.starts_with("| `ste` | 1 | 0.110 [0.100..0.250] |"), "losses over the best constant: {ste}");
+    assert!(row(section(equal, "### Quality"), "soft").starts_with("| `soft` | - |"), "no k");
+    let cost = section(equal, "### Cost");
+    assert!(row(cost, "ste").contains("| 8 (8) | 16 | 0.500 after 12 steps |"), "without the peak, which no arm has: {cost}");
+    assert!(row(cost, "raw_topk").ends_with("| = |"), "{cost}");
+    assert!(section(&report, "## Task `text`\n").contains("the domain of the text: a label, not an optimum"));
 }
 
 #[test]
 fn arms_are_sorted_and_controls_set_off() {
     let report = write(&results(), &[]);
-    let section = report.split_once("## Task `equal`\n").unwrap().1;
-    let places: Vec<usize> =
-        ["`ste`", "`raw_topk`", "`soft`", "*controls*", "`frozen`"].iter().map(|name| section.find(name).unwrap()).collect();
+    let quality = section(section(&report, "## Task `equal`\n"), "### Quality");
+    let names = ["`ste`", "`ste_k2`", "`raw_topk`", "`soft`", "*controls*", "`frozen`"];
+    let places: Vec<usize> = names.iter().map(|name| quality.find(&format!("| {name} |")).unwrap()).collect();
     assert!(places.is_sorted(), "{places:?}");
-    let summary = report.split_once("## The four questions").unwrap().1.split_once("## Task").unwrap().0;
-    assert!(summary.contains("| `ste` |") && summary.contains("| `frozen` |") && !summary.contains("reinit"), "{summary}");
-    let ste = row(&report, "## The four questions", "ste");
-    assert!(ste.contains("| 0.0183; 0.0183 | 2.27; -; 0 | 8; 8; 0 | all experts run, own backward |"), "{ste}");
+}
+
+#[test]
+fn only_arms_of_every_task_are_ranked_together() {
+    let report = write(&results(), &[]);
+    let summary = section(&report, "## The four questions");
+    let (whole, partial) = summary.split_once("### Arms that ran on fewer tasks").unwrap();
+    assert!(whole.contains("tasks `equal`, `text`,") && !whole.contains("| `ste_k2`") && !summary.contains("reinit"), "{summary}");
+    // First in `equal`, first in `text`, where two of three seeds of `soft` are lost.
+    let ste = row(whole, "ste");
+    assert!(ste.starts_with("| `ste` | 1 | "), "{ste}");
+    assert!(ste.contains("| 2.27 | - | 8 | 4.50 | - | all experts run, own backward |"), "worst seed, no std, cost, no peak: {ste}");
+    assert!(row(whole, "soft").starts_with("| `soft` (4 of 6 seeds: 1 diverged, 1 failed) | 3 |"), "{whole}");
+    assert!(row(whole, "frozen").contains("| 2.50 [1..4] |"), "a control has the rank that it would have: {whole}");
+    assert!(partial.contains("*on `equal`:*"), "{partial}");
+    assert!(row(partial, "ste_k2").contains("| `ste_k2` | 2 |"), "between the arms of the other table: {partial}");
+}
+
+#[test]
+fn differences_are_paired_and_doubtful_ones_slanted() {
+    let report = write(&results(), &[]);
+    let quality = section(section(&report, "## Task `equal`\n"), "### Quality");
+    assert!(row(quality, "ste").contains("| -0.500, 3 of 3 | -0.100, 3 of 3 |"), "{quality}");
+    assert!(row(quality, "frozen").contains("| - | 0.400, 0 of 3 |"), "not with itself: {quality}");
+}
+
+#[test]
+fn lost_seeds_are_said_wherever_figures_are() {
+    let report = write(&results(), &[]);
+    let text = section(&report, "## Task `text`\n");
+    for block in ["### Quality", "### Routing", "### Cost", "### Perplexity"] {
+        let soft = row(section(text, block), "soft");
+        assert!(soft.starts_with("| `soft` (1 of 3 seeds: 1 diverged, 1 failed) |"), "{soft}");
+    }
+    let quality = section(text, "### Quality");
+    assert!(quality.find("| `soft`") > quality.find("| `raw_topk`"), "its median is lost: {quality}");
+    assert!(quality.contains("| 0.500 |"), "the figure is of the seed that is left: {quality}");
+}
+
+#[test]
+fn perplexities_are_by_domain() {
+    let report = write(&results(), &[]);
+    let perplexity = section(section(&report, "## Task `text`\n"), "### Perplexity");
+    assert!(perplexity.contains("| arm | all text | prose | code |"), "{perplexity}");
+    // exp(1.2), exp(1.2 - 1.0), exp(0.6), exp(1.2).
+    assert!(row(perplexity, "ste").contains("| 3.32 (+22.1 %) | 1.82 (+0.0 %) | 3.32 (+0.0 %) |"), "{perplexity}");
+    assert!(!section(&report, "## Task `equal`\n").contains("### Perplexity"));
+}
+
+#[test]
+fn gradients_say_what_is_in_force_and_what_is_below_the_noise() {
+    let report = write(&results(), &[]);
+    let gradients = section(&report, "## Gradients of one token");
+    assert!(row(gradients, "ste").contains("| temperature 1 | 1.60 / 0.900 | 0.500 / 0.500 | 0 / 0 |"), "{gradients}");
+    // 4 / √8 draws is the error of the mean.
+    assert!(row(gradients, "gumbel_st").contains("| temperature 0.500, noise 1 | < 1.41 / 0.400 |"), "{gradients}");
+    assert!(row(gradients, "remoe").contains("(0 of 1 seeds: 1 failed) | - | - / - |"), "{gradients}");
+    let without = Results { cells: results().cells.into_iter().filter(|cell| cell.spec.task == TaskName::Equal).collect(), ..results() };
+    assert!(section(&write(&without, &[]), "## Gradients of one token").contains("Not run"));
 }
 
 #[test]
 fn quality_and_fidelity_have_ranks_of_their_own() {
     let report = write(&results(), &[]);
-    let of = |arm| row(&report, "tuning a soft-trained model", arm);
-    assert!(of("ste").starts_with("| `ste` | 0.100 (1) | 0.500 (2) |"), "{}", of("ste"));
-    assert!(of("raw_topk").starts_with("| `raw_topk` | 0.200 (2) | 0.100 (1) |"), "{}", of("raw_topk"));
+    let tuning = section(section(&report, "tuning a soft-trained model"), "### Quality");
+    assert!(tuning.contains("| arm | k | quality: hard top-1 | fidelity: rel. L2 to the teacher | agreement with the teacher |"), "no KL");
+    assert!(row(tuning, "ste").starts_with("| `ste` | 1 | 0.100 (1) | 0.500 (2) | 0.900 |"), "{tuning}");
+    assert!(row(tuning, "raw_topk").starts_with("| `raw_topk` | 1 | 0.200 (2) | 0.100 (1) |"), "{tuning}");
+    assert!(row(tuning, "untouched").starts_with("| `untouched` | - | 0.450 | 0.0100 |"), "a control has no rank: {tuning}");
 }
 
 #[test]
 fn experts_that_should_not_have_run_are_seen() {
     let report = write(&results(), &[]);
     assert!(report.contains("differ from what the method should take: `raw_topk` (collapsed).\n"), "{report}");
-    assert!(row(&report, "## Task `collapsed`", "raw_topk").contains("**2 (1)**"));
-    assert!(row(&report, "## Task `collapsed`", "raw_topk+drop").contains("| 0.700 (at most 1) |"), "full experts take no more");
-    assert!(row(&report, "## Task `collapsed`", "experts_only").contains("| 3.38 (at most 3.38) |"), "34 of 100 steps are soft");
-    let treated = row(&report, "## Task `collapsed`", "raw_topk+reinit");
-    assert!(treated.contains("| 3 |") && treated.contains("| 1 (1) |"), "three actions: {treated}");
+    let collapsed = section(&report, "## Task `collapsed`");
+    let cost = section(collapsed, "### Cost");
+    assert!(row(cost, "raw_topk").contains("**2 (1)**"));
+    assert!(row(cost, "raw_topk+drop").contains("| 0.700 (at most 1) |"), "full experts take no more");
+    assert!(row(cost, "experts_only").contains("| 3.38 (at most 3.38) |"), "34 of 100 steps are soft");
+    assert!(row(cost, "raw_topk+reinit").contains("| 1 (1) |"), "{cost}");
+    let routing = section(collapsed, "### Routing");
+    assert!(row(routing, "raw_topk+reinit").ends_with("| 3 |") && row(routing, "raw_topk").ends_with("| - |"), "actions: {routing}");
 }
 
 #[test]
 fn pictures_show_the_arms() {
-    let folder = std::env::temp_dir().join(format!("hardmax-report-{}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
+    let folder = tempfile::tempdir().unwrap();
     let results = results();
-    let pictures = plots::draw(&results, &folder).unwrap();
+    let pictures = plots::draw(&results, folder.path()).unwrap();
     let stems: Vec<&str> = pictures.iter().map(|picture| picture.stem.as_str()).collect();
     let expected = [
         "loss-equal",
-        "loss-collapsed",
+        "cost-equal",
         "gap-temperature",
         "router-gradient",
-        "gradient-quality",
+        "fidelity-equal",
+        "loss-collapsed",
         "load-collapsed",
-        "quality-fidelity",
-        "cost",
+        "loss-text",
+        "cost-text",
+        "gradient-quality",
     ];
     assert_eq!(stems, expected);
     let report = write(&results, &pictures);
+    let svg = |stem: &str| fs::read_to_string(folder.path().join(stem).with_extension("svg")).unwrap();
     for stem in stems {
-        let svg = fs::read_to_string(folder.join(stem).with_extension("svg")).unwrap();
         let arm = if stem.ends_with("collapsed") { "raw_topk+reinit" } else { "ste" };
-        assert!(svg.contains(&format!(">{arm}<")), "{stem}");
-        assert!(fs::metadata(folder.join(stem).with_extension("png")).unwrap().len() > 1000, "{stem}");
+        assert!(svg(stem).contains(&format!(">{arm}<")), "{stem}");
+        assert!(fs::metadata(folder.path().join(stem).with_extension("png")).unwrap().len() > 1000, "{stem}");
         assert_eq!(report.matches(&format!("](plots/{stem}.svg)")).count(), 1, "{stem}");
     }
-    fs::remove_dir_all(&folder).unwrap();
+    assert!(svg("cost-text").contains(">soft (1 of 3 seeds)<") && svg("loss-text").contains(">soft (1 of 3 seeds)<"));
+    let names = svg("loss-equal");
+    let place = |name: &str| names.find(&format!(">{name}<")).unwrap();
+    assert!(place("frozen") < place("soft") && place("soft") < place("ste"), "names are in the order of the ends, highest first");
 }
 
 #[test]
@@ -196,4 +298,5 @@ fn nothing_at_all_is_a_report_too() {
     assert!(plots::draw(&nothing, &folder).unwrap().is_empty());
     let report = write(&nothing, &[]);
     assert!(report.starts_with("# Estimators compared") && !report.contains("## Task") && !report.contains("four questions"));
+    assert!(section(&report, "## Gradients of one token").contains("Not run"));
 }
