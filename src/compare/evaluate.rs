@@ -75,7 +75,7 @@ impl Point {
 const AT_ONCE: usize = 256;
 
 impl Model<'_> {
-    /// A point of the curves: the same rows and figures as those of the end ([`Self::measure`]).
+    /// A point of the curves: the same figures as those of the end ([`Self::measure`]), of any rows.
     pub fn point(&self, test: &Batch) -> Point {
         let mut point = Point::default();
         for first in (0..test.rows()).step_by(AT_ONCE) {

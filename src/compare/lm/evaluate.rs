@@ -66,7 +66,7 @@ struct Layer {
 const AT_ONCE: usize = 8;
 
 impl Model<'_> {
-    /// A point of the curves: the same windows and figures as those of the end ([`Self::measure`]), a part at a time, so
+    /// A point of the curves: the same figures as those of the end ([`Self::measure`]), of any windows, a part at a time, so
     /// that it takes no more memory than training.
     pub(super) fn point(&self, test: &Windows) -> Result<Point> {
         let count = test.inputs.len() / LENGTH;

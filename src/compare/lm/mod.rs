@@ -38,6 +38,8 @@ use crate::{
     },
 };
 
+/// Test windows of a point of the curves, but for the last one: as many of each domain.
+const POINT_WINDOWS: usize = 8;
 /// Training windows by which the teacher's experts are matched to domains.
 const MATCHING_WINDOWS: usize = 16;
 /// Lines of remedies that a result keeps.
@@ -130,11 +132,12 @@ impl<'a> Cell<'a> {
     }
 
     fn train(&mut self) -> Result<()> {
+        let some = self.test.part(0..POINT_WINDOWS);
         let mut next = 0;
         while let Some(clock) = self.clock() {
             self.change_plan(clock)?;
             if next < self.spec.size.points && clock * self.spec.size.points >= next * self.spec.size.steps {
-                self.note_point(clock)?;
+                self.note_point(clock, &some)?;
                 next += 1;
             }
             if !self.advance(clock)? {
@@ -143,7 +146,8 @@ impl<'a> Cell<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        self.note_point(self.spec.size.steps)
+        let all = self.test.part(0..self.spec.size.test);
+        self.note_point(self.spec.size.steps, &all)
     }
 
     /// Where schedules stand, in steps of the full run; `None` at the end.
@@ -219,9 +223,9 @@ impl<'a> Cell<'a> {
         Model { decoder: &self.decoder, estimator, layers, route: self.route.as_deref() }
     }
 
-    fn note_point(&mut self, clock: usize) -> Result<()> {
+    fn note_point(&mut self, clock: usize, windows: &Windows) -> Result<()> {
         let model = self.model(clock);
-        let point = model.point(&self.test)?;
+        let point = model.point(windows)?;
         let steps = self.spec.size.steps;
         let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.estimator.number_at(name, clock, steps));
         let norms = &self.record.norms[self.record.norms_at_point..];

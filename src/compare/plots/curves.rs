@@ -42,7 +42,7 @@ pub(super) fn losses(table: &Table<'_>) -> Drawn {
     let (low, high) = window(&curves)?;
     let axis = Axis::log("test loss / best constant prediction").from_to(low, high);
     let caption = format!(
-        "Test loss of task `{0}` under hard top-1 over the run, in units of the best constant prediction, on all test rows: the ends are the figures \
+        "Test loss of task `{0}` under hard top-1 over the run, in units of the best constant prediction, on a part of the test rows and at the end on all: the ends are the figures \
          of the table. Medians over seeds of the {CURVES} best estimators and (dashed) the controls; the tint is from the best to the worst seed \
          of the best one. The axis leaves out the first tenth of the run, and what is below {BELOW_BEST} of the best estimator.",
         table.task.id()
