@@ -7,6 +7,7 @@
 mod axis;
 mod chart;
 mod font;
+mod grid;
 mod heat;
 mod marks;
 mod raster;
@@ -18,6 +19,7 @@ use self::marks::{Align, Area, Canvas};
 pub use self::{
     axis::{Axis, Scale},
     chart::{Chart, Form, Legend, Series},
+    grid::Grid,
     heat::{ColourBar, HeatMap},
     marks::Colour,
 };
@@ -45,6 +47,8 @@ pub enum Panel {
     Chart(Chart),
     /// Values as colours.
     Heat(HeatMap),
+    /// The same over two named dimensions.
+    Grid(Grid),
 }
 
 const TITLE: f64 = 30.0;
@@ -94,6 +98,7 @@ impl Figure {
             match panel {
                 Panel::Chart(chart) => chart.draw(&mut canvas, area),
                 Panel::Heat(heat) => heat.draw(&mut canvas, area),
+                Panel::Grid(grid) => grid.draw(&mut canvas, area),
             }
         }
         if let Some(bar) = &self.bar {
