@@ -183,6 +183,15 @@ def ours(binary: Path, folder: Path, ids: list[int]) -> dict[str, dict]:
     return {name: policy for policy in found["policies"] for name in [policy["name"], *policy["aliases"]]}
 
 
+def short(value):
+    """The same with ten digits."""
+    if isinstance(value, dict):
+        return {key: short(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [short(inner) for inner in value]
+    return float(f"{value:.10g}") if isinstance(value, float) else value
+
+
 def differences(expected, found, path: str = "") -> list[tuple[float, str]]:
     """How far every number is from the expected one, with its place."""
     if isinstance(expected, dict):
@@ -225,7 +234,8 @@ def main() -> int:
             for _, where in sorted(wrong, reverse=True)[:5]:
                 print(f"    {where}")
     if args.write:
-        (goldens / "fidelity.json").write_text(json.dumps(golden, indent=1) + "\n")
+        lines = [f"{json.dumps(name)}: {json.dumps(short(case))}" for name, case in golden.items()]
+        (goldens / "fidelity.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 1 if failed else 0
 
 
