@@ -144,7 +144,9 @@ impl FidelityArgs {
         if let Some(mean_k) = self.mean_k.iter().find(|mean_k| !(mean_k.is_finite() && **mean_k >= 1.0)) {
             return Err(Error::invalid("--mean-k", format!("{mean_k} is not a number from 1")));
         }
-        for (flag, choice) in self.routing.iter().map(|choice| ("--routing", choice)).chain(self.reference.iter().map(|c| ("--reference", c))) {
+        for (flag, choice) in
+            self.routing.iter().map(|choice| ("--routing", choice)).chain(self.reference.iter().map(|c| ("--reference", c)))
+        {
             spec.check_routing(*choice).map_err(|error| Error::invalid(flag, format!("{choice}: {error}")))?;
         }
         let layer_k = self.layer_k.iter().map(|ks| Case::layer_k("--layer-k", spec, &ks.0));
@@ -171,9 +173,8 @@ impl FidelityArgs {
         let reduction = if self.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
         let device = self.device.open()?;
         let options = ServingOptions { device: self.device, weights: self.dtype, reduction };
-        let load = |weights: WeightType| {
-            checkpoint.load(&LoadOptions { dtype: weights.dtype(&device), device: device.clone(), progress: true })
-        };
+        let load =
+            |weights: WeightType| checkpoint.load(&LoadOptions { dtype: weights.dtype(&device), device: device.clone(), progress: true });
         let spec = || std::sync::Arc::new(checkpoint.spec().clone());
         let weights = load(self.dtype)?;
         let mut others = Vec::new();

@@ -45,7 +45,8 @@ impl Corpus {
         for file in files {
             let text = fs::read_to_string(file).map_err(|source| Error::io(file, source))?;
             self.hash.update(text.as_bytes());
-            let encoding = tokenizer.encode(text, true).map_err(|error| Error::invalid("--text", format!("{}: {error}", file.display())))?;
+            let encoding =
+                tokenizer.encode(text, true).map_err(|error| Error::invalid("--text", format!("{}: {error}", file.display())))?;
             self.add(encoding.get_ids());
             self.files.push(file.display().to_string());
         }

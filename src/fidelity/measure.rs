@@ -20,9 +20,10 @@ pub struct OutputGap {
 
 impl OutputGap {
     /// Of two outputs of one width.
-    pub fn new(reference: &[f64], served: &[f64]) -> Self {
+    pub fn new<T: Copy + Into<f64>>(reference: &[T], served: &[T]) -> Self {
         let mut gap = Self::default();
         for (&r, &s) in reference.iter().zip(served) {
+            let (r, s): (f64, f64) = (r.into(), s.into());
             gap.difference += (r - s) * (r - s);
             gap.reference += r * r;
             gap.served += s * s;

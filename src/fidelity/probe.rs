@@ -195,8 +195,10 @@ impl LayerProbe {
             let ids = &order.expert_ids[places.clone()];
             let rows = || outputs[places.start * d..places.end * d].chunks_exact(d);
             // Every policy takes experts by descending logit: its own are the first of `ids`.
-            let weights = |routing: &SparseRouting| routing.weights[routing.routes(token)].to_vec();
-            let mixed = |routing: &SparseRouting, out: &mut [f64]| mix(weights(routing).into_iter().map(f64::from), rows(), out);
+            let mixed = |routing: &SparseRouting, out: &mut [f64]| {
+                let weights = &routing.weights[routing.routes(token)];
+                mix(weights.iter().map(|&weight| f64::from(weight)), rows(), out);
+            };
             mixed(&routings[0], &mut reference);
             if let (Some(first), Some(second)) = (rows().next(), rows().nth(1)) {
                 let (distance, norm) = disagreement(first, second);
@@ -206,12 +208,12 @@ impl LayerProbe {
                 mixed(routing, &mut served);
                 sum.add(&OutputGap::new(&reference, &served));
             }
-            let reference_weights = weights(&routings[0]);
+            let reference_weights = &routings[0].weights[routings[0].routes(token)];
             let logits = &seen.router_logits[token * self.experts..(token + 1) * self.experts];
             for (gap, routing) in self.gaps.iter_mut().zip(&routings[1..]) {
                 mixed(routing, &mut served);
                 let chosen = &routing.expert_ids[routing.routes(token)];
-                let missed = missed_mass(ids.iter().zip(&reference_weights), chosen);
+                let missed = missed_mass(ids.iter().zip(reference_weights), chosen);
                 gap.add_local(OutputGap::new(&reference, &served), missed, margin(logits, ids, chosen.len(), temperature));
             }
         }
@@ -221,7 +223,7 @@ impl LayerProbe {
     /// The routings as they ran, each on its own hidden state.
     fn free(&mut self, seen: &ObservedLayer<'_>, n: usize, order: &SparseRouting, parted: &mut [bool]) {
         let d = seen.width();
-        let wide = |row: usize| seen.x[row * d..(row + 1) * d].iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let x = |row: usize| &seen.x[row * d..(row + 1) * d];
         for (case, gap) in self.gaps.iter_mut().enumerate() {
             for token in 0..n {
                 let row = (case + 1) * n + token;
@@ -231,7 +233,7 @@ impl LayerProbe {
                 gap.overlap.push(agreement.overlap);
                 gap.exact += u64::from(agreement.exact);
                 gap.argmax_disagree += u64::from(!agreement.first);
-                gap.drift.add(&OutputGap::new(&wide(token), &wide(row)));
+                gap.drift.add(&OutputGap::new(x(token), x(row)));
                 parted[case * n + token] |= !agreement.exact;
             }
         }

@@ -4,9 +4,11 @@ use super::{
     advice::{LayerCost, Plan, factor, opposite, plan, predict},
     case::Case,
     corpus::{Corpus, most_frequent, occurrences},
-    floor::{Floor, FloorForm, floor},
+    floor::{Floor, floor},
     probe::Probe,
-    report::{AdviceReport, ExpertReport, FloorReport, LayerBlame, LayerReport, ModelFacts, PlanReport, PolicyReport, ReferenceFacts, Report},
+    report::{
+        AdviceReport, ExpertReport, FloorReport, LayerBlame, LayerReport, ModelFacts, PlanReport, PolicyReport, ReferenceFacts, Report,
+    },
     run::{OutputGaps, run},
     verdict::Verdict,
 };
@@ -91,7 +93,7 @@ pub fn study(
         corpus: corpus.facts(&windows),
         reference: sides.reference_facts(spec, options),
         policies: policies.collect::<Result<_>>()?,
-        floor: noise.map(|floor| FloorReport { floor, forms: std::mem::take::<Vec<FloorForm>>(&mut forms) }),
+        floor: noise.map(|floor| FloorReport { floor, forms }),
         watched: sides.name(sides.watched),
         followed: followed.iter().map(|&token| decode(token)).collect(),
         experts: experts.collect(),
@@ -147,14 +149,7 @@ impl Sides {
         ReferenceFacts { name: self.name(0), aliases: self.aliases[0].clone(), assumed }
     }
 
-    fn policy(
-        &self,
-        spec: &ModelSpec,
-        probe: &Probe,
-        served: usize,
-        output: &OutputGaps,
-        floor: Option<&Floor>,
-    ) -> Result<PolicyReport> {
+    fn policy(&self, spec: &ModelSpec, probe: &Probe, served: usize, output: &OutputGaps, floor: Option<&Floor>) -> Result<PolicyReport> {
         let case = &self.cases[served + 1];
         Ok(PolicyReport {
             name: case.name.clone(),
@@ -176,7 +171,6 @@ fn advise(
     reference: RoutingChoice,
     progress: Progress<'_>,
 ) -> Result<Option<AdviceReport>> {
-    let spec = model.spec();
     if options.advice_tokens == 0 || options.mean_k.is_empty() {
         return Ok(None);
     }
@@ -195,11 +189,13 @@ fn advise(
     let outputs = run_plans(model, &check_on, reference, &all, progress)?;
     let told = |at: usize| PlanReport::new(&all[at], &outputs[at]);
     let n = plans.len();
+    let blame: Vec<LayerBlame> = costs.iter().map(|cost| LayerBlame::new(cost, &costs)).collect();
     Ok(Some(AdviceReport {
         chosen_on: choose_on.iter().map(|window| window.len()).sum(),
         checked_on: check_on.iter().map(|window| window.len()).sum(),
         held_out: windows.len() > 1,
-        blame: spec.moe_layers().zip(&costs).map(|(_, cost)| LayerBlame::new(cost, &costs)).collect(),
+        stands_out: AdviceReport::outstanding(&blame),
+        blame,
         top_1: told(n),
         top_2: told(n + 1),
         plans: (0..n).map(told).collect(),
@@ -208,12 +204,7 @@ fn advise(
 }
 
 /// What each layer costs alone, and all of them together, at k = 1.
-fn costs(
-    model: &ServingModel,
-    windows: &[&[u32]],
-    reference: RoutingChoice,
-    progress: Progress<'_>,
-) -> Result<(Vec<LayerCost>, f64)> {
+fn costs(model: &ServingModel, windows: &[&[u32]], reference: RoutingChoice, progress: Progress<'_>) -> Result<(Vec<LayerCost>, f64)> {
     let spec = model.spec();
     let hard = RoutingChoice::TopK { k: 1, weight_form: None };
     let ladder = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1).max(LADDER);

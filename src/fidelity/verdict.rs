@@ -168,9 +168,8 @@ impl Verdict {
         };
         let action = match (self.fidelity.level, self.quality.level) {
             (Level::Green, Level::Green) => "safe to serve",
-            (Level::Red, Level::Red) => "tune the router, or serve a larger k",
-            (Level::Red, _) => "serve it only if the reference is not what you promised",
             (_, Level::Red) => "tune the router, or serve a larger k",
+            (Level::Red, _) => "serve it only where the answers need not be those of the trained model",
             _ => "acceptable where a larger k costs too much",
         };
         format!("{fidelity}, {quality}: {action}.")

@@ -117,12 +117,7 @@ impl Decoder {
     }
 
     /// [`Decoder::serve`], shown to `observer`.
-    pub fn serve_observed(
-        &self,
-        batch: &Batch,
-        cache: Option<&mut KvCache>,
-        observer: Option<&mut dyn MoeObserver>,
-    ) -> Result<Forward> {
+    pub fn serve_observed(&self, batch: &Batch, cache: Option<&mut KvCache>, observer: Option<&mut dyn MoeObserver>) -> Result<Forward> {
         let runs: Vec<(LayerChoices, usize)> = batch.spans.iter().map(|span| (span.routing.clone(), span.new)).collect();
         // Lent for as long as the runs: a trait object behind an `Option` does not shorten its lifetime by itself.
         let observer = observer.map(|observer| observer as &mut dyn MoeObserver);
@@ -182,7 +177,10 @@ pub(super) fn check_batch(spec: &ModelSpec, batch: &Batch, cache: Option<CacheSh
         if let LayerChoices::Each(choices) = &span.routing
             && choices.len() != spec.layers.len()
         {
-            return Err(Error::invalid("routing", format!("{} choices for {} layers: give one for each", choices.len(), spec.layers.len())));
+            return Err(Error::invalid(
+                "routing",
+                format!("{} choices for {} layers: give one for each", choices.len(), spec.layers.len()),
+            ));
         }
         let Some(cache) = cache else {
             if span.past > 0 {

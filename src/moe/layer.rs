@@ -147,11 +147,8 @@ impl ExpertOutputs for LayerExperts<'_> {
         let tokens: Vec<u32> =
             (0..routing.num_tokens()).flat_map(|token| std::iter::repeat_n(token as u32, routing.routes(token).len())).collect();
         let x_rd = self.x_td.index_select(&Tensor::from_slice(&tokens, routes, self.x_td.device())?, 0)?;
-        let single = SparseRouting {
-            offsets: (0..=routes as u32).collect(),
-            expert_ids: routing.expert_ids.clone(),
-            weights: vec![1.0; routes],
-        };
+        let single =
+            SparseRouting { offsets: (0..=routes as u32).collect(), expert_ids: routing.expert_ids.clone(), weights: vec![1.0; routes] };
         let plan = DispatchPlan::new(&single, self.layer.spec.num_experts);
         let y_rd = self.layer.kernel.grouped(&x_rd, &plan, &self.layer.experts)?;
         Ok(y_rd.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)

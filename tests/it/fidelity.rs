@@ -79,10 +79,10 @@ fn demo() -> (PathBuf, String) {
 #[test]
 fn a_sharp_router_and_a_soft_one_are_told_apart() {
     let (model, text) = demo();
-    let common = ["--text", &text, "--max-tokens", "2048", "--advice-tokens", "1024", "--mean-k", "1.5"];
+    let common = ["--text", &text, "--max-tokens", "1024", "--advice-tokens", "512", "--mean-k", "1.5"];
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("plots");
-    let (sharp, printed) = report(&model, &[&common[..], &["--floor-tokens", "512", "--out", out.to_str().expect("UTF-8")]].concat());
+    let (sharp, printed) = report(&model, &[&common[..], &["--floor-tokens", "256", "--out", out.to_str().expect("UTF-8")]].concat());
     let (soft, _) = report(&model, &[&common[..], &["--floor-tokens", "0", "--reference", "soft:8"]].concat());
 
     let kl = |report: &Value| policy(report, "top-1")["output"]["kl"]["mean"].as_f64().expect("a number");
@@ -102,10 +102,10 @@ fn a_sharp_router_and_a_soft_one_are_told_apart() {
     // Advice is chosen on other text than it is run on.
     let advice = &sharp["advice"];
     let number = |value: &Value| value.as_f64().expect("a number");
-    let (plan, opposite) = (&advice["plans"][0], &advice["opposites"][0]);
+    let plan = &advice["plans"][0];
     let (measured, expected) = (number(&plan["measured_kl"]), number(&plan["predicted_kl"]));
     assert!(measured < 1.5 * expected && expected < 1.5 * measured, "{measured} measured, {expected} expected");
-    assert!(measured < number(&advice["top_1"]["measured_kl"]) && measured <= number(&opposite["measured_kl"]), "{advice}");
+    assert!(measured < number(&advice["top_1"]["measured_kl"]), "{advice}");
 }
 
 #[test]

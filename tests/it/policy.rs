@@ -33,7 +33,24 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     // The laboratory: estimators against each other, on small tasks of its own and on the decoder.
     ("compare", &["error", "model", "moe", "ops", "plot", "schedule", "train"]),
     // The command line may name everything.
-    ("cli", &["bench", "checkpoint", "compare", "engine", "error", "fidelity", "model", "moe", "ops", "server", "service", "telemetry", "train"]),
+    (
+        "cli",
+        &[
+            "bench",
+            "checkpoint",
+            "compare",
+            "engine",
+            "error",
+            "fidelity",
+            "model",
+            "moe",
+            "ops",
+            "server",
+            "service",
+            "telemetry",
+            "train",
+        ],
+    ),
     ("main", &["cli"]),
     ("lib", &[]),
 ];

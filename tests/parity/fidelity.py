@@ -174,7 +174,7 @@ def ours(binary: Path, folder: Path, ids: list[int]) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "ids").write_text(" ".join(map(str, ids)))
         command = [
-            str(binary), "fidelity", "--model", str(folder), "--token-ids", f"{tmp}/ids", "--window", str(WINDOW),
+            str(binary.resolve()), "fidelity", "--model", str(folder), "--token-ids", f"{tmp}/ids", "--window", str(WINDOW),
             "--reference", "soft:1", "--routing", ",".join(ROUTING.values()), "--floor-tokens", "0",
             "--advice-tokens", "0", "--json", f"{tmp}/report.json",
         ]

@@ -181,6 +181,9 @@ pub struct AdviceReport {
     pub held_out: bool,
     /// Of each MoE layer.
     pub blame: Vec<LayerBlame>,
+    /// The layer that costs most, where it costs more than half as much again as its fair part. Where none does, it hardly matters which
+    /// layers get the larger k.
+    pub stands_out: Option<usize>,
     /// k = 1 everywhere.
     pub top_1: PlanReport,
     /// k = 2 everywhere.
@@ -307,6 +310,20 @@ impl ExpertReport {
             followed: probe.usage.followed(),
             typical: probe.usage.typical(most, occurrences).into_iter().map(typical).collect(),
         }
+    }
+}
+
+impl AdviceReport {
+    /// The layer that stands out of these.
+    pub fn outstanding(blame: &[LayerBlame]) -> Option<usize> {
+        let worst = blame.iter().max_by(|a, b| a.share.total_cmp(&b.share))?;
+        (blame.len() > 1 && worst.share * blame.len() as f64 > 1.5).then_some(worst.layer)
+    }
+
+    /// The cheapest plan that came closer to the reference than k = 2 everywhere, with fewer experts.
+    pub fn better_than_top_2(&self) -> Option<&PlanReport> {
+        let better = |plan: &&PlanReport| plan.mean_k < self.top_2.mean_k && plan.measured_kl < self.top_2.measured_kl;
+        self.plans.iter().filter(better).min_by(|a, b| a.mean_k.total_cmp(&b.mean_k))
     }
 }
 

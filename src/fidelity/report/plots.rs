@@ -15,6 +15,9 @@ const MOST: f64 = 3.0;
 /// Columns of panels.
 const COLUMNS: usize = 4;
 
+/// A number of a layer.
+type OfLayer = fn(&LayerReport) -> f64;
+
 pub(super) fn draw(report: &Report, folder: &Path) -> Result<Vec<String>> {
     let figures = [
         ("gap-by-layer", Some(gaps(&report.policies))),
@@ -35,12 +38,12 @@ pub(super) fn draw(report: &Report, folder: &Path) -> Result<Vec<String>> {
 
 /// What each layer does to its own output, why, and what it is given.
 fn gaps(policies: &[PolicyReport]) -> Figure {
-    let panels: [(&str, &str, fn(&LayerReport) -> f64); 3] = [
+    let panels: [(&str, &str, OfLayer); 3] = [
         ("local gap", "‖y_ref − y‖ / ‖y_ref‖, pooled", |layer| layer.l2_rel_pooled),
         ("missed mass", "reference weight not served", |layer| layer.missed_mass.mean),
-        ("drift, free-running", "relative L2 of the layer\u{2019}s input", |layer| layer.input_drift),
+        ("drift, free-running", "relative L2 of the input", |layer| layer.input_drift),
     ];
-    let chart = |(title, label, value): (&str, &str, fn(&LayerReport) -> f64)| {
+    let chart = |(title, label, value): (&str, &str, OfLayer)| {
         let curves = policies.iter().enumerate().flat_map(|(i, policy)| {
             let points: Vec<(f64, f64)> = policy.layers.iter().map(|layer| (layer.layer as f64, value(layer))).collect();
             let series = |name: &str, form| Series { name: name.to_owned(), colour: Colour::nth(i), form };
@@ -51,7 +54,7 @@ fn gaps(policies: &[PolicyReport]) -> Figure {
         Panel::Chart(Chart {
             title: title.to_owned(),
             x: Axis::linear("layer"),
-            y: Axis::linear(label).from_to(0.0, 1.15 * most),
+            y: Axis::linear(label).from_to(0.0, 1.35 * most),
             series,
             legend: Legend::Inside,
         })
@@ -114,7 +117,13 @@ fn tokens(report: &Report) -> Figure {
     let panels: Vec<Panel> = some(&report.experts).map(panel).collect();
     let height = 90.0 + 13.0 * rows.len() as f64;
     let bar = Some(ColourBar { label: "share of the token".into(), most: 1.0 });
-    Figure { title: format!("who takes the most frequent tokens, {}", report.watched), panel: (250.0, height), columns: COLUMNS, panels, bar }
+    Figure {
+        title: format!("who takes the most frequent tokens, {}", report.watched),
+        panel: (250.0, height),
+        columns: COLUMNS,
+        panels,
+        bar,
+    }
 }
 
 /// Mean k against KL: what was expected and what came.
@@ -126,21 +135,23 @@ fn advice(advice: &super::AdviceReport) -> Figure {
     let mut way: Vec<&PlanReport> = plans.iter().copied().chain(uniform).collect();
     way.sort_by(|a, b| a.mean_k.total_cmp(&b.mean_k));
     let expected = way.iter().map(|plan| (plan.mean_k, plan.predicted_kl)).collect();
-    let named = |points: Vec<(f64, f64)>, names: [&str; 2]| points.into_iter().zip(names).map(|((x, y), name)| (x, y, name.into())).collect();
+    let most = way.iter().chain(&opposites).map(|plan| plan.measured_kl.max(plan.predicted_kl)).fold(0.0, f64::max);
+    let named =
+        |points: Vec<(f64, f64)>, names: [&str; 2]| points.into_iter().zip(names).map(|((x, y), name)| (x, y, name.into())).collect();
     let series = |name: &str, i: usize, form| Series { name: name.to_owned(), colour: Colour::nth(i), form };
     let chart = Chart {
         title: "what a k for each layer buys".into(),
         x: Axis::linear("mean k over layers"),
-        y: Axis::linear("KL, nats per token"),
+        y: Axis::linear("KL, nats per token").from_to(0.0, 1.1 * most),
         series: vec![
             series("expected", 0, Form::Dashed(expected)),
             series("the same k everywhere", 0, Form::Named(named(measured(&uniform), ["top-1", "top-2"]))),
             series("advice, measured", 2, Form::Dots(measured(&plans))),
-            series("the wrong way round, measured", 3, Form::Dots(measured(&opposites))),
+            series("wrong way round, measured", 3, Form::Dots(measured(&opposites))),
         ],
-        legend: Legend::Inside,
+        legend: Legend::Right,
     };
-    Figure::single((560.0, 340.0), Panel::Chart(chart))
+    Figure::single((720.0, 320.0), Panel::Chart(chart))
 }
 
 /// A few layers, evenly, first and last among them.

@@ -29,7 +29,9 @@ impl Display for Table {
         for row in &self.0 {
             let mut line = String::new();
             for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                let number = |row: &Vec<String>| row.get(column).is_some_and(|cell| cell.starts_with(|c: char| c.is_ascii_digit() || "+-".contains(c)));
+                let number = |row: &Vec<String>| {
+                    row.get(column).is_some_and(|cell| cell.starts_with(|c: char| c.is_ascii_digit() || "+-".contains(c)))
+                };
                 let pad = " ".repeat(width - cell.chars().count());
                 line += &if column > 0 && self.0.last().is_some_and(number) { format!("  {pad}{cell}") } else { format!("  {cell}{pad}") };
             }
@@ -86,7 +88,8 @@ impl Display for Report {
 }
 
 fn outputs(policies: &[PolicyReport]) -> Table {
-    let mut table = Table::new(&["routing", "mean k", "KL", "p95", "JS", "same top-1", "of top-5", "perplexity", "gap", "95 % interval", "flipped"]);
+    let mut table =
+        Table::new(&["routing", "mean k", "KL", "p95", "JS", "same top-1", "of top-5", "perplexity", "gap", "95 % interval", "flipped"]);
     for policy in policies {
         let (output, perplexity) = (&policy.output, &policy.output.perplexity);
         table.row([
@@ -108,7 +111,20 @@ fn outputs(policies: &[PolicyReport]) -> Table {
 
 fn layers(policy: &PolicyReport) -> Table {
     let mut table = Table::new(&[
-        "layer", "level", "l2 pooled", "p50", "p95", "p99", "cosine", "length", "missed", "disagree", "boundary", "overlap", "drift", "dead",
+        "layer",
+        "level",
+        "l2 pooled",
+        "p50",
+        "p95",
+        "p99",
+        "cosine",
+        "length",
+        "missed",
+        "disagree",
+        "boundary",
+        "overlap",
+        "drift",
+        "dead",
     ]);
     for layer in &policy.layers {
         table.row([
@@ -146,7 +162,7 @@ impl Display for AdviceReport {
         let mut row = |name: &str, plan: &PlanReport| {
             table.row([
                 name.to_owned(),
-                plan.k.iter().map(usize::to_string).collect::<Vec<_>>().join(","),
+                list(&plan.k),
                 format!("{:.2}", plan.mean_k),
                 number(plan.predicted_kl),
                 number(plan.measured_kl),
@@ -158,14 +174,30 @@ impl Display for AdviceReport {
         self.plans.iter().for_each(|plan| row("advice", plan));
         self.opposites.iter().for_each(|plan| row("the wrong way round", plan));
         row("top-2", &self.top_2);
-        writeln!(f, "{table}")
+        write!(f, "{table}")?;
+        match self.stands_out {
+            Some(layer) => writeln!(f, "  Layer {layer} is to blame more than others: a larger k belongs there first.")?,
+            None => writeln!(f, "  No layer is to blame much more than others: a larger k buys about the same anywhere.")?,
+        }
+        if let Some(plan) = self.better_than_top_2() {
+            let (mean_k, kl, top_2) = (plan.mean_k, number(plan.measured_kl), number(self.top_2.measured_kl));
+            writeln!(
+                f,
+                "  k {} is closer to the reference than top-2 (KL {kl} against {top_2}) with {mean_k:.2} experts instead of {:.2}.",
+                list(&plan.k),
+                self.top_2.mean_k
+            )?;
+        }
+        writeln!(f)
     }
 }
 
 fn write_experts(f: &mut Formatter<'_>, watched: &str, experts: &[ExpertReport]) -> fmt::Result {
     /// More does not fit a terminal; JSON and pictures have all.
     const SHOWN: usize = 16;
-    writeln!(f, "Load under {watched}, in fair shares, and the tokens that speak most for an expert")?;
+    let more =
+        if experts.iter().any(|layer| layer.utilization.len() > SHOWN) { format!(" (first {SHOWN} of a layer)") } else { String::new() };
+    writeln!(f, "Load under {watched}, in fair shares, and the tokens that speak most for an expert{more}")?;
     let mut table = Table::new(&["layer", "expert", "load", "tokens"]);
     for layer in experts {
         for (expert, (load, typical)) in layer.utilization.iter().zip(&layer.typical).enumerate().take(SHOWN) {
@@ -178,6 +210,10 @@ fn write_experts(f: &mut Formatter<'_>, watched: &str, experts: &[ExpertReport])
 
 fn names(name: &str, aliases: &[String]) -> String {
     if aliases.is_empty() { name.to_owned() } else { format!("{name} (= {})", aliases.join(" = ")) }
+}
+
+fn list(ks: &[usize]) -> String {
+    ks.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// Three digits that say something.

@@ -66,7 +66,8 @@ fn the_gap_is_missed_mass_times_disagreement() {
         let (experts, width) = (2 + case % 7, 1 + case % 5);
         let rows: Vec<Vec<f32>> = (0..experts).map(|_| (0..width).map(|_| rng.random_range(-2.0..2.0)).collect()).collect();
         // Sparse, dense, and with any total.
-        let weights: Vec<f32> = (0..experts).map(|e| if e > 1 && rng.random_bool(0.3) { 0.0 } else { rng.random_range(0.01..1.0) }).collect();
+        let weights: Vec<f32> =
+            (0..experts).map(|e| if e > 1 && rng.random_bool(0.3) { 0.0 } else { rng.random_range(0.01..1.0) }).collect();
         let k = rng.random_range(1..experts);
         let chosen: Vec<u32> = (0..k as u32).collect();
         let sum = |range: std::ops::Range<usize>| weights[range].iter().map(|&w| f64::from(w)).sum::<f64>();

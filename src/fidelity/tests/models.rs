@@ -118,7 +118,8 @@ fn batch(spec: &ModelSpec, routing: impl Into<LayerChoices>, n: usize) -> Batch 
 fn the_identity_holds_in_every_layer_of_every_family() {
     for name in ["mixtral_gqa", "olmoe_clip", "qwen2_shared_sparse_step", "qwen3_mlp_only"] {
         let (spec, weights) = golden(name);
-        let mut host = ServingModel::new(Arc::clone(&spec), weights.clone(), ServingOptions::default()).unwrap().start_observable(SHAPE).unwrap();
+        let mut host =
+            ServingModel::new(Arc::clone(&spec), weights.clone(), ServingOptions::default()).unwrap().start_observable(SHAPE).unwrap();
         let decoder = Decoder::new(Arc::clone(&spec), weights, &kernel::for_device(&Device::Cpu)).unwrap();
         let mut tensors = CachedDecoder::new(decoder, SHAPE).unwrap();
         let soft = RoutingChoice::Soft { temperature: None };
@@ -206,9 +207,8 @@ fn a_layer_can_have_a_routing_of_its_own() {
 
     // The same of every layer is the same routing.
     let each = Case::layer_k("--layer-k", spec, &[2, 2]).unwrap();
-    let [a, b] = [each.choices, RoutingChoice::TopK { k: 2, weight_form: None }.into()].map(|choices| {
-        host.forward(&batch(spec, choices, 20)).unwrap().read_logits(<[f32]>::to_vec).unwrap()
-    });
+    let [a, b] = [each.choices, RoutingChoice::TopK { k: 2, weight_form: None }.into()]
+        .map(|choices| host.forward(&batch(spec, choices, 20)).unwrap().read_logits(<[f32]>::to_vec).unwrap());
     assert_eq!(a, b);
 
     let short = LayerChoices::Each(vec![RoutingChoice::Native; 2].into());

@@ -23,8 +23,8 @@ use crate::{
     },
     ops::{
         cpu::{
-            Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Matrix, Output, Product, Reduction, Scratch,
-            Store, attention,
+            Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Matrix, Output, Product, Reduction,
+            Scratch, Store, attention,
         },
         refill,
     },

@@ -16,8 +16,8 @@ use self::{
     matrix::{HostMatrix, vector},
 };
 use super::{
-    Batch, CacheShape, Forward, ForwardTime, LanguageModel, LogitRows, ModelSpec, Observable, decoder::check_batch, kv_cache::KvCache, rope::Rope,
-    weights::ModelWeights,
+    Batch, CacheShape, Forward, ForwardTime, LanguageModel, LogitRows, ModelSpec, Observable, decoder::check_batch, kv_cache::KvCache,
+    rope::Rope, weights::ModelWeights,
 };
 use crate::{
     error::{Error, Result},
