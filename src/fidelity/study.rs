@@ -15,7 +15,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{ModelSpec, ReferenceRouting, load::ServingModel},
-    moe::policy::{LayerChoices, RoutingChoice},
+    moe::policy::RoutingChoice,
 };
 
 /// Tokens that are followed one by one.
@@ -91,18 +91,21 @@ pub fn study(
     Ok(Report {
         model: ModelFacts::new(spec, models.served.dtype()),
         corpus: corpus.facts(&windows),
-        reference: sides.reference_facts(spec, options),
+        reference: sides.reference_facts(),
         policies: policies.collect::<Result<_>>()?,
         floor: noise.map(|floor| FloorReport { floor, forms }),
         watched: sides.name(sides.watched),
         followed: followed.iter().map(|&token| decode(token)).collect(),
         experts: experts.collect(),
-        advice: advise(&models.served, &windows, options, sides.reference(), progress)?,
+        advice: advise(&models.served, &windows, options, sides.reference, progress)?,
     })
 }
 
 /// The routings that run side by side, those that are the same once.
 struct Sides {
+    reference: RoutingChoice,
+    /// The checkpoint does not say that it was trained under the reference.
+    assumed: bool,
     /// The reference first.
     cases: Vec<Case>,
     /// Other names of each.
@@ -113,10 +116,13 @@ struct Sides {
 
 impl Sides {
     fn new(spec: &ModelSpec, options: &Options) -> Result<Self> {
-        let reference = Case::from(options.reference.unwrap_or_else(|| spec.reference.choice()));
-        let mut sides = Self { aliases: vec![Vec::new()], watched: 0, cases: vec![reference] };
-        let mut known = vec![sides.cases[0].policies(spec)?];
-        let native = Case::from(RoutingChoice::Native).policies(spec)?;
+        let trained = spec.reference.choice();
+        let reference = options.reference.unwrap_or(trained);
+        let policies = |choice: RoutingChoice| Case::from(choice).policies(spec);
+        let (native, mut known) = (policies(RoutingChoice::Native)?, vec![policies(reference)?]);
+        let unsaid = spec.reference == ReferenceRouting::OwnTopK { assumed: true };
+        let assumed = unsaid || known[0] != policies(trained)?;
+        let mut sides = Self { reference, assumed, cases: vec![reference.into()], aliases: vec![Vec::new()], watched: 0 };
         for case in &options.cases {
             let policies = case.policies(spec)?;
             match known.iter().position(|other| *other == policies) {
@@ -133,20 +139,12 @@ impl Sides {
         Ok(sides)
     }
 
-    fn reference(&self) -> RoutingChoice {
-        match &self.cases[0].choices {
-            LayerChoices::Same(choice) => *choice,
-            LayerChoices::Each(_) => RoutingChoice::Native,
-        }
-    }
-
     fn name(&self, case: usize) -> String {
         self.cases[case].name.clone()
     }
 
-    fn reference_facts(&self, spec: &ModelSpec, options: &Options) -> ReferenceFacts {
-        let assumed = options.reference.is_some() || spec.reference == ReferenceRouting::OwnTopK { assumed: true };
-        ReferenceFacts { name: self.name(0), aliases: self.aliases[0].clone(), assumed }
+    fn reference_facts(&self) -> ReferenceFacts {
+        ReferenceFacts { name: self.name(0), aliases: self.aliases[0].clone(), assumed: self.assumed }
     }
 
     fn policy(&self, spec: &ModelSpec, probe: &Probe, served: usize, output: &OutputGaps, floor: Option<&Floor>) -> Result<PolicyReport> {
