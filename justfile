@@ -46,6 +46,7 @@ generate prompt *args:
 # Compare with transformers, live. Set-up: tests/parity/README.md; PYTHON is the interpreter.
 parity *args: build
     {{ python }} tests/parity/check.py --binary {{ binary }} {{ args }}
+    {{ python }} tests/parity/fidelity.py --binary {{ binary }}
 
 # Write tests/goldens again.
 goldens *cases:

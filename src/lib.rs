@@ -6,6 +6,7 @@ pub mod cli;
 pub mod compare;
 pub mod engine;
 pub mod error;
+pub mod fidelity;
 pub mod model;
 pub mod moe;
 pub mod ops;

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cache;
 mod client;
 pub mod compare;
+pub mod fidelity;
 pub mod forward;
 pub mod generate;
 pub mod healthcheck;
@@ -46,6 +47,7 @@ pub enum Command {
     Forward(forward::ForwardArgs),
     Bench(Box<bench::BenchArgs>),
     Compare(compare::CompareArgs),
+    Fidelity(fidelity::FidelityArgs),
 }
 
 /// The form of log lines.
@@ -70,6 +72,7 @@ impl Cli {
             Command::Train(args) => train::run(args),
             Command::Bench(args) => bench::run(*args),
             Command::Compare(args) => compare::run(args),
+            Command::Fidelity(args) => fidelity::run(args),
         }
     }
 }

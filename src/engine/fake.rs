@@ -224,7 +224,7 @@ impl LanguageModel for FakeModel {
         for span in &batch.spans {
             let (table, block_tokens) = (batch.table(span), self.cache.block_tokens);
             let place = |position: usize| (table[position / block_tokens], position % block_tokens);
-            let (mut tokens, mut hash) = (Vec::new(), extend(0, &format!("{:?}", span.routing)));
+            let (mut tokens, mut hash) = (Vec::new(), extend(0, &format!("{:?}", span.routing.at(0))));
             for position in 0..span.past + span.new {
                 if position >= span.past {
                     tokens.push(batch.tokens[at]);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::moe::policy::RoutingChoice;
+use crate::moe::policy::LayerChoices;
 
 /// New tokens of several sequences, one sequence after the other.
 #[derive(Clone, Debug, Default)]
@@ -23,7 +23,7 @@ pub struct Span {
     /// Tokens of the sequence already in its blocks.
     pub past: usize,
     /// Routing of these tokens.
-    pub routing: RoutingChoice,
+    pub routing: LayerChoices,
     /// Which of the new tokens need logits.
     pub logits: LogitRows,
     /// Where the block table of the sequence is in [`Batch::blocks`]: enough blocks for `past + new` tokens. Position p is row
@@ -45,11 +45,11 @@ pub enum LogitRows {
 
 impl Batch {
     /// Appends a span of `tokens` with its block table; `past` and `routing` as in [`Span`].
-    pub fn push(&mut self, blocks: &[u32], tokens: &[u32], past: usize, routing: RoutingChoice, logits: LogitRows) {
+    pub fn push(&mut self, blocks: &[u32], tokens: &[u32], past: usize, routing: impl Into<LayerChoices>, logits: LogitRows) {
         self.tokens.extend_from_slice(tokens);
         let start = self.blocks.len();
         self.blocks.extend_from_slice(blocks);
-        self.spans.push(Span { new: tokens.len(), past, routing, logits, blocks: start..self.blocks.len() });
+        self.spans.push(Span { new: tokens.len(), past, routing: routing.into(), logits, blocks: start..self.blocks.len() });
     }
 
     /// Empties it; its memory stays for the next step.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, ModelSpec,
+    Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, ModelSpec, Observable,
     attention::{Attention, AttentionInput},
     feed_forward::FeedForward,
     kv_cache::KvCache,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    moe::{MoeLayer, RoutingMode, SwiGlu, kernel::ExpertKernel, policy::RoutingChoice},
+    moe::{MoeLayer, RoutingMode, SwiGlu, kernel::ExpertKernel, observe::MoeObserver, policy::LayerChoices},
     ops,
 };
 
@@ -113,8 +113,15 @@ impl Decoder {
 
     /// [`Decoder::forward`] with each span routed by its own choice.
     pub fn serve(&self, batch: &Batch, cache: Option<&mut KvCache>) -> Result<Forward> {
-        let runs: Vec<(RoutingChoice, usize)> = batch.spans.iter().map(|span| (span.routing, span.new)).collect();
-        self.forward(batch, &mut RoutingMode::Serve(&runs), cache)
+        self.serve_observed(batch, cache, None)
+    }
+
+    /// [`Decoder::serve`], shown to `observer`.
+    pub fn serve_observed(&self, batch: &Batch, cache: Option<&mut KvCache>, observer: Option<&mut dyn MoeObserver>) -> Result<Forward> {
+        let runs: Vec<(LayerChoices, usize)> = batch.spans.iter().map(|span| (span.routing.clone(), span.new)).collect();
+        // Lent for as long as the runs: a trait object behind an `Option` does not shorten its lifetime by itself.
+        let observer = observer.map(|observer| observer as &mut dyn MoeObserver);
+        self.forward(batch, &mut RoutingMode::Serve { runs: &runs, observer }, cache)
     }
 
     fn layer(
@@ -167,6 +174,14 @@ pub(super) fn check_batch(spec: &ModelSpec, batch: &Batch, cache: Option<CacheSh
             let length = span.past + span.new;
             return Err(Error::out_of_range("token_ids", format!("{length} tokens, the context has {}", spec.max_context)));
         }
+        if let LayerChoices::Each(choices) = &span.routing
+            && choices.len() != spec.layers.len()
+        {
+            return Err(Error::invalid(
+                "routing",
+                format!("{} choices for {} layers: give one for each", choices.len(), spec.layers.len()),
+            ));
+        }
         let Some(cache) = cache else {
             if span.past > 0 {
                 return Err(Error::Internal("a span with a past needs a cache".into()));
@@ -207,5 +222,11 @@ impl LanguageModel for CachedDecoder {
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
         self.decoder.serve(batch, Some(&mut self.cache))
+    }
+}
+
+impl Observable for CachedDecoder {
+    fn forward_observed(&mut self, batch: &Batch, observer: &mut dyn MoeObserver) -> Result<Forward> {
+        self.decoder.serve_observed(batch, Some(&mut self.cache), Some(observer))
     }
 }

@@ -5,7 +5,7 @@ use std::{fmt, path::Path, str::FromStr, sync::Arc};
 use candle_core::{DType, Device};
 
 use super::{
-    CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec,
+    CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec, Observable,
     host::{HostDecoder, HostOptions, HostWeights},
     weights::ModelWeights,
 };
@@ -198,6 +198,11 @@ impl ServingModel {
 
     /// A model over these weights with an empty cache. Fails as [`KvCache::new`](super::kv_cache::KvCache::new) does.
     pub fn start(&self, cache: CacheShape) -> Result<Box<dyn LanguageModel>> {
+        Ok(self.start_observable(cache)?)
+    }
+
+    /// [`ServingModel::start`] for one who wants to look inside.
+    pub fn start_observable(&self, cache: CacheShape) -> Result<Box<dyn Observable>> {
         Ok(match &self.place {
             Place::Host(weights) => Box::new(HostDecoder::new(Arc::clone(weights), cache)?),
             Place::Device(decoder) => Box::new(CachedDecoder::new(Decoder::clone(decoder), cache)?),

@@ -20,7 +20,11 @@ pub use self::{
     decoder::{CachedDecoder, Decoder},
     spec::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
 };
-use crate::{error::Result, moe::LayerRouting, ops::cpu_slice};
+use crate::{
+    error::Result,
+    moe::{LayerRouting, observe::MoeObserver},
+    ops::cpu_slice,
+};
 
 /// What the engine needs of a model. A fake of a few lines drives engine and service tests.
 pub trait LanguageModel: Send {
@@ -37,6 +41,12 @@ pub trait LanguageModel: Send {
     fn recycle(&mut self, forward: Forward) {
         drop(forward);
     }
+}
+
+/// A model whose MoE layers can be watched at work.
+pub trait Observable: LanguageModel {
+    /// [`LanguageModel::forward`], shown to `observer` layer by layer. It computes the same.
+    fn forward_observed(&mut self, batch: &Batch, observer: &mut dyn MoeObserver) -> Result<Forward>;
 }
 
 /// The size of a cache of keys and values.

@@ -7,13 +7,14 @@ use candle_core::{DType, Tensor};
 use super::{
     Routing, RoutingStats, SparseRouting, SwiGlu,
     kernel::{ExpertKernel, Experts},
+    observe::{ExpertOutputs, MoeObserver, ObservedLayer},
     plan::DispatchPlan,
-    policy::{RoutingChoice, RoutingPolicy},
+    policy::{LayerChoices, RoutingChoice, RoutingPolicy},
     route::{self, RowReport},
     train::{self, TrainState},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     model::{MoeSpec, ReferenceRouting, weights::MoeWeights},
     ops::{self, cpu_slice},
 };
@@ -21,9 +22,13 @@ use crate::{
 /// How the MoE layers of one forward route.
 #[derive(Debug)]
 pub enum RoutingMode<'a> {
-    /// Each token by the choice of its sequence: (choice, tokens) runs in batch order. Experts run sparsely, through
-    /// the [`ExpertKernel`], without gradients.
-    Serve(&'a [(RoutingChoice, usize)]),
+    /// Each token by the choice of its sequence. Experts run sparsely, through the [`ExpertKernel`], without gradients.
+    Serve {
+        /// (choices, tokens) runs in batch order.
+        runs: &'a [(LayerChoices, usize)],
+        /// Who is shown every layer.
+        observer: Option<&'a mut dyn MoeObserver>,
+    },
     /// All tokens by one policy, differentiably; the policy says which experts run.
     Train {
         /// The policy, the same in all layers.
@@ -80,7 +85,13 @@ impl MoeLayer {
     /// `x [T, D]` to `[T, D]`, and what the router did.
     pub fn forward(&self, x_td: &Tensor, mode: &mut RoutingMode<'_>) -> Result<(Tensor, LayerRouting)> {
         let (y_td, routing) = match mode {
-            RoutingMode::Serve(runs) => self.serve(x_td, runs)?,
+            RoutingMode::Serve { runs, observer } => {
+                let served = self.serve(x_td, runs)?;
+                if let Some(observer) = observer {
+                    self.show(x_td, &served.1, *observer)?;
+                }
+                served
+            }
             RoutingMode::Train { policy, state } => train::forward(self, x_td, policy.estimator(), state)?,
         };
         let y_td = match &self.shared {
@@ -90,17 +101,57 @@ impl MoeLayer {
         Ok((y_td, routing))
     }
 
-    fn serve(&self, x_td: &Tensor, runs: &[(RoutingChoice, usize)]) -> Result<(Tensor, LayerRouting)> {
+    fn serve(&self, x_td: &Tensor, runs: &[(LayerChoices, usize)]) -> Result<(Tensor, LayerRouting)> {
         let router_logits = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
         let host = router_logits.to_device(&candle_core::Device::Cpu)?;
         let mut routed = Routed::default();
-        cpu_slice::<f32, _>(&host, |z| routed.fill(&self.spec, self.reference, z, runs.iter().copied()))?;
+        let runs = runs.iter().map(|(choices, tokens)| (choices.at(self.index), *tokens));
+        cpu_slice::<f32, _>(&host, |z| routed.fill(&self.spec, self.reference, z, runs))?;
         let mut y_td = self.kernel.grouped(x_td, &routed.plan, &self.experts)?;
         if !routed.non_finite().is_empty() {
             y_td = poison(&y_td, routed.non_finite())?;
         }
         let Routed { routing, stats, .. } = routed;
         Ok((y_td, LayerRouting { layer: self.index, router_logits, routing: Routing::Sparse(routing), stats }))
+    }
+
+    fn show(&self, x_td: &Tensor, served: &LayerRouting, observer: &mut dyn MoeObserver) -> Result<()> {
+        let Routing::Sparse(routing) = &served.routing else {
+            return Err(Error::Internal("a serving forward routed densely".into()));
+        };
+        let host = |tensor: &Tensor| Ok::<_, Error>(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+        let (x, router_logits) = (host(x_td)?, host(&served.router_logits)?);
+        let experts = LayerExperts { layer: self, x_td };
+        observer.layer(&ObservedLayer {
+            layer: self.index,
+            spec: &self.spec,
+            x: &x,
+            router_logits: &router_logits,
+            routing,
+            computed: None,
+            experts: &experts,
+        })
+    }
+}
+
+/// The experts of a layer with the rows that they read.
+struct LayerExperts<'a> {
+    layer: &'a MoeLayer,
+    x_td: &'a Tensor,
+}
+
+impl ExpertOutputs for LayerExperts<'_> {
+    /// Kernels sum the experts of a token: here each route is a token of its own.
+    fn outputs(&self, routing: &SparseRouting) -> Result<Vec<f32>> {
+        let routes = routing.expert_ids.len();
+        let tokens: Vec<u32> =
+            (0..routing.num_tokens()).flat_map(|token| std::iter::repeat_n(token as u32, routing.routes(token).len())).collect();
+        let x_rd = self.x_td.index_select(&Tensor::from_slice(&tokens, routes, self.x_td.device())?, 0)?;
+        let single =
+            SparseRouting { offsets: (0..=routes as u32).collect(), expert_ids: routing.expert_ids.clone(), weights: vec![1.0; routes] };
+        let plan = DispatchPlan::new(&single, self.layer.spec.num_experts);
+        let y_rd = self.layer.kernel.grouped(&x_rd, &plan, &self.layer.experts)?;
+        Ok(y_rd.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 }
 

@@ -14,6 +14,7 @@ pub mod explore;
 pub mod kernel;
 mod layer;
 pub mod loss;
+pub mod observe;
 pub mod plan;
 pub mod policy;
 pub mod remedy;

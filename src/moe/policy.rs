@@ -3,7 +3,7 @@
 //! The only difference between soft and hard routing is decided here. Router logits are f32 whatever the dtype of the
 //! model; ties go to the lowest expert index.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use super::estimator::{Combine, Estimator, Execution, Gradient, Noise, Relaxation, Selection, Weights};
 use crate::error::{Error, Result};
@@ -128,6 +128,31 @@ impl fmt::Display for RoutingChoice {
             Self::Soft { temperature: None } => f.write_str("soft"),
             Self::Soft { temperature: Some(t) } => write!(f, "soft:{t}"),
         }
+    }
+}
+
+/// What a sequence asks for, layer by layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LayerChoices {
+    /// The same of every MoE layer.
+    Same(RoutingChoice),
+    /// One for each decoder layer, in order of depth; those of dense layers say nothing.
+    Each(Arc<[RoutingChoice]>),
+}
+
+impl LayerChoices {
+    /// The choice of a decoder layer, from 0. A layer that nobody spoke of is native.
+    pub fn at(&self, layer: usize) -> RoutingChoice {
+        match self {
+            Self::Same(choice) => *choice,
+            Self::Each(choices) => choices.get(layer).copied().unwrap_or_default(),
+        }
+    }
+}
+
+impl From<RoutingChoice> for LayerChoices {
+    fn from(choice: RoutingChoice) -> Self {
+        Self::Same(choice)
     }
 }
 

@@ -125,8 +125,8 @@ fn weights(rng: &mut StdRng) -> MoeWeights {
 }
 
 fn serve(layer: &MoeLayer, x: &Tensor, choice: RoutingChoice) -> Vec<Vec<f32>> {
-    let runs = [(choice, x.dim(0).unwrap())];
-    layer.forward(x, &mut RoutingMode::Serve(&runs)).unwrap().0.to_vec2().unwrap()
+    let runs = [(choice.into(), x.dim(0).unwrap())];
+    layer.forward(x, &mut RoutingMode::Serve { runs: &runs, observer: None }).unwrap().0.to_vec2().unwrap()
 }
 
 fn step(layer: &MoeLayer, x: &Tensor, policy: RoutingPolicy, state: &mut TrainState) -> (Tensor, LayerRouting) {

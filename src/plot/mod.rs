@@ -8,6 +8,7 @@ mod axis;
 mod chart;
 mod dots;
 mod font;
+mod grid;
 mod heat;
 mod marks;
 mod raster;
@@ -20,6 +21,7 @@ pub use self::{
     axis::{Axis, Scale},
     chart::{Chart, Dash, Form, Legend, Series},
     dots::{Dot, DotColumn, DotPlot, DotSeries},
+    grid::Grid,
     heat::{ColourBar, HeatMap},
     marks::Colour,
 };
@@ -49,6 +51,8 @@ pub enum Panel {
     Dots(DotPlot),
     /// Values as colours.
     Heat(HeatMap),
+    /// The same over two named dimensions.
+    Grid(Grid),
 }
 
 const TITLE: f64 = 30.0;
@@ -99,6 +103,7 @@ impl Figure {
                 Panel::Chart(chart) => chart.draw(&mut canvas, area),
                 Panel::Dots(dots) => dots.draw(&mut canvas, area),
                 Panel::Heat(heat) => heat.draw(&mut canvas, area),
+                Panel::Grid(grid) => grid.draw(&mut canvas, area),
             }
         }
         if let Some(bar) = &self.bar {

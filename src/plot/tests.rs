@@ -116,3 +116,27 @@ fn both_files_are_written() {
     assert!(figure().save(&folder.join("no such folder/picture")).is_err());
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn a_grid_names_what_there_is_room_for() {
+    let names = |n: usize| (0..n).map(|i| format!("name {i}")).collect::<Vec<_>>();
+    let grid = Grid {
+        title: "grid".into(),
+        x_label: "across".into(),
+        y_label: "down".into(),
+        columns: names(40),
+        rows: names(3),
+        values: vec![vec![0.5; 40], vec![f64::NAN; 40], vec![9.0; 40]],
+        most: 1.0,
+    };
+    let laid = Figure::single((400.0, 200.0), Panel::Grid(grid)).lay_out();
+    let svg = svg::write(&laid.canvas, laid.size);
+    assert!([">grid<", ">across<", ">down<", ">name 2<"].iter().all(|text| svg.contains(text)));
+    let shown = svg.matches(">name ").count();
+    assert!((6..15).contains(&shown), "{shown} names of 43");
+    assert!(!svg.contains("NaN"));
+    assert!(
+        Figure::single((100.0, 100.0), Panel::Grid(Grid::default())).lay_out().canvas.marks.len() < 10,
+        "nothing is no picture of something"
+    );
+}

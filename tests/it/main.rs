@@ -7,6 +7,7 @@ mod checkpoint;
 mod cli;
 mod compare;
 mod demo;
+mod fidelity;
 mod fuzz;
 mod parity;
 mod policy;

@@ -22,6 +22,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("model", &["checkpoint", "error", "moe", "ops"]),
     ("checkpoint", &["error", "model", "moe"]),
     ("train", &["checkpoint", "error", "model", "moe", "ops", "plot", "schedule"]),
+    // Compares routings of one model, for the command line and beside the engine.
+    ("fidelity", &["error", "model", "moe", "plot"]),
     // Serving.
     ("engine", &["error", "model", "moe", "telemetry"]),
     ("service", &["checkpoint::GenerationDefaults", "engine", "error", "model", "moe", "telemetry"]),
@@ -31,7 +33,24 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     // The laboratory: estimators against each other, on small tasks of its own and on the decoder.
     ("compare", &["error", "model", "moe", "ops", "plot", "schedule", "train"]),
     // The command line may name everything.
-    ("cli", &["bench", "checkpoint", "compare", "engine", "error", "model", "moe", "ops", "server", "service", "telemetry", "train"]),
+    (
+        "cli",
+        &[
+            "bench",
+            "checkpoint",
+            "compare",
+            "engine",
+            "error",
+            "fidelity",
+            "model",
+            "moe",
+            "ops",
+            "server",
+            "service",
+            "telemetry",
+            "train",
+        ],
+    ),
     ("main", &["cli"]),
     ("lib", &[]),
 ];

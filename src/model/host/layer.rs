@@ -16,11 +16,15 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    moe::{LayerRouting, Routing},
+    moe::{
+        LayerRouting, Routing, SparseRouting,
+        observe::{ExpertOutputs, MoeObserver, ObservedLayer},
+        plan::DispatchPlan,
+    },
     ops::{
         cpu::{
-            Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Output, Product, Reduction, Store,
-            attention,
+            Arithmetic, AttentionShape, Bf16Unit, Disjoint, Expert, Input, KeyLayout, KeyValue, Matrix, Output, Product, Reduction,
+            Scratch, Store, attention,
         },
         refill,
     },
@@ -35,6 +39,8 @@ pub(super) struct Step<'a> {
     pub(super) buffers: &'a mut Buffers,
     /// What earlier steps said of the layers that are still to come, for its memory; the last is for the next layer.
     pub(super) spare: &'a mut Vec<LayerRouting>,
+    /// Who is shown every MoE layer.
+    pub(super) observer: Option<&'a mut dyn MoeObserver>,
     pub(super) time: ForwardTime,
     /// The most elements of `routed` that a layer needed.
     pub(super) routed: usize,
@@ -298,7 +304,7 @@ impl Step<'_> {
             self.arithmetic.linear(scratch, Input { x: normed, k: d, source: None }, &[product], output);
         }
         let logits = &router_logits[..t * e];
-        let runs = self.batch.spans.iter().map(|span| (span.routing, span.new));
+        let runs = self.batch.spans.iter().map(|span| (span.routing.at(index), span.new));
         let spare = self.spare.pop().map(|LayerRouting { router_logits, routing, stats, .. }| {
             route.stats = stats;
             if let Routing::Sparse(routing) = routing {
@@ -313,14 +319,8 @@ impl Step<'_> {
             grow(routed, plan.tokens.len() * d);
             let (gate_up, down) = (moe.experts.gate_up.lend(), moe.experts.down.lend());
             let (gate_up, down) = (gate_up.matrix()?, down.matrix()?);
-            let f2 = gate_up.rows() / e;
-            let expert = |(expert, rows): (usize, Range<usize>)| Expert {
-                gate_up: gate_up.part(expert * f2, f2),
-                down: down.part(expert * d, d),
-                rows,
-            };
-            let experts: Vec<Expert<'_>> = plan.active().map(expert).collect();
-            self.arithmetic.experts(scratch, Input { x: normed, k: d, source: Some(&plan.tokens) }, &experts, routed);
+            let experts = Stack { gate_up, down, experts: e, x: normed, d };
+            self.arithmetic.experts(scratch, experts.input(plan), &experts.of(plan), routed);
             let out = Disjoint::new(x);
             by_rows(t, |rows| {
                 for row in rows {
@@ -331,6 +331,17 @@ impl Step<'_> {
                     }
                 }
             });
+            if let Some(observer) = self.observer.as_deref_mut() {
+                observer.layer(&ObservedLayer {
+                    layer: index,
+                    spec: &moe.spec,
+                    x: &normed[..t * d],
+                    router_logits: logits,
+                    routing: &route.routing,
+                    computed: Some((plan, routed)),
+                    experts: &(self.arithmetic, experts),
+                })?;
+            }
             // So that their logits say what happened.
             route.non_finite().iter().for_each(|&row| x[row as usize * d..(row as usize + 1) * d].fill(f32::NAN));
         }
@@ -342,6 +353,48 @@ impl Step<'_> {
             self.dense(expert, Some(&gates))?;
         }
         Ok(LayerRouting { layer: index, router_logits, routing: Routing::Sparse(routing), stats })
+    }
+}
+
+/// The routed experts of a layer, lent, and the rows that they read.
+#[derive(Clone, Copy)]
+struct Stack<'a> {
+    gate_up: Matrix<'a>,
+    down: Matrix<'a>,
+    experts: usize,
+    /// `[T, D]`.
+    x: &'a [f32],
+    d: usize,
+}
+
+impl<'a> Stack<'a> {
+    /// Those that have rows.
+    fn of(&self, plan: &DispatchPlan) -> Vec<Expert<'a>> {
+        let (d, f2) = (self.d, self.gate_up.rows() / self.experts);
+        let expert = |(expert, rows): (usize, Range<usize>)| Expert {
+            gate_up: self.gate_up.part(expert * f2, f2),
+            down: self.down.part(expert * d, d),
+            rows,
+        };
+        plan.active().map(expert).collect()
+    }
+
+    fn input<'b>(&self, plan: &'b DispatchPlan) -> Input<'b>
+    where
+        'a: 'b,
+    {
+        Input { x: self.x, k: self.d, source: Some(&plan.tokens) }
+    }
+}
+
+impl ExpertOutputs for (&Arithmetic, Stack<'_>) {
+    fn outputs(&self, routing: &SparseRouting) -> Result<Vec<f32>> {
+        let (arithmetic, stack) = self;
+        let (d, plan) = (stack.d, DispatchPlan::new(routing, stack.experts));
+        let mut sorted = vec![0f32; plan.tokens.len() * d];
+        arithmetic.experts(&mut Scratch::default(), stack.input(&plan), &stack.of(&plan), &mut sorted);
+        let places = (0..plan.num_tokens()).flat_map(|token| plan.routes(token));
+        Ok(places.flat_map(|(row, _)| sorted[row * d..][..d].iter().copied()).collect())
     }
 }
 

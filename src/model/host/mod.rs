@@ -16,12 +16,12 @@ use self::{
     matrix::{HostMatrix, vector},
 };
 use super::{
-    Batch, CacheShape, Forward, ForwardTime, LanguageModel, LogitRows, ModelSpec, decoder::check_batch, kv_cache::KvCache, rope::Rope,
-    weights::ModelWeights,
+    Batch, CacheShape, Forward, ForwardTime, LanguageModel, LogitRows, ModelSpec, Observable, decoder::check_batch, kv_cache::KvCache,
+    rope::Rope, weights::ModelWeights,
 };
 use crate::{
     error::{Error, Result},
-    moe::{LayerRouting, Routed},
+    moe::{LayerRouting, Routed, observe::MoeObserver},
     ops::{
         cpu::{Arithmetic, Input, KEPT_BYTES, Output, Product, Reduction, Scratch, Store, trim},
         refill,
@@ -127,7 +127,15 @@ impl HostDecoder {
         Ok(Self { weights, cache, buffers: Buffers::default(), spare: Spare::default() })
     }
 
-    fn run(&mut self, batch: &Batch) -> Result<Forward> {
+    /// Runs on the threads of rayon's pool, from the first operation to the last: handing loops from outside into the pool would cost
+    /// two wake-ups each.
+    fn run_in_pool(&mut self, batch: &Batch, observer: Option<&mut dyn MoeObserver>) -> Result<Forward> {
+        let mut result = Err(Error::Internal("the forward did not run".into()));
+        rayon::scope(|_| result = self.run(batch, observer));
+        result
+    }
+
+    fn run(&mut self, batch: &Batch, observer: Option<&mut dyn MoeObserver>) -> Result<Forward> {
         let Self { weights, cache, buffers, spare } = self;
         let (spec, arithmetic) = (&weights.spec, &weights.arithmetic);
         check_batch(spec, batch, Some(cache.shape()))?;
@@ -137,7 +145,10 @@ impl HostDecoder {
 
         let mut layers = std::mem::take(&mut spare.list);
         layers.reserve(weights.layers.len());
-        let mut step = Step { spec, arithmetic, batch, cache, buffers, spare: &mut spare.layers, time: ForwardTime::default(), routed: 0 };
+        let (spare_layers, time) = (&mut spare.layers, ForwardTime::default());
+        // Lent for as long as the step: a trait object behind an `Option` does not shorten its lifetime by itself.
+        let observer = observer.map(|observer| observer as &mut dyn MoeObserver);
+        let mut step = Step { spec, arithmetic, batch, cache, buffers, spare: spare_layers, observer, time, routed: 0 };
         for layer in &weights.layers {
             layers.extend(layer.forward(&mut step)?);
         }
@@ -197,12 +208,8 @@ impl LanguageModel for HostDecoder {
         self.cache.shape()
     }
 
-    /// Runs on the threads of rayon's pool, from the first operation to the last: handing loops from outside into the pool would cost
-    /// two wake-ups each.
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
-        let mut result = Err(Error::Internal("the forward did not run".into()));
-        rayon::scope(|_| result = self.run(batch));
-        result
+        self.run_in_pool(batch, None)
     }
 
     fn recycle(&mut self, forward: Forward) {
@@ -213,6 +220,12 @@ impl LanguageModel for HostDecoder {
         self.spare.logits = small.then_some(logits);
         self.spare.list = list;
         self.spare.list.clear();
+    }
+}
+
+impl Observable for HostDecoder {
+    fn forward_observed(&mut self, batch: &Batch, observer: &mut dyn MoeObserver) -> Result<Forward> {
+        self.run_in_pool(batch, Some(observer))
     }
 }
 

@@ -165,7 +165,7 @@ fn the_promise_of_batch_invariance() {
                 let mut alone = Vec::new();
                 for (index, part) in tokens.chunks(chunk).enumerate() {
                     let mut batch = Batch::default();
-                    batch.push(&[40, 50, 60], part, index * chunk, span.routing, LogitRows::All);
+                    batch.push(&[40, 50, 60], part, index * chunk, span.routing.clone(), LogitRows::All);
                     alone.extend(logits(&mut model, &batch));
                 }
                 assert_eq!(alone, together[row..row + span.new], "{dtype:?} {quantize} {:?} in parts of {chunk}", span.routing);
