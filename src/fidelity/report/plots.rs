@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{ExpertReport, LayerReport, PlanReport, PolicyReport, Report};
 use crate::{
     error::Result,
-    plot::{Axis, Chart, Colour, ColourBar, Figure, Form, Grid, Legend, Panel, Series},
+    plot::{Axis, Chart, Colour, ColourBar, Dash, Figure, Form, Grid, Legend, Panel, Series},
 };
 
 /// Layers that have a panel of their own in one picture.
@@ -136,16 +136,14 @@ fn advice(advice: &super::AdviceReport) -> Figure {
     way.sort_by(|a, b| a.mean_k.total_cmp(&b.mean_k));
     let expected = way.iter().map(|plan| (plan.mean_k, plan.predicted_kl)).collect();
     let most = way.iter().chain(&opposites).map(|plan| plan.measured_kl.max(plan.predicted_kl)).fold(0.0, f64::max);
-    let named =
-        |points: Vec<(f64, f64)>, names: [&str; 2]| points.into_iter().zip(names).map(|((x, y), name)| (x, y, name.into())).collect();
     let series = |name: &str, i: usize, form| Series { name: name.to_owned(), colour: Colour::nth(i), form };
     let chart = Chart {
         title: "what a k for each layer buys".into(),
         x: Axis::linear("mean k over layers"),
         y: Axis::linear("KL, nats per token").from_to(0.0, 1.1 * most),
         series: vec![
-            series("expected", 0, Form::Dashed(expected)),
-            series("the same k everywhere", 0, Form::Named(named(measured(&uniform), ["top-1", "top-2"]))),
+            series("expected", 0, Form::Dashed(expected, Dash::Short)),
+            series("top-1 and top-2 everywhere", 0, Form::Dots(measured(&uniform))),
             series("advice, measured", 2, Form::Dots(measured(&plans))),
             series("wrong way round, measured", 3, Form::Dots(measured(&opposites))),
         ],
