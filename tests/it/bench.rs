@@ -63,8 +63,9 @@ fn serving_is_measured_through_grpc() {
         positive(row, "/time_to_first_token/p50");
     }
     // A client alone is always together with itself.
-    positive(&rows[0], "/steps/client");
-    positive(&rows[0], "/steps/model");
+    for path in ["/steps/client/median", "/steps/client/mean", "/steps/model/median", "/steps/model/mean", "/steps/engine"] {
+        positive(&rows[0], path);
+    }
 }
 
 #[test]
