@@ -8,6 +8,9 @@ use super::{
     policy::{RoutingPolicy, WeightForm},
 };
 
+/// Router logits closer than this are near a tie: sums in another order, or in bf16, may choose the other expert.
+pub const NEAR_TIE: f32 = 0.01;
+
 impl SparseRouting {
     /// Tokens, T.
     pub fn num_tokens(&self) -> usize {
@@ -41,13 +44,15 @@ pub(super) fn route_rows_into(
     routing.offsets.push(0);
     routing.expert_ids.clear();
     routing.weights.clear();
-    let RowReport { non_finite, entropy_sum, scratch } = report;
+    let RowReport { non_finite, entropy_sum, near_ties, scratch } = report;
     non_finite.clear();
-    *entropy_sum = 0.0;
+    (*entropy_sum, *near_ties) = (0.0, 0);
     for (token, (row, policy)) in logits.chunks_exact(num_experts).zip(policies).enumerate() {
         if row.iter().all(|z| z.is_finite()) {
             *entropy_sum += entropy(row, scratch);
+            let first = routing.expert_ids.len();
             route_row(row, policy, scratch, routing);
+            *near_ties += u64::from(near_tie(row, &routing.expert_ids[first..]));
         } else {
             non_finite.push(token as u32);
         }
@@ -62,6 +67,8 @@ pub struct RowReport {
     pub non_finite: Vec<u32>,
     /// Sum over finite tokens of the entropy of `softmax(z)`, in nats.
     pub entropy_sum: f64,
+    /// Finite tokens whose last chosen and first refused logit are less than [`NEAR_TIE`] apart.
+    pub near_ties: u64,
     /// Probabilities of a row, for their memory.
     scratch: Vec<f32>,
 }
@@ -117,6 +124,12 @@ fn top_k(row: &[f32], k: usize, out: &mut Vec<u32>) {
     let key = |e: u32| row[e as usize] + 0.0;
     out[first..].sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
     out.truncate(first + k);
+}
+
+/// Whether another expert than the chosen, which have the largest logits, is less than [`NEAR_TIE`] below the last of them.
+fn near_tie(row: &[f32], chosen: &[u32]) -> bool {
+    let last = chosen.iter().map(|&e| row[e as usize]).fold(f32::INFINITY, f32::min);
+    row.iter().filter(|&&z| last - z < NEAR_TIE).count() > chosen.len()
 }
 
 /// `softmax(row / temperature)` into `out`.
