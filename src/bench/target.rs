@@ -156,6 +156,7 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
         max_receive_bytes: MESSAGE_BYTES,
         max_tokenize_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
+        series: Default::default(),
     };
     let engine = EngineConfig {
         max_batch_requests: limits.max_batch_requests,

@@ -9,6 +9,7 @@ pub mod forward;
 pub mod generate;
 pub mod healthcheck;
 pub mod inspect;
+pub mod series;
 pub mod serve;
 pub mod train;
 

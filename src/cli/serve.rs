@@ -18,7 +18,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::cache::CacheArgs;
+use super::{cache::CacheArgs, series::SeriesArgs};
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
@@ -52,6 +52,9 @@ pub struct ServeArgs {
     /// Address of the port with /metrics and /healthz, or `off`.
     #[arg(long, env = "HARDMAX_METRICS_LISTEN", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
     pub metrics_listen: MetricsListen,
+    /// What that port exports.
+    #[command(flatten)]
+    pub series: SeriesArgs,
     /// Where the model runs. `cuda` needs a build with `--features cuda`.
     #[arg(long, env = "HARDMAX_DEVICE", value_enum, default_value_t)]
     pub device: DeviceKind,
@@ -311,6 +314,7 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         max_receive_bytes: args.max_receive_message_bytes.get(),
         max_tokenize_bytes: args.max_tokenize_bytes.get(),
         max_send_bytes: args.max_send_message_bytes.get(),
+        series: args.series.options(),
     };
     tracing::info!(
         name = %service.model_name,

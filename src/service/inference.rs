@@ -25,7 +25,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     model::{ModelSpec, MoeSpec},
     moe::policy::RoutingChoice,
-    telemetry::metrics::MetricsConfig,
+    telemetry::metrics::{MetricsConfig, SeriesOptions},
 };
 
 /// Longer texts are tokenised away from the threads that serve sockets, and only so many at once as there are cores.
@@ -59,6 +59,8 @@ pub struct ServiceConfig {
     pub max_tokenize_bytes: usize,
     /// Largest response message, in bytes.
     pub max_send_bytes: usize,
+    /// Which of the optional series its metrics have.
+    pub series: SeriesOptions,
 }
 
 /// Sampling parameters of requests that choose none. The default is greedy.
@@ -124,6 +126,7 @@ impl ServiceConfig {
             layers: spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect(),
             top_k: top_k.into_iter().max().unwrap_or(0),
             max_context: spec.max_context,
+            series: self.series,
             ..MetricsConfig::default()
         })
     }

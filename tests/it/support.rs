@@ -28,6 +28,7 @@ use hardmax::{
         SamplingDefaults, ServiceConfig,
         proto::{self, generate_request::Prompt, inference_client::InferenceClient},
     },
+    telemetry::metrics::SeriesOptions,
 };
 use tokenizers::{
     Tokenizer, decoders,
@@ -104,6 +105,7 @@ impl Gate {
 
 struct FakeModel {
     spec: ModelSpec,
+    cache_blocks: usize,
     gate: Arc<Gate>,
 }
 
@@ -113,7 +115,7 @@ impl LanguageModel for FakeModel {
     }
 
     fn cache(&self) -> CacheShape {
-        CacheShape { block_tokens: 16, num_blocks: 1 << 23 }
+        CacheShape { block_tokens: 16, num_blocks: self.cache_blocks }
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
@@ -138,15 +140,18 @@ impl LanguageModel for FakeModel {
         let rows = logits.len() / VOCAB;
         Ok(Forward {
             logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?,
-            layers: vec![routing(batch.tokens.len())?],
+            layers: vec![routing(&batch.tokens)?],
             time: ForwardTime::default(),
         })
     }
 }
 
-/// Every token takes expert 0 of layer 0.
-fn routing(tokens: usize) -> Result<LayerRouting> {
+/// Every token takes expert 0 of layer 0, after some doubt; a poisoned one has no logits that are numbers.
+fn routing(tokens: &[u32]) -> Result<LayerRouting> {
     let mut stats = RoutingStats::new(4);
+    stats.non_finite = tokens.iter().filter(|&&token| token == POISON).count() as u64;
+    let tokens = tokens.len();
+    (stats.entropy_sum, stats.near_ties) = (0.5 * tokens as f64, tokens as u64);
     (stats.tokens, stats.routes) = (tokens as u64, tokens as u64);
     (stats.expert_tokens[0], stats.expert_weights[0]) = (tokens as u64, tokens as f64);
     let routing = SparseRouting { offsets: (0..=tokens as u32).collect(), expert_ids: vec![0; tokens], weights: vec![1.0; tokens] };
@@ -211,8 +216,11 @@ fn byte_characters() -> Vec<char> {
 pub struct Options {
     pub engine: EngineConfig,
     pub max_context: usize,
+    /// Of 16 tokens.
+    pub cache_blocks: usize,
     pub max_receive_bytes: usize,
     pub routing: RoutingChoice,
+    pub series: SeriesOptions,
     pub drain: DrainConfig,
     /// Whether the model may run from the start.
     pub gate_open: bool,
@@ -233,8 +241,10 @@ impl Default for Options {
                 ..EngineConfig::default()
             },
             max_context: 256,
+            cache_blocks: 1 << 23,
             max_receive_bytes: 4 << 20,
             routing: RoutingChoice::Native,
+            series: SeriesOptions::default(),
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
             gate_open: true,
             load_fails: false,
@@ -349,8 +359,9 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         max_receive_bytes: options.max_receive_bytes,
         max_tokenize_bytes: MAX_TOKENIZE,
         max_send_bytes: 64 << 20,
+        series: options.series,
     };
-    let model = Box::new(FakeModel { spec: spec(options.max_context), gate });
+    let model = Box::new(FakeModel { spec: spec(options.max_context), cache_blocks: options.cache_blocks, gate });
     Ok(Loaded { model, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
 }
 
