@@ -12,6 +12,7 @@ mod fuzz;
 mod parity;
 mod policy;
 mod process;
+mod routing;
 mod server;
 mod service;
 mod support;
