@@ -147,7 +147,7 @@ impl FidelityArgs {
         for (flag, choice) in
             self.routing.iter().map(|choice| ("--routing", choice)).chain(self.reference.iter().map(|c| ("--reference", c)))
         {
-            spec.check_routing(*choice).map_err(|error| Error::invalid(flag, format!("{choice}: {error}")))?;
+            spec.check_routing(&(*choice).into()).map_err(|error| Error::invalid(flag, format!("{choice}: {error}")))?;
         }
         let layer_k = self.layer_k.iter().map(|ks| Case::layer_k("--layer-k", spec, &ks.0));
         Ok(Options {

@@ -51,7 +51,7 @@ pub fn run(args: ForwardArgs) -> Result<()> {
     let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
     let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
     let (_, model) = load_to_serve(&args.model, options, true)?;
-    model.spec().check_routing(args.routing)?;
+    model.spec().check_routing(&args.routing.into())?;
     let shape = CacheShape { block_tokens: 16, num_blocks: args.input_ids.len().div_ceil(16) };
     let blocks: Vec<u32> = (0..shape.num_blocks as u32).collect();
     let mut batch = Batch::default();

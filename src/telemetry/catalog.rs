@@ -147,7 +147,7 @@ catalog! {
             .moves("a call has ended, however");
         FINISHED = counter("hardmax_request_finished_total", "requests", "Requests that left the engine, by the reason of their end.")
             .by(&[OUTCOME])
-            .moves("a Generate or Score that was let in has ended; a Generate with `n` choices counts once for each");
+            .moves("a request that was let in has ended; a Generate with `n` choices counts once for each");
         REJECTIONS = counter(
             "hardmax_admission_rejections_total",
             "requests",

@@ -13,6 +13,7 @@ mod metrics;
 mod parity;
 mod policy;
 mod process;
+mod routing;
 mod server;
 mod service;
 mod support;
