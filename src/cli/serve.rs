@@ -18,18 +18,14 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::{cache::CacheArgs, series::SeriesArgs};
+use super::{cache::CacheArgs, compute::ComputeArgs, series::SeriesArgs};
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
     error::{Error, Result},
-    model::{
-        ModelSpec,
-        kv_cache::KvCache,
-        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
-    },
+    model::{ModelSpec, kv_cache::KvCache, load::load_to_serve},
     moe::policy::{RoutingChoice, RoutingRule},
-    ops::{cpu::Reduction, start_compute_threads},
+    ops::start_compute_threads,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
 };
@@ -65,12 +61,9 @@ pub struct ServeArgs {
     /// What that port exports.
     #[command(flatten)]
     pub series: SeriesArgs,
-    /// Where the model runs. `cuda` needs a build with `--features cuda`.
-    #[arg(long, env = "HARDMAX_DEVICE", value_enum, default_value_t)]
-    pub device: DeviceKind,
-    /// Element type of the large weights. `auto` is f32 on the CPU and bf16 on a GPU.
-    #[arg(long, env = "HARDMAX_DTYPE", value_enum, default_value = "auto")]
-    pub dtype: WeightType,
+    /// Where the model runs, and how.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
     /// Routing of requests that choose none: `native` (as the checkpoint says), `top-K`, `top-K,K,...` (one for each MoE layer),
     /// `mass-P` or `mass-P:MAX_K` (as few experts as hold that share of the router's probability), each of these with
     /// `:raw|renorm|unit` for the weights, `soft` or `soft:TEMPERATURE`. Default: native.
@@ -132,11 +125,6 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
-    /// Sum every product in an order that does not depend on the batch, so that a request gets exactly the tokens that it gets alone.
-    /// Without it, a near-tie between two tokens may be decided otherwise in another batch. CPU only; docs/performance.md says what
-    /// it costs.
-    #[arg(long, env = "HARDMAX_DETERMINISTIC")]
-    pub deterministic: bool,
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -313,15 +301,13 @@ impl fmt::Display for MetricsListen {
 
 /// Loads the checkpoint and puts together what the server needs of it.
 fn load_model(args: &ServeArgs) -> Result<Loaded> {
-    let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
-    let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
-    let (checkpoint, weights) = load_to_serve(&args.model, options, true)?;
+    let (checkpoint, weights) = load_to_serve(&args.model, args.compute.options(), true)?;
     let tokenizer = Arc::new(tokenizer(&checkpoint)?);
     let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
     spec.layer_choices(&routing, "--routing")?;
     let service = ServiceConfig {
         model_name: args.served_name(),
-        device: args.device.to_string(),
+        device: args.compute.device.to_string(),
         dtype: weights.dtype().to_owned(),
         routing,
         runtime_routing: args.runtime_routing == RuntimeRouting::On,

@@ -28,6 +28,7 @@ pub use self::{
     observe::{ObserveLayer, ObserveService},
     routing::{RoutingService, TraceStream},
     status::{code_name, to_status},
+    trace::joined as routing_trace,
 };
 
 /// Messages, clients and server traits generated from `proto/hardmax/v1`.

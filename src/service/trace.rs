@@ -70,7 +70,7 @@ fn bits(values: impl Iterator<Item = bool>) -> Vec<u8> {
 /// The routes of consecutive messages as one trace, without entropy and margins.
 ///
 /// Fails with `InvalidArgument` on the field of `field` that does not fit. That the experts are those of the model is not checked here.
-pub(super) fn joined(field: &str, messages: &[proto::RoutingTrace]) -> Result<RoutingTrace> {
+pub fn joined(field: &str, messages: &[proto::RoutingTrace]) -> Result<RoutingTrace> {
     let Some(first) = messages.first() else {
         return Err(Error::invalid(field, "none is given: send those that TraceRouting or Generate gave"));
     };

@@ -36,6 +36,9 @@ pub struct GenerateArgs {
     /// Print each message of the server as one line of JSON instead of the text.
     #[arg(long)]
     pub json: bool,
+    /// Also tell which experts each token was given, layer by layer. The prompt is then read anew, whatever the cache has of it.
+    #[arg(long, requires = "json")]
+    pub trace: bool,
     /// How to choose tokens.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -106,6 +109,7 @@ impl GenerateArgs {
             routing: self.routing.as_ref().map(routing_message),
             priority: self.priority,
             timeout_seconds: self.timeout.map(|timeout| timeout.as_secs_f64()),
+            trace: self.trace.then(proto::TraceOptions::default),
             ..Default::default()
         }
     }
