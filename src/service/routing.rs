@@ -25,6 +25,7 @@ use crate::{
         policy::{LayerChoices, Replay},
         trace::RoutingTrace,
     },
+    telemetry::metrics::Scope,
 };
 
 /// The implementation of [`Routing`] over an engine.
@@ -115,6 +116,31 @@ impl RoutingService {
         let previous = self.context.set_serving(convert::routing_rule(serving, "serving")?)?;
         Ok(proto::SetRoutingPolicyResponse { previous: Some(convert::routing_message(&previous)) })
     }
+
+    fn expert_load(&self, request: &proto::GetExpertLoadRequest) -> Result<proto::GetExpertLoadResponse> {
+        use proto::get_expert_load_request::Scope as Asked;
+        self.context.check_model(&request.model)?;
+        let scope = match Asked::try_from(request.scope) {
+            Ok(Asked::Window) => Scope::Window,
+            Ok(Asked::Total) => Scope::Total,
+            Err(_) => {
+                return Err(Error::invalid("scope", format!("{} is not a value of hardmax.v1.GetExpertLoadRequest.Scope", request.scope)));
+            }
+        };
+        let engine = &self.context.engine;
+        let load = engine.metrics().expert_load(scope);
+        Ok(proto::GetExpertLoadResponse {
+            layers: load.layers.iter().map(convert::layer_load).collect(),
+            seconds: load.seconds,
+            generation: engine.status().generation,
+        })
+    }
+
+    fn reset_statistics(&self, request: &proto::ResetStatisticsRequest) -> Result<proto::ResetStatisticsResponse> {
+        self.context.check_model(&request.model)?;
+        self.context.engine.metrics().reset_statistics();
+        Ok(proto::ResetStatisticsResponse {})
+    }
 }
 
 fn replay_response(request_id: String, finished: Finished) -> proto::ReplayRoutingResponse {
@@ -164,6 +190,22 @@ impl Routing for RoutingService {
     ) -> Result<Response<proto::SetRoutingPolicyResponse>, Status> {
         let call = Call::new("", request.metadata(), request.extensions())?;
         self.set_policy(request.into_inner()).map(|answer| call.response(answer)).map_err(|error| call.status(&error))
+    }
+
+    async fn get_expert_load(
+        &self,
+        request: Request<proto::GetExpertLoadRequest>,
+    ) -> Result<Response<proto::GetExpertLoadResponse>, Status> {
+        let call = Call::new("", request.metadata(), request.extensions())?;
+        self.expert_load(request.get_ref()).map(|answer| call.response(answer)).map_err(|error| call.status(&error))
+    }
+
+    async fn reset_statistics(
+        &self,
+        request: Request<proto::ResetStatisticsRequest>,
+    ) -> Result<Response<proto::ResetStatisticsResponse>, Status> {
+        let call = Call::new("", request.metadata(), request.extensions())?;
+        RoutingService::reset_statistics(self, request.get_ref()).map(|answer| call.response(answer)).map_err(|error| call.status(&error))
     }
 }
 
