@@ -18,7 +18,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::cache::CacheArgs;
+use super::{cache::CacheArgs, otlp::OtlpArgs};
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
@@ -115,6 +115,9 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
+    /// Tracing.
+    #[command(flatten)]
+    pub otlp: OtlpArgs,
     /// Sum every product in an order that does not depend on the batch, so that a request gets exactly the tokens that it gets alone.
     /// Without it, a near-tie between two tokens may be decided otherwise in another batch. CPU only; docs/performance.md says what
     /// it costs.
@@ -153,8 +156,9 @@ async fn serve(args: ServeArgs) -> Result<()> {
         MetricsListen::At(address) => Some(bind("--metrics-listen", address).await?),
     };
     announce(&args, &grpc, metrics.as_ref());
+    let tracer = args.otlp.tracer()?;
     let drain = DrainConfig { grace: args.drain_grace, timeout: args.drain_timeout };
-    server::run(Listeners { grpc, metrics }, drain, move || load_model(&args), shutdown).await
+    server::run(Listeners { grpc, metrics }, drain, tracer, move || load_model(&args), shutdown).await
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener> {

@@ -15,7 +15,9 @@ use tonic::{
 };
 
 use super::{
-    Deadline, convert,
+    Deadline,
+    account::Account,
+    convert,
     proto::{self, inference_server::Inference},
     to_status,
 };
@@ -25,7 +27,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     model::{ModelSpec, MoeSpec},
     moe::policy::RoutingChoice,
-    telemetry::metrics::MetricsConfig,
+    telemetry::{metrics::MetricsConfig, otel::Trace},
 };
 
 /// Longer texts are tokenised away from the threads that serve sockets, and only so many at once as there are cores.
@@ -90,12 +92,14 @@ struct Call {
     arrived: Instant,
     /// By `grpc-timeout`.
     deadline: Option<Instant>,
+    trace: Trace,
 }
 
 /// The engine's events as messages. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct GenerateStream {
     events: EventStream,
+    account: Account,
     call: Call,
     /// Choices that have not finished.
     choices: usize,
@@ -165,7 +169,10 @@ impl Call {
             Ok(format!("{:016x}", rand::random::<u64>()))
         };
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
-        Ok(Self { id: id.map_err(|error| to_status(&error))?, arrived: Instant::now(), deadline })
+        let id = id.map_err(|error| to_status(&error))?;
+        let trace = extensions.get::<Trace>().cloned().unwrap_or_default();
+        trace.request_id(&id);
+        Ok(Self { id, arrived: Instant::now(), deadline, trace })
     }
 
     /// When the answer is due: the earlier of `grpc-timeout` and the field of the message.
@@ -180,10 +187,11 @@ impl Call {
     }
 
     fn status(&self, error: &Error) -> Status {
+        let trace_id = self.trace.id().map(|id| &**id);
         if error.kind() == ErrorKind::Internal {
-            tracing::error!(request_id = %self.id, error = ?error, "request failed");
+            tracing::error!(request_id = %self.id, trace_id, error = ?error, "request failed");
         } else {
-            tracing::debug!(request_id = %self.id, %error, "request refused");
+            tracing::debug!(request_id = %self.id, trace_id, %error, "request refused");
         }
         let mut status = to_status(error);
         self.stamp(status.metadata_mut());
@@ -266,8 +274,12 @@ impl InferenceService {
         let params = convert::generate_params(request.sampling, &self.config.sampling);
         let choices = params.n;
         let task = Task::Generate(params);
-        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority };
-        Ok(GenerateStream { events: self.engine.submit(request)?, call: call.clone(), choices })
+        let (id, trace_id) = (call.id.clone(), call.trace.id().cloned());
+        let request = engine::Request { id, trace_id, prompt, task, routing, deadline, priority: request.priority };
+        call.trace.asks("text_completion", &self.config.model_name, &routing);
+        let events = self.engine.submit(request)?;
+        let account = Account::new(call.trace.clone(), &events, choices);
+        Ok(GenerateStream { events, account, call: call.clone(), choices })
     }
 
     async fn score_request(&self, call: &Call, request: proto::ScoreRequest) -> Result<Finished> {
@@ -281,16 +293,21 @@ impl InferenceService {
         let deadline = call.due(request.timeout_seconds)?;
         let prompt = self.prompt(input, "input").await?;
         let task = Task::Score { alternatives: request.alternatives.unwrap_or(0) as usize };
-        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority };
-        let answer = scored(self.engine.submit(request)?);
-        match deadline {
+        let (id, trace_id) = (call.id.clone(), call.trace.id().cloned());
+        let request = engine::Request { id, trace_id, prompt, task, routing, deadline, priority: request.priority };
+        call.trace.asks("score", &self.config.model_name, &routing);
+        let events = self.engine.submit(request)?;
+        let mut account = Account::new(call.trace.clone(), &events, 1);
+        let answer = scored(events);
+        let answer = match deadline {
             None => answer.await,
             // A step of the engine may take longer than is left.
             Some(due) => match tokio::time::timeout_at(due.into(), answer).await {
                 Ok(answer) => answer,
                 Err(_) => Err(Error::DeadlineExceeded { phase: "waiting for the answer" }),
             },
-        }
+        };
+        answer.inspect(|finished| account.finished(finished))
     }
 
     async fn tokenize_request(&self, request: proto::TokenizeRequest) -> Result<proto::TokenizeResponse> {
@@ -493,9 +510,12 @@ impl Stream for GenerateStream {
             return Poll::Ready(None);
         }
         let event = std::task::ready!(Pin::new(&mut self.events).poll_next(cx));
-        match event {
+        match &event {
             Some(Event::Tokens(_)) => {}
-            Some(Event::Finished(_)) => self.choices -= 1,
+            Some(Event::Finished(finished)) => {
+                self.account.finished(finished);
+                self.choices -= 1;
+            }
             Some(Event::Failed(_)) | None => self.choices = 0,
         }
         Poll::Ready(Some(match event {

@@ -28,6 +28,7 @@ use hardmax::{
         SamplingDefaults, ServiceConfig,
         proto::{self, generate_request::Prompt, inference_client::InferenceClient},
     },
+    telemetry::otel::{OtlpConfig, Tracer},
 };
 use tokenizers::{
     Tokenizer, decoders,
@@ -214,6 +215,7 @@ pub struct Options {
     pub max_receive_bytes: usize,
     pub routing: RoutingChoice,
     pub drain: DrainConfig,
+    pub otlp: Option<OtlpConfig>,
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
@@ -236,6 +238,7 @@ impl Default for Options {
             max_receive_bytes: 4 << 20,
             routing: RoutingChoice::Native,
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
+            otlp: None,
             gate_open: true,
             load_fails: false,
         }
@@ -265,9 +268,10 @@ impl TestServer {
         let (grpc_address, observers_address) = (grpc.local_addr().unwrap(), observers.local_addr().unwrap());
         let gate = Gate::new(options.gate_open);
         let (shutdown, stopped) = oneshot::channel();
+        let tracer = options.otlp.as_ref().map_or_else(Tracer::default, |config| Tracer::start(config).unwrap());
         let (drain, model_gate) = (options.drain, gate.clone());
         let load = move || load(options, model_gate);
-        let running = tokio::spawn(server::run(Listeners { grpc, metrics: Some(observers) }, drain, load, async {
+        let running = tokio::spawn(server::run(Listeners { grpc, metrics: Some(observers) }, drain, tracer, load, async {
             let _ = stopped.await;
         }));
         Self { grpc: grpc_address, observers: observers_address, gate, shutdown: Some(shutdown), running }
