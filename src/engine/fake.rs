@@ -95,7 +95,8 @@ pub(super) fn request(prompt: &[u32]) -> Request {
         trace_id: None,
         prompt: prompt.to_vec(),
         task: Task::Generate(GenerateParams::default()),
-        routing: RoutingChoice::Native,
+        routing: RoutingChoice::Native.into(),
+        trace: false,
         deadline: None,
         priority: 0,
     }

@@ -24,7 +24,7 @@ use crate::{
     error::Error,
     telemetry::{
         metrics::{self, Method, Metrics},
-        otel::{Trace, Tracer},
+        otel::{RequestSpan, Tracer},
     },
 };
 
@@ -35,7 +35,7 @@ pub struct ObserveLayer {
     tracer: Tracer,
 }
 
-/// Traces the RPCs of `hardmax.v1`, counts them by method and final code, and contains panics of all. The handler finds the [`Trace`] in
+/// Traces the RPCs of `hardmax.v1`, counts them by method and final code, and contains panics of all. The handler finds its [`RequestSpan`] in
 /// the extensions of its request.
 #[derive(Clone, Debug)]
 pub struct ObserveService<S> {
@@ -52,9 +52,9 @@ struct Outcome {
     method: Option<Method>,
     /// `None`: no status was sent, so the client went away.
     code: Option<Code>,
-    /// Of a status other than OK, if anyone wants to know.
+    /// Why it failed, for a span that is exported.
     message: String,
-    trace: Trace,
+    span: RequestSpan,
 }
 
 /// A response body whose trailers tell the outcome.
@@ -99,9 +99,9 @@ where
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let method = method(request.uri().path());
-        let trace = method.map_or_else(Trace::default, |_| begin(&self.tracer, &request));
-        request.extensions_mut().insert(trace.clone());
-        let mut outcome = Outcome { metrics: self.metrics.clone(), method, code: None, message: String::new(), trace };
+        let span = method.map_or_else(RequestSpan::default, |_| begin(&self.tracer, &request));
+        request.extensions_mut().insert(span.clone());
+        let mut outcome = Outcome { metrics: self.metrics.clone(), method, code: None, message: String::new(), span };
         let response = self.inner.call(request);
         Box::pin(async move {
             let response = match contained(response).await {
@@ -136,7 +136,7 @@ fn code(headers: &http::HeaderMap) -> Option<Code> {
 }
 
 /// The span of a request for a method that is known.
-fn begin(tracer: &Tracer, request: &http::Request<Body>) -> Trace {
+fn begin(tracer: &Tracer, request: &http::Request<Body>) -> RequestSpan {
     let text = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
     tracer.begin(request.uri().path().trim_start_matches('/'), text("traceparent"), text("tracestate"))
 }
@@ -154,6 +154,10 @@ fn method(path: &str) -> Option<Method> {
         "/hardmax.v1.Inference/Tokenize" => Some(Method::Tokenize),
         "/hardmax.v1.Inference/Detokenize" => Some(Method::Detokenize),
         "/hardmax.v1.Inference/GetModelInfo" => Some(Method::GetModelInfo),
+        "/hardmax.v1.Routing/TraceRouting" => Some(Method::TraceRouting),
+        "/hardmax.v1.Routing/ReplayRouting" => Some(Method::ReplayRouting),
+        "/hardmax.v1.Routing/GetRoutingPolicy" => Some(Method::GetRoutingPolicy),
+        "/hardmax.v1.Routing/SetRoutingPolicy" => Some(Method::SetRoutingPolicy),
         _ => None,
     }
 }
@@ -165,7 +169,7 @@ impl Outcome {
     fn see(&mut self, headers: &http::HeaderMap) -> bool {
         let Some(code) = code(headers) else { return false };
         self.code = Some(code);
-        if self.trace.is_recorded() && fails(code) {
+        if self.span.is_recorded() && fails(code) {
             self.message = Status::from_header_map(headers).map(|status| status.message().to_owned()).unwrap_or_default();
         }
         true
@@ -182,7 +186,7 @@ impl Drop for Outcome {
             Some(_) => std::mem::take(&mut self.message),
             None => Error::Cancelled.to_string(),
         };
-        self.trace.end(code_name(code), fails(code).then_some(message));
+        self.span.end(code_name(code), fails(code).then_some(message));
     }
 }
 

@@ -13,6 +13,7 @@ mod otlp;
 mod parity;
 mod policy;
 mod process;
+mod routing;
 mod server;
 mod service;
 mod support;

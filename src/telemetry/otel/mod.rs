@@ -8,7 +8,6 @@ mod context;
 mod export;
 
 use std::{
-    fmt::Display,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -46,16 +45,16 @@ struct Export {
     backlog: Arc<Backlog>,
 }
 
-/// A request in its trace. Clones are the same; the default is in none.
+/// The span of a request. Clones are the same; the default is none, and belongs to no trace.
 #[derive(Clone, Debug, Default)]
-pub struct Trace {
-    id: Option<Arc<str>>,
-    span: Option<Arc<ServerSpan>>,
+pub struct RequestSpan {
+    trace_id: Option<Arc<str>>,
+    recorded: Option<Arc<Recorded>>,
 }
 
-/// A span that is recorded, until [`Trace::end`].
+/// A span that is exported, after [`RequestSpan::end`].
 #[derive(Debug)]
-struct ServerSpan {
+struct Recorded {
     tracer: SdkTracer,
     /// Holds the span, as the parent of others.
     context: Context,
@@ -105,10 +104,10 @@ impl Tracer {
 
     /// Begins the span of an RPC. `method` is `package.Service/Method`, a name that this server knows; the others are metadata of the
     /// call, which are ignored where they are malformed.
-    pub fn begin(&self, method: &str, traceparent: Option<&str>, tracestate: Option<&str>) -> Trace {
+    pub fn begin(&self, method: &str, traceparent: Option<&str>, tracestate: Option<&str>) -> RequestSpan {
         let parent = traceparent.and_then(|parent| context::parent(parent, tracestate.unwrap_or_default()));
         let Some(Export { tracer, .. }) = &self.export else {
-            return Trace { id: parent.map(|parent| parent.trace_id().to_string().into()), span: None };
+            return RequestSpan { trace_id: parent.map(|parent| parent.trace_id().to_string().into()), recorded: None };
         };
         let began = (Instant::now(), SystemTime::now());
         let around = parent.map_or_else(Context::new, |parent| Context::new().with_remote_span_context(parent));
@@ -116,9 +115,9 @@ impl Tracer {
         let builder = SpanBuilder::from_name(method.to_owned()).with_kind(SpanKind::Server).with_start_time(began.1);
         let span = tracer.build_with_context(builder.with_attributes(attributes), &around);
         let known = span.span_context();
-        let id = known.is_valid().then(|| known.trace_id().to_string().into());
-        let recorded = |span| Arc::new(ServerSpan { tracer: tracer.clone(), context: Context::new().with_span(span), began });
-        Trace { id, span: span.is_recording().then(|| recorded(span)) }
+        let trace_id = known.is_valid().then(|| known.trace_id().to_string().into());
+        let recorded = |span| Arc::new(Recorded { tracer: tracer.clone(), context: Context::new().with_span(span), began });
+        RequestSpan { trace_id, recorded: span.is_recording().then(|| recorded(span)) }
     }
 
     /// Sends what has ended, for at most `limit`, and makes no spans any more.
@@ -138,17 +137,17 @@ impl Tracer {
     }
 }
 
-// === impl Trace ===
+// === impl RequestSpan ===
 
-impl Trace {
+impl RequestSpan {
     /// The trace id, in hexadecimal: the caller's; if it gave none, one made here where spans are exported.
-    pub fn id(&self) -> Option<&Arc<str>> {
-        self.id.as_ref()
+    pub fn trace_id(&self) -> Option<&Arc<str>> {
+        self.trace_id.as_ref()
     }
 
-    /// Whether the trace is exported. Otherwise nothing else here has an effect.
+    /// Whether the span is exported. Otherwise nothing else here has an effect.
     pub fn is_recorded(&self) -> bool {
-        self.span.is_some()
+        self.recorded.is_some()
     }
 
     /// The id that the request's answers and log lines carry.
@@ -156,15 +155,16 @@ impl Trace {
         self.set(|| [KeyValue::new("hardmax.request_id", id.to_owned())]);
     }
 
-    /// What a request asks of the model. `operation` is one of the values of `gen_ai.operation.name`, or our own word.
-    pub fn asks(&self, operation: &'static str, model: &str, routing: &dyn Display) {
+    /// What a request asks of the model. `operation` is one of the values of `gen_ai.operation.name`, or
+    /// a word of our own.
+    pub fn asks(&self, operation: &'static str, model: &str, routing: impl FnOnce() -> String) {
         self.set(|| {
             [
                 KeyValue::new("gen_ai.operation.name", operation),
                 KeyValue::new("gen_ai.provider.name", env!("CARGO_PKG_NAME")),
                 KeyValue::new("gen_ai.request.model", model.to_owned()),
                 KeyValue::new("gen_ai.response.model", model.to_owned()),
-                KeyValue::new("hardmax.routing", routing.to_string()),
+                KeyValue::new("hardmax.routing", routing()),
             ]
         });
     }
@@ -184,7 +184,7 @@ impl Trace {
 
     /// Adds a span for each phase that it came to, without gaps, and the event of the first token.
     pub fn phases(&self, phases: &Phases) {
-        let Some(span) = &self.span else { return };
+        let Some(span) = &self.recorded else { return };
         let Phases { submitted, first_step, first_token, ended } = *phases;
         span.child("queue", submitted, first_step.unwrap_or(ended));
         if let Some(first_step) = first_step {
@@ -199,7 +199,7 @@ impl Trace {
     /// The RPC is over with the status `code`, as gRPC spells it; `failure` says why, if that is a failure of this server or a client that
     /// went away.
     pub fn end(&self, code: &'static str, failure: Option<String>) {
-        let Some(span) = &self.span else { return };
+        let Some(span) = &self.recorded else { return };
         let own = span.context.span();
         own.set_attribute(KeyValue::new("rpc.response.status_code", code));
         if let Some(failure) = failure {
@@ -210,15 +210,15 @@ impl Trace {
     }
 
     fn set<const N: usize>(&self, attributes: impl FnOnce() -> [KeyValue; N]) {
-        if let Some(span) = &self.span {
+        if let Some(span) = &self.recorded {
             span.context.span().set_attributes(attributes());
         }
     }
 }
 
-// === impl ServerSpan ===
+// === impl Recorded ===
 
-impl ServerSpan {
+impl Recorded {
     fn date(&self, instant: Instant) -> SystemTime {
         let (then, date) = self.began;
         date + instant.saturating_duration_since(then)
