@@ -17,9 +17,10 @@ use super::{
     inference::{Scoring, engine_stopped, score},
     proto::{self, routing_server::Routing},
     trace,
+    traced::{TracedEvents, submit},
 };
 use crate::{
-    engine::{self, Event, EventStream, Finished, Task},
+    engine::{self, Event, Finished, Task},
     error::{Error, Result},
     moe::{
         policy::{LayerChoices, Replay},
@@ -37,7 +38,7 @@ pub struct RoutingService {
 /// The routing of a text as messages. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct TraceStream {
-    events: EventStream,
+    events: TracedEvents,
     call: Call,
     options: proto::TraceOptions,
     /// The text.
@@ -66,8 +67,8 @@ impl RoutingService {
         let deadline = call.due(request.timeout_seconds)?;
         let prompt = context.prompt(input, "input").await?;
         let tokens = prompt.clone();
-        let (id, task, priority) = (call.id.clone(), Task::Read, request.priority);
-        let events = context.engine.submit(engine::Request { id, prompt, task, routing, trace: true, deadline, priority })?;
+        let (id, trace_id, task, priority) = (call.id.clone(), call.trace_id(), Task::Read, request.priority);
+        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace: true, deadline, priority })?;
         let options = request.options.unwrap_or_default();
         Ok(TraceStream { events, call: call.clone(), options, tokens, pending: VecDeque::new(), done: false })
     }
