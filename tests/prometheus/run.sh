@@ -47,7 +47,7 @@ serve() { # NAME MODEL
         --shadow-rate 1 --shadow-budget 0.3 2>"$log" &
     processes+=($!)
     until grep -q '"message":"serving"' "$log"; do
-        ((++tries <= 600)) || { cat "$log" >&2 && die "$1 does not serve"; }
+        if ! kill -0 $! 2>/dev/null || ((++tries > 600)); then cat "$log" >&2 && die "$1 does not serve"; fi
         sleep 0.1
     done
     grpc=$(sed -n 's/.*"message":"starting".*"grpc":"\([^"]*\)".*/\1/p' "$log")
