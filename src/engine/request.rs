@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{error::Error, moe::policy::RoutingChoice};
+use crate::{error::Error, fidelity::shadow::ShadowChoice, moe::policy::RoutingChoice};
 
 /// One prompt to work on.
 #[derive(Clone, Debug)]
@@ -19,6 +19,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Larger goes first; 0 is ordinary.
     pub priority: i32,
+    /// Whether it is measured against the reference routing when it has ended well.
+    pub shadow: ShadowChoice,
 }
 
 /// What to do with a prompt.

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fidelity::shadow::ShadowChoice,
     model::LogitRows,
     moe::policy::RoutingChoice,
 };
@@ -61,6 +62,7 @@ pub(super) struct Sequence {
     pub(super) events: mpsc::Sender<Event>,
     pub(super) ticket: Ticket,
     pub(super) routing: RoutingChoice,
+    pub(super) shadow: ShadowChoice,
     pub(super) deadline: Option<Instant>,
     pub(super) submitted: Instant,
     /// Start of the first step that worked on it.
@@ -132,6 +134,7 @@ impl Sequence {
                 events: events.clone(),
                 ticket,
                 routing: request.routing,
+                shadow: request.shadow,
                 deadline: request.deadline,
                 submitted,
                 first_step: None,

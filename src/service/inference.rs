@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     checkpoint::GenerationDefaults,
-    engine::{self, Engine, Event, EventStream, Finished, Task, Tokens},
+    engine::{self, Engine, Event, EventStream, Finished, ShadowChoice, Task, Tokens},
     error::{Error, ErrorKind, Result},
     model::{ModelSpec, MoeSpec},
     moe::policy::RoutingChoice,
@@ -266,7 +266,8 @@ impl InferenceService {
         let params = convert::generate_params(request.sampling, &self.config.sampling);
         let choices = params.n;
         let task = Task::Generate(params);
-        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority };
+        let shadow = ShadowChoice::Sampled;
+        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority, shadow };
         Ok(GenerateStream { events: self.engine.submit(request)?, call: call.clone(), choices })
     }
 
@@ -281,7 +282,8 @@ impl InferenceService {
         let deadline = call.due(request.timeout_seconds)?;
         let prompt = self.prompt(input, "input").await?;
         let task = Task::Score { alternatives: request.alternatives.unwrap_or(0) as usize };
-        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority };
+        let shadow = ShadowChoice::Sampled;
+        let request = engine::Request { id: call.id.clone(), prompt, task, routing, deadline, priority: request.priority, shadow };
         let answer = scored(self.engine.submit(request)?);
         match deadline {
             None => answer.await,

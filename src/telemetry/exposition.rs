@@ -13,6 +13,7 @@ pub(super) struct Exposition {
 pub(super) enum Kind {
     Counter,
     Gauge,
+    Histogram,
 }
 
 impl Exposition {
@@ -21,6 +22,7 @@ impl Exposition {
         let kind = match kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
         };
         // Writing to a String does not fail, here and below.
         let _ = writeln!(self.text, "# HELP {name} {}\n# TYPE {name} {kind}", escape(help));

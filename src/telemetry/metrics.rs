@@ -10,7 +10,11 @@ use std::{
 use ::metrics::{Counter, Gauge, Histogram, Label};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use super::{expert_load::ExpertLoad, exposition::Exposition};
+use super::{
+    expert_load::ExpertLoad,
+    exposition::Exposition,
+    fidelity::{Fidelity, FidelitySample, FidelitySnapshot},
+};
 use crate::{
     error::{Error, ErrorKind, Result},
     moe::LayerRouting,
@@ -76,6 +80,8 @@ pub struct MetricsConfig {
     pub cache_block_tokens: usize,
     /// Blocks of the cache.
     pub cache_blocks: usize,
+    /// The gap of live traffic can be measured; else its series are left out.
+    pub fidelity: bool,
 }
 
 /// Labels of one kind, with the texts that they are exported as.
@@ -191,6 +197,26 @@ label! {
     }
 }
 
+label! {
+    /// What became of a request that was to be measured against the reference routing.
+    SampleOutcome {
+        /// It was measured.
+        Done = "done",
+        /// It was served under the reference routing: there is no gap.
+        Same = "same",
+        /// Too many waited.
+        DroppedQueue = "dropped_queue",
+        /// There was no time for it.
+        DroppedBudget = "dropped_budget",
+        /// It has fewer than two tokens.
+        DroppedShort = "dropped_short",
+        /// The server stops.
+        DroppedDraining = "dropped_draining",
+        /// An error or a panic.
+        Failed = "failed",
+    }
+}
+
 /// A step of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
@@ -241,6 +267,8 @@ pub struct Metrics {
     /// When the histograms' buffers were last emptied.
     last_upkeep: Mutex<Instant>,
     expert_load: Mutex<ExpertLoad>,
+    /// `None`: it is not measured.
+    fidelity: Option<Mutex<Fidelity>>,
     /// Of each [`Method`], of each [`Code`].
     requests: Vec<Vec<Counter>>,
     finished: Vec<Counter>,
@@ -299,6 +327,7 @@ impl Metrics {
             page,
             last_upkeep: Mutex::new(now),
             expert_load: Mutex::new(ExpertLoad::new(&config.model, &config.layers, now)),
+            fidelity: config.fidelity.then(|| Mutex::new(Fidelity::new(&config.model, &config.layers))),
             requests,
             finished: by_reason("hardmax_request_finished_total", "Requests that left the engine, by the reason of their end.", outcomes),
             rejections: by_reason(
@@ -458,11 +487,48 @@ impl Metrics {
         }
     }
 
+    /// A shadow sample was measured.
+    pub fn fidelity_sample(&self, sample: &FidelitySample) {
+        self.with_fidelity(|fidelity| fidelity.add(sample));
+    }
+
+    /// A shadow sample ended in another way.
+    pub fn fidelity_outcome(&self, outcome: SampleOutcome) {
+        self.with_fidelity(|fidelity| fidelity.count(outcome));
+    }
+
+    /// Time went into shadow samples.
+    pub fn fidelity_spent(&self, spent: Duration) {
+        self.with_fidelity(|fidelity| fidelity.spend(spent));
+    }
+
+    /// So many shadow samples wait or are being measured.
+    pub fn set_fidelity_pending(&self, samples: usize) {
+        self.with_fidelity(|fidelity| fidelity.set_pending(samples));
+    }
+
+    /// The gap of live traffic since the start, or the last [`Metrics::reset_fidelity`].
+    pub fn fidelity_snapshot(&self) -> FidelitySnapshot {
+        self.fidelity.as_ref().map(|fidelity| lock(fidelity).snapshot()).unwrap_or_default()
+    }
+
+    /// [`Metrics::fidelity_snapshot`] counts from here; the series go on.
+    pub fn reset_fidelity(&self) {
+        self.with_fidelity(Fidelity::reset);
+    }
+
+    fn with_fidelity(&self, change: impl FnOnce(&mut Fidelity)) {
+        if let Some(fidelity) = &self.fidelity {
+            change(&mut lock(fidelity));
+        }
+    }
+
     /// Every series in the Prometheus text format.
     pub fn render(&self) -> String {
-        let mut experts = Exposition::default();
-        lock(&self.expert_load).write(&mut experts, Instant::now());
-        self.page.render() + &experts.finish()
+        let mut computed = Exposition::default();
+        lock(&self.expert_load).write(&mut computed, Instant::now());
+        self.with_fidelity(|fidelity| fidelity.write(&mut computed));
+        self.page.render() + &computed.finish()
     }
 }
 

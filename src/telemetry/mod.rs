@@ -2,5 +2,6 @@
 
 mod expert_load;
 mod exposition;
+pub mod fidelity;
 pub mod http;
 pub mod metrics;

@@ -351,7 +351,7 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         max_send_bytes: 64 << 20,
     };
     let model = Box::new(FakeModel { spec: spec(options.max_context), gate });
-    Ok(Loaded { model, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
+    Ok(Loaded { model, background: None, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
 }
 
 // === requests ===
