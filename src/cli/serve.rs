@@ -326,11 +326,7 @@ impl FidelityArgs {
     }
 
     fn measure(&self) -> MeasureConfig {
-        MeasureConfig {
-            max_requests: self.max_measure_requests,
-            max_tokens: self.max_measure_tokens as usize,
-            budget: self.measure_budget,
-        }
+        MeasureConfig { max_requests: self.max_measure_requests, max_tokens: self.max_measure_tokens as usize, budget: self.measure_budget }
     }
 }
 

@@ -13,13 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    EngineConfig,
-    measure::Measurement,
-    sequence::Sequence,
-    status::Shared,
-    worker::Clock,
-};
+use super::{EngineConfig, measure::Measurement, sequence::Sequence, status::Shared, worker::Clock};
 use crate::{
     error::{Error, Result},
     fidelity::{
@@ -321,13 +315,7 @@ impl Shadows {
     }
 
     /// One piece. How many tokens it read. After a failure the model is gone with its work, and the next sample has a new one.
-    fn advance(
-        &mut self,
-        source: &dyn ObservableSource,
-        spec: &ModelSpec,
-        sample: &Sample,
-        work: Option<Probed>,
-    ) -> Result<(usize, Step)> {
+    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<(usize, Step)> {
         let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, self.waiting.config().max_tokens);
         let mut work = work.map_or_else(begin, Ok)?;
         let chunk = work.step(&sample.tokens, self.size.tokens())?;

@@ -194,7 +194,8 @@ impl MeasureRequest {
         }
         let (needed, has) = (window.saturating_mul(cases), cache.tokens());
         if needed > has {
-            let message = format!("{window} tokens under {cases} routings are more than the {has} tokens of the cache: use smaller windows");
+            let message =
+                format!("{window} tokens under {cases} routings are more than the {has} tokens of the cache: use smaller windows");
             return Err(Error::out_of_range(field, message));
         }
         Ok(window)

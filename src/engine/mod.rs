@@ -36,22 +36,20 @@ use std::{
 
 use tokenizers::Tokenizer;
 
-pub use self::{
-    background::ObservableSource,
-    measure::{
-        LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity,
-    },
-    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
-    status::EngineStatus,
-    stream::EventStream,
-    validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
-};
 use self::{
     background::Background,
     measure::{Measurement, Slot},
     sequence::Submission,
     status::Shared,
     worker::{Clock, Command, Worker},
+};
+pub use self::{
+    background::ObservableSource,
+    measure::{LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
+    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
+    status::EngineStatus,
+    stream::EventStream,
+    validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
 };
 pub use crate::fidelity::shadow::{ShadowChoice, ShadowConfig};
 use crate::{
@@ -181,8 +179,7 @@ impl EngineConfig {
         if let Some((field, value, least)) = minima.into_iter().find(|&(_, value, least)| value < least) {
             return Err(Error::invalid(field, format!("{value} is below {least}")));
         }
-        let shares =
-            [("shadow.rate", self.shadow.rate), ("shadow.budget", self.shadow.budget), ("measure.budget", self.measure.budget)];
+        let shares = [("shadow.rate", self.shadow.rate), ("shadow.budget", self.shadow.budget), ("measure.budget", self.measure.budget)];
         match shares.into_iter().find(|(_, share)| !(0.0..=1.0).contains(share)) {
             Some((field, share)) => Err(Error::invalid(field, format!("{share} is not from 0 to 1"))),
             None => Ok(()),
@@ -205,7 +202,10 @@ impl Engine {
             return Err(Error::invalid("kv_cache", format!("{} blocks of {} tokens", cache.num_blocks, cache.block_tokens)));
         }
         let shared = Arc::new(Shared::new(worker::FIRST_GENERATION, metrics));
-        #[expect(clippy::disallowed_methods, reason = "bounded by `count_in` and `Slot`: a request sends two commands at most, a measurement one")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "bounded by `count_in` and `Slot`: a request sends two commands at most, a measurement one"
+        )]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
             tokenizer: tokenizer.clone(),

@@ -83,6 +83,8 @@ pub struct FidelitySnapshot {
     pub same: u64,
     /// Samples that were neither.
     pub dropped: u64,
+    /// Samples that wait or are being measured now.
+    pub pending: usize,
     /// Compared tokens.
     pub tokens: u64,
     /// `KL(reference ‖ serving)`, nats per token.
@@ -263,6 +265,7 @@ impl Fidelity {
             samples,
             same,
             dropped: all - samples - same,
+            pending: self.pending,
             tokens,
             kl,
             js,
