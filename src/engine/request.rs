@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     error::Error,
+    fidelity::shadow::ShadowChoice,
     moe::{policy::LayerChoices, trace::RoutingTrace},
 };
 
@@ -29,6 +30,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Larger goes first; 0 is ordinary.
     pub priority: i32,
+    /// Whether it is measured against the reference routing when it has ended well.
+    pub shadow: ShadowChoice,
 }
 
 /// What to do with a prompt.

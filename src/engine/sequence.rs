@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fidelity::shadow::ShadowChoice,
     model::LogitRows,
     moe::{LayerRouting, policy::LayerChoices, trace::RoutingTrace},
 };
@@ -65,6 +66,7 @@ pub(super) struct Sequence {
     pub(super) events: mpsc::Sender<Event>,
     pub(super) ticket: Ticket,
     pub(super) routing: LayerChoices,
+    pub(super) shadow: ShadowChoice,
     pub(super) deadline: Option<Instant>,
     pub(super) submitted: Instant,
     /// Start of the first step that worked on it.
@@ -146,6 +148,7 @@ impl Sequence {
                 events: events.clone(),
                 ticket,
                 routing: request.routing.clone(),
+                shadow: request.shadow,
                 deadline: request.deadline,
                 submitted: milestones.submitted(),
                 first_step: None,

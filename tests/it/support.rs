@@ -384,7 +384,7 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         return load_demo(options.engine, service);
     }
     let model = Box::new(FakeModel { spec: spec(options.max_context), cache_blocks: options.cache_blocks, gate });
-    Ok(Loaded { model, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
+    Ok(Loaded { model, background: None, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
 }
 
 /// The shipped model, whose sums do not depend on who else is there.
@@ -395,7 +395,7 @@ fn load_demo(engine: EngineConfig, service: ServiceConfig) -> Result<Loaded> {
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
     let model = weights.start(CacheShape { block_tokens: 16, num_blocks: 256 })?;
-    Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
+    Ok(Loaded { model, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service })
 }
 
 // === requests ===
