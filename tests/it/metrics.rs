@@ -73,17 +73,23 @@ async fn drive(server: &TestServer) -> [Page; 3] {
     let mut client = server.client().await;
     client.get_model_info(GetModelInfoRequest::default()).await.unwrap();
     let before = Page::of(server).await;
-    // Two requests that outgrow the cache together, and one that is not let in.
+    // Two requests that outgrow the cache together, one that waits for them, and one that is not let in.
     let long = |letter: &str| generate(&letter.repeat(20), 30);
     let running = client.generate(long("a")).await.unwrap();
     server.gate.step(1).await;
     let waiting = client.generate(long("b")).await.unwrap();
-    client.generate(long("c")).await.unwrap_err();
+    let queued = client.generate(long("c")).await.unwrap();
+    client.generate(long("d")).await.unwrap_err();
+    server.gate.allow(1);
+    server.gate.step(2).await;
     let during = Page::of(server).await;
     server.gate.open();
-    let (first, second) = tokio::join!(collect(running.into_inner()), collect(waiting.into_inner()));
-    assert!(first.1.is_none() && second.1.is_none(), "{:?} {:?}", first.1, second.1);
-    collect(client.generate(long("a")).await.unwrap().into_inner()).await;
+    for stream in [running, waiting, queued] {
+        assert!(collect(stream.into_inner()).await.1.is_none());
+    }
+    for _ in 0..2 {
+        collect(client.generate(long("a")).await.unwrap().into_inner()).await;
+    }
     client.score(ScoreRequest { input: Some(Input::Text("ab".into())), ..Default::default() }).await.unwrap();
     client.tokenize(TokenizeRequest { text: "a".into(), ..Default::default() }).await.unwrap();
     client.detokenize(DetokenizeRequest { token_ids: vec![97], ..Default::default() }).await.unwrap();
@@ -100,8 +106,8 @@ async fn drive(server: &TestServer) -> [Page; 3] {
 async fn a_driven_server_moves_every_series_of_the_catalogue() {
     let engine = EngineConfig { max_batch_requests: 2, max_queue_requests: 1, ..Options::default().engine };
     let series = SeriesOptions { aliases: MetricsAliases::Vllm, ..SeriesOptions::default() };
-    // 64 tokens: one of the requests fits, two do not.
-    let server = TestServer::start(Options { engine, series, cache_blocks: 4, gate_open: false, ..Options::default() }).await;
+    // 80 tokens: two of the requests can begin together, and cannot end together.
+    let server = TestServer::start(Options { engine, series, cache_blocks: 5, gate_open: false, ..Options::default() }).await;
     let [before, during, after] = drive(&server).await;
     // A model that cannot be watched has no shadow: see the next test.
     let expected: BTreeMap<String, String> = catalog::families()

@@ -79,19 +79,26 @@ pub async fn soon<T>(future: impl Future<Output = T>) -> T {
 /// Holds the model's steps back while it is closed.
 #[derive(Debug)]
 pub struct Gate {
-    open: Mutex<bool>,
+    /// Steps that may pass, counted from the start.
+    allowed: Mutex<usize>,
     opened: Condvar,
     steps: watch::Sender<usize>,
 }
 
 impl Gate {
     fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self { open: Mutex::new(open), opened: Condvar::new(), steps: watch::Sender::new(0) })
+        let allowed = if open { usize::MAX } else { 0 };
+        Arc::new(Self { allowed: Mutex::new(allowed), opened: Condvar::new(), steps: watch::Sender::new(0) })
     }
 
     /// Lets all steps pass from now on.
     pub fn open(&self) {
-        *self.open.lock().unwrap() = true;
+        self.allow(usize::MAX);
+    }
+
+    /// Lets the first `n` steps pass.
+    pub fn allow(&self, n: usize) {
+        *self.allowed.lock().unwrap() = n;
         self.opened.notify_all();
     }
 
@@ -102,9 +109,10 @@ impl Gate {
 
     fn pass(&self) {
         self.steps.send_modify(|steps| *steps += 1);
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let step = *self.steps.borrow();
+        let allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
         // A test that failed does not leave the engine's thread behind.
-        let _ = self.opened.wait_timeout_while(open, PATIENCE, |open| !*open);
+        let _ = self.opened.wait_timeout_while(allowed, PATIENCE, |allowed| *allowed < step);
     }
 }
 
