@@ -92,7 +92,7 @@ impl State {
             let of = |expert: usize| expert * size..(expert + 1) * size;
             let new = renewed(&values[of(donor)], noise, draw, number * experts + expert);
             values[of(expert)].copy_from_slice(&new);
-            adam.forget(of(expert));
+            adam.renew(of(expert), of(donor));
         }
     }
 }

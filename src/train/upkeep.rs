@@ -148,7 +148,7 @@ impl Upkeep<'_> {
         let donor: Vec<f64> = values[of(from)].iter().map(|&value| f64::from(value)).collect();
         values[of(to)].iter_mut().zip(renew(&donor)).for_each(|(value, new)| *value = new as f32);
         var.set(&candle_core::Tensor::from_vec(values, var.shape(), var.device())?)?;
-        self.optimizer.reset(index, of(to));
+        self.optimizer.renew(index, of(to), of(from));
         Ok(())
     }
 }
