@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{
     adam::{Adam, clip, norm},
-    arm::{Arm, CheckedArm, Route},
+    arm::{Arm, Route},
     clock::cpu_time,
     cost::{self, Rows},
     evaluate::Model,
@@ -29,6 +29,7 @@ use crate::{
         loss::{LossInput, LossNoise, LossTerm},
         remedy::{Action, Evidence, Remedies, Treatment, renewed},
     },
+    train::routing::RoutingPlan,
 };
 
 /// Largest norm of the router's gradient.
@@ -121,7 +122,7 @@ impl<'a> Training<'a> {
     pub fn new(spec: &'a CellSpec, task: &'a dyn Task, cells: &Path) -> Result<Self> {
         let memory = Watermark::set();
         let (arm, steps, experts) = (&spec.arm, spec.size.steps, spec.task.experts());
-        let CheckedArm { estimator: own, losses, remedies } = arm.check(experts, steps, spec.mode)?;
+        let RoutingPlan { estimator: own, losses, remedies, .. } = arm.check(experts, steps, spec.mode)?;
         let soft = EstimatorSpec::new(&Arm::teacher().estimator, experts, steps, Purpose::Laboratory)?;
         let estimator = own.at(0, steps);
         let shape = Shape {
