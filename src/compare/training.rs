@@ -234,7 +234,7 @@ impl<'a> Training<'a> {
             let input = LossInput {
                 z: &z,
                 experts: routed.experts,
-                temperature: 1.0,
+                temperature: estimator.temperature(),
                 choices: routed.wanted(),
                 k: estimator.k(),
                 sequences: &[],
