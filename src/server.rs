@@ -25,11 +25,13 @@ use crate::{
     error::{Error, Result},
     model::LanguageModel,
     service::{
-        DeadlineLayer, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, ServiceConfig, proto::inference_server::InferenceServer,
+        DeadlineLayer, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, RoutingService, ServiceConfig, Services,
+        proto::{inference_server::InferenceServer, routing_server::RoutingServer},
     },
     telemetry::{
         http::{self, Page, Readiness},
         metrics::{Metrics, MetricsConfig},
+        otel::Tracer,
     },
 };
 
@@ -44,6 +46,9 @@ const SPARE_STREAMS: usize = 128;
 
 /// How long clients have to read their last messages once the engine has stopped.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the collector of traces has to take the last ones after that.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The sockets, bound by the caller: tests bind port 0, and an address in use is told before a model is loaded.
 #[derive(Debug)]
@@ -85,13 +90,14 @@ struct AbortOnDrop<T>(JoinHandle<T>);
 #[derive(Debug)]
 struct Health(HealthReporter);
 
-/// Loads with `load`, serves until `shutdown`, then drains.
+/// Loads with `load`, serves until `shutdown`, then drains. `tracer` makes the spans of requests.
 ///
 /// Returns once everything has stopped: `Ok` after `shutdown`, an error if loading or a socket failed, or if the
 /// engine had stopped by itself.
 pub async fn run(
     listeners: Listeners,
     drain: DrainConfig,
+    tracer: Tracer,
     load: impl FnOnce() -> Result<Loaded> + Send + 'static,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
@@ -118,18 +124,19 @@ pub async fn run(
         config: loaded.engine,
         metrics: metrics.clone(),
     })?;
-    let service = InferenceService::new(engine.clone(), loaded.service.clone())?;
+    let services = Services::new(engine.clone(), loaded.service.clone())?;
     page.show(metrics.clone());
 
     let (health, health_service) = Health::new().await;
     let (stop, stopped) = oneshot::channel::<()>();
     let router = builder(engine.config())
-        .layer(ObserveLayer::new(metrics))
+        .layer(ObserveLayer::new(metrics, tracer.clone()))
         .layer(DeadlineLayer)
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(descriptor_error)?)
         .add_service(reflection().build_v1alpha().map_err(descriptor_error)?)
-        .add_service(inference_server(service, &loaded.service));
+        .add_service(inference_server(services.inference(), &loaded.service))
+        .add_service(routing_server(services.routing(), &loaded.service));
     let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE.0));
     let mut serving = AbortOnDrop(tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
         // A dropped sender stops the server as well.
@@ -163,6 +170,7 @@ pub async fn run(
     if timeout(CLOSE_TIMEOUT, &mut serving.0).await.is_err() {
         tracing::warn!("some clients keep their connections open: closing them");
     }
+    tracer.shutdown(FLUSH_TIMEOUT).await;
     tracing::info!("stopped");
     if engine_lives { Ok(()) } else { Err(Error::Internal("the engine had stopped".into())) }
 }
@@ -195,6 +203,13 @@ fn inference_server(service: InferenceService, config: &ServiceConfig) -> Infere
         .max_decoding_message_size(config.max_receive_bytes)
         .max_encoding_message_size(config.max_send_bytes)
         // Requests only: a compressed answer of one token is larger than a plain one.
+        .accept_compressed(CompressionEncoding::Gzip)
+}
+
+fn routing_server(service: RoutingService, config: &ServiceConfig) -> RoutingServer<RoutingService> {
+    RoutingServer::new(service)
+        .max_decoding_message_size(config.max_receive_bytes)
+        .max_encoding_message_size(config.max_send_bytes)
         .accept_compressed(CompressionEncoding::Gzip)
 }
 
@@ -237,8 +252,8 @@ impl Health {
     }
 
     /// The server as a whole, which has the empty name, and each of our services.
-    fn names() -> [&'static str; 2] {
-        ["", <InferenceServer<InferenceService> as NamedService>::NAME]
+    fn names() -> [&'static str; 3] {
+        ["", <InferenceServer<InferenceService> as NamedService>::NAME, <RoutingServer<RoutingService> as NamedService>::NAME]
     }
 
     async fn set(&self, status: ServingStatus) {

@@ -34,7 +34,7 @@ use std::{
 use tokenizers::Tokenizer;
 
 pub use self::{
-    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
+    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
     validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
@@ -187,6 +187,7 @@ impl Engine {
             // The last token is never read.
             max_context: spec.max_context.min(cache.tokens().saturating_add(1)),
             max_new_tokens: config.max_new_tokens,
+            moe_layers: spec.moe_layers().map(|(layer, _)| layer).collect(),
             generation: worker::FIRST_GENERATION,
         };
         let worker = Worker::new(model, clock, surroundings, &config, shared.clone(), inbox);
@@ -215,16 +216,17 @@ impl Engine {
         }
         let choices = match &request.task {
             Task::Generate(params) => params.n,
-            Task::Score { .. } => 1,
+            Task::Score { .. } | Task::Read => 1,
         };
         let tickets = inner.shared.count_in(choices, request.prompt.len(), &inner.config)?;
         // One place more for each choice: every one may have an event in a step.
         let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer + choices - 1);
         let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
         let ids = first..first + choices as u64;
-        let submission = Box::new(Submission { request, events, submitted, ids: ids.clone(), tickets });
+        let milestones = Arc::new(Milestones::new(submitted));
+        let submission = Box::new(Submission { request, events, milestones: milestones.clone(), ids: ids.clone(), tickets });
         inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
-        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids))
+        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids, milestones))
     }
 
     /// Refuses a prompt that was found too long before all its tokens were known, as [`Engine::submit`] would.
@@ -238,7 +240,7 @@ impl Engine {
         let (cache, context) = (self.inner.cache, self.inner.spec.max_context);
         let prompt = request.prompt.len();
         let (field, total) = match &request.task {
-            Task::Score { .. } => ("input", prompt),
+            Task::Score { .. } | Task::Read => ("input", prompt),
             // The last token is never read. What is not asked for by number is cut to what there is.
             Task::Generate(params) => {
                 let new = params.max_new_tokens.unwrap_or(params.min_new_tokens.max(1)).min(context.saturating_sub(prompt));
@@ -261,6 +263,11 @@ impl Engine {
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.inner.spec
+    }
+
+    /// What it counts into.
+    pub fn metrics(&self) -> &Metrics {
+        &self.inner.shared.metrics
     }
 
     /// The model's tokenizer.

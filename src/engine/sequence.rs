@@ -12,7 +12,7 @@ use tokenizers::Tokenizer;
 use tokio::sync::mpsc;
 
 use super::{
-    request::{Event, FinishReason, Finished, GenerateParams, Request, Task, Timing, TokenLogprob, Tokens},
+    request::{Event, FinishReason, Finished, GenerateParams, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     sampler::{self, Sampler},
     scheduler::{Readiness, SequenceId, Sequences, Share},
     status::Ticket,
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::LogitRows,
-    moe::policy::RoutingChoice,
+    moe::{LayerRouting, policy::LayerChoices, trace::RoutingTrace},
 };
 
 /// After this long behind its reader a request gives its place to one that waits.
@@ -32,7 +32,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(1);
 pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
-    pub(super) submitted: Instant,
+    pub(super) milestones: Arc<Milestones>,
     /// One for each choice.
     pub(super) ids: Range<SequenceId>,
     /// One for each choice.
@@ -46,6 +46,8 @@ pub(super) struct Surroundings {
     pub(super) eos_token_ids: HashSet<u32>,
     pub(super) vocab_size: usize,
     pub(super) max_context: usize,
+    /// Decoder layers with experts.
+    pub(super) moe_layers: Arc<[usize]>,
     /// Most tokens that a request may generate.
     pub(super) max_new_tokens: usize,
     /// Of the weights in force.
@@ -56,11 +58,13 @@ pub(super) struct Surroundings {
 pub(super) struct Sequence {
     /// Of the request.
     pub(super) name: Arc<str>,
+    /// Of the request, for log lines.
+    pub(super) trace_id: Option<Arc<str>>,
     /// All choices of the request.
     pub(super) group: Range<SequenceId>,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) ticket: Ticket,
-    pub(super) routing: RoutingChoice,
+    pub(super) routing: LayerChoices,
     pub(super) deadline: Option<Instant>,
     pub(super) submitted: Instant,
     /// Start of the first step that worked on it.
@@ -69,6 +73,7 @@ pub(super) struct Sequence {
     pub(super) last_token: Option<Instant>,
     /// Tokens of the prompt that were found in the cache when it was first admitted.
     pub(super) cached_prompt_tokens: Option<usize>,
+    milestones: Arc<Milestones>,
     choice: usize,
     /// Since when its reader leaves no room in the channel.
     stalled_since: Option<Instant>,
@@ -76,12 +81,15 @@ pub(super) struct Sequence {
     /// Prompt and continuation.
     tokens: Vec<u32>,
     prompt_tokens: usize,
+    /// What was recorded and not told yet, if it is to be told.
+    trace: Option<RoutingTrace>,
     task: Job,
 }
 
 enum Job {
     Generate(Box<Generation>),
     Score { alternatives: usize, logprobs: Vec<TokenLogprob> },
+    Read,
 }
 
 struct Generation {
@@ -104,11 +112,15 @@ pub(super) enum Progress {
     Finished(Box<Finished>),
 }
 
-/// The logits that a step computed for one sequence.
+/// What a step computed for one sequence.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows<'a> {
     /// `[rows, V]`, as many as [`Sequence::logit_rows`] asked for.
     pub(super) logits: &'a [f32],
+    /// What the routers did for the whole step.
+    pub(super) layers: &'a [LayerRouting],
+    /// The first row of the sequence in `layers`.
+    pub(super) first: usize,
     /// End of the step.
     pub(super) now: Instant,
 }
@@ -116,7 +128,7 @@ pub(super) struct Rows<'a> {
 impl Sequence {
     /// Sequences that nothing has been done for, one for each choice. Fails if the tokenizer cannot decode the prompt.
     pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Vec<Self>> {
-        let Submission { request, events, submitted, ids, tickets } = submission;
+        let Submission { request, events, milestones, ids, tickets } = submission;
         let name: Arc<str> = request.id.into();
         let sequence = |(choice, ticket)| {
             let task = match &request.task {
@@ -125,24 +137,28 @@ impl Sequence {
                     Job::Score { alternatives, logprobs: first.into_iter().collect() }
                 }
                 Task::Generate(params) => Job::Generate(Box::new(Generation::new(params.clone(), choice, &request.prompt, surroundings)?)),
+                Task::Read => Job::Read,
             };
             Ok(Self {
                 name: name.clone(),
+                trace_id: request.trace_id.clone(),
                 group: ids.clone(),
                 events: events.clone(),
                 ticket,
-                routing: request.routing,
+                routing: request.routing.clone(),
                 deadline: request.deadline,
-                submitted,
+                submitted: milestones.submitted(),
                 first_step: None,
                 first_token: None,
                 last_token: None,
                 cached_prompt_tokens: None,
+                milestones: milestones.clone(),
                 choice,
                 stalled_since: None,
                 stalled: false,
                 prompt_tokens: request.prompt.len(),
                 tokens: request.prompt.clone(),
+                trace: request.trace.then(|| RoutingTrace::new(0, Arc::clone(&surroundings.moe_layers))),
                 task,
             })
         };
@@ -179,7 +195,7 @@ impl Sequence {
             Job::Score { logprobs, .. } if end < logprobs.len() => LogitRows::None,
             Job::Score { .. } => LogitRows::All,
             Job::Generate(_) if end == self.tokens.len() => LogitRows::Last,
-            Job::Generate(_) => LogitRows::None,
+            Job::Generate(_) | Job::Read => LogitRows::None,
         }
     }
 
@@ -188,8 +204,39 @@ impl Sequence {
         (share.past + share.tokens).min(self.prompt_tokens).saturating_sub(share.past)
     }
 
+    /// A step that works on it begins.
+    pub(super) fn begin_step(&mut self, now: Instant) {
+        if self.first_step.is_none() {
+            self.first_step = Some(now);
+            self.milestones.set_first_step(now);
+        }
+    }
+
+    /// Notes the routing of what a step computed of it, if that is asked for. What was read before a preemption has been noted.
+    fn note_routing(&mut self, share: Share, rows: Rows<'_>) -> Result<()> {
+        let Some(trace) = &mut self.trace else { return Ok(()) };
+        let noted = (trace.first_position + trace.num_tokens()).saturating_sub(share.past).min(share.tokens);
+        trace.record(rows.layers, rows.first + noted..rows.first + share.tokens)
+    }
+
+    /// What was noted since the last time. `None` without a word to say.
+    fn take_trace(&mut self) -> Option<RoutingTrace> {
+        let trace = self.trace.as_mut().filter(|trace| trace.num_tokens() > 0)?;
+        let next = RoutingTrace::new(trace.first_position + trace.num_tokens(), Arc::clone(&trace.layers));
+        Some(std::mem::replace(trace, next))
+    }
+
+    /// Nothing but what was noted.
+    fn quiet(&mut self) -> Progress {
+        match self.take_trace() {
+            None => Progress::Quiet,
+            trace => Progress::Tokens(Tokens { choice: self.choice, trace, ..Tokens::default() }),
+        }
+    }
+
     /// Takes the result of a step that computed `share`. After an error the sequence is over.
     pub(super) fn advance(&mut self, share: Share, rows: Rows<'_>, surroundings: &Surroundings) -> Result<Progress> {
+        self.note_routing(share, rows)?;
         let end = share.past + share.tokens;
         match &mut self.task {
             Job::Score { alternatives, logprobs } => {
@@ -209,13 +256,20 @@ impl Sequence {
                 let logprobs = std::mem::take(logprobs);
                 Ok(self.finished(FinishReason::Length, Tokens::default(), logprobs, rows.now, surroundings))
             }
-            Job::Generate(_) if end < self.tokens.len() => Ok(Progress::Quiet),
+            Job::Generate(_) | Job::Read if end < self.tokens.len() => Ok(self.quiet()),
+            Job::Read => {
+                let tail = Tokens { trace: self.take_trace(), ..Tokens::default() };
+                Ok(self.finished(FinishReason::Length, tail, Vec::new(), rows.now, surroundings))
+            }
             Job::Generate(generation) => {
                 let generated = self.tokens.len() - self.prompt_tokens + 1;
                 let (tokens, end) = generation.next(rows.logits, generated, surroundings)?;
-                let tokens = Tokens { choice: self.choice, ..tokens };
+                let tokens = Tokens { choice: self.choice, trace: self.take_trace(), ..tokens };
                 self.tokens.extend(&tokens.ids);
-                self.first_token.get_or_insert(rows.now);
+                if self.first_token.is_none() {
+                    self.first_token = Some(rows.now);
+                    self.milestones.set_first_token(rows.now);
+                }
                 self.last_token = Some(rows.now);
                 Ok(match end {
                     None => Progress::Tokens(tokens),
@@ -289,6 +343,7 @@ impl Sequences for BTreeMap<SequenceId, Sequence> {
         self.get(&id).map_or(0, |sequence| match &sequence.task {
             Job::Generate(_) => sequence.tokens.len() - 1,
             Job::Score { logprobs, .. } => logprobs.len() - 1,
+            Job::Read => 0,
         })
     }
 }
@@ -317,7 +372,7 @@ impl Generation {
         let token = self.sampler.sample(row)?;
         let early = generated <= self.min_new_tokens;
         let logprobs = self.logprobs.map(|alternatives| sampler::logprob(row, token, alternatives)).into_iter().collect();
-        let mut tokens = Tokens { choice: 0, text: String::new(), ids: vec![token], logprobs };
+        let mut tokens = Tokens { ids: vec![token], logprobs, ..Tokens::default() };
         let mut end = if !self.ignore_eos && surroundings.eos_token_ids.contains(&token) {
             Some(FinishReason::EndOfSequence(token))
         } else if self.stop_tokens.contains(&token) {

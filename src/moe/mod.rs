@@ -22,6 +22,7 @@ pub mod route;
 mod softmax;
 mod stats;
 mod swiglu;
+pub mod trace;
 mod train;
 
 use std::sync::{Arc, OnceLock};

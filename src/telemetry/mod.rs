@@ -1,6 +1,14 @@
 //! What operators see of a running server.
 
+pub mod catalog;
+mod config;
 mod expert_load;
 mod exposition;
 pub mod http;
+mod info;
+mod labels;
 pub mod metrics;
+pub mod otel;
+mod register;
+#[cfg(test)]
+mod tests;
