@@ -149,14 +149,15 @@ impl Arm {
                 layers: spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect(),
                 num_layers: spec.layers.len(),
                 max_context: spec.max_context,
-                fidelity: true,
+                shadow: true,
                 ..MetricsConfig::default()
             },
             request: Request {
                 id: self.name.into(),
                 prompt: Vec::new(),
                 task: Task::Generate(params),
-                routing,
+                routing: routing.into(),
+                trace: false,
                 deadline: None,
                 priority: 0,
                 shadow: ShadowChoice::Sampled,

@@ -151,11 +151,13 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
         model_name: subject.name.clone(),
         device: subject.device.to_string(),
         dtype: subject.dtype.to_owned(),
-        routing: RoutingChoice::Native,
+        routing: RoutingChoice::Native.into(),
+        runtime_routing: false,
         sampling: SamplingDefaults::default(),
         max_receive_bytes: MESSAGE_BYTES,
         max_tokenize_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
+        series: Default::default(),
     };
     let engine = EngineConfig {
         max_batch_requests: limits.max_batch_requests,

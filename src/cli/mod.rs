@@ -4,11 +4,13 @@ pub mod bench;
 pub mod cache;
 mod client;
 pub mod compare;
+pub mod compute;
 pub mod fidelity;
 pub mod forward;
 pub mod generate;
 pub mod healthcheck;
 pub mod inspect;
+pub mod series;
 pub mod serve;
 pub mod train;
 

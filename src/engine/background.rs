@@ -142,11 +142,13 @@ impl Background {
 
     /// A sequence has ended well: its tokens may become a sample.
     pub(super) fn offer(&mut self, sequence: &Sequence, generation: u64, now: Instant) {
-        if !self.shadows.waiting.takes(sequence.shadow) {
+        // Given experts are no routing to be judged.
+        let replayed = matches!(sequence.routing, LayerChoices::Replay { .. });
+        if replayed || !self.shadows.waiting.takes(sequence.shadow) {
             return;
         }
         let reference = Case::from(self.spec.reference.choice());
-        let served = Case { name: "serving".into(), choices: LayerChoices::from(sequence.routing) };
+        let served = Case { name: "serving".into(), choices: sequence.routing.clone() };
         let same = matches!((reference.policies(&self.spec), served.policies(&self.spec)), (Ok(a), Ok(b)) if a == b);
         let most = self.shadows.longest(&self.spec);
         let tokens = &sequence.tokens()[..sequence.tokens().len().min(most)];
@@ -316,7 +318,8 @@ impl Shadows {
 
     /// One piece. How many tokens it read. After a failure the model is gone with its work, and the next sample has a new one.
     fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<(usize, Step)> {
-        let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, self.waiting.config().max_tokens);
+        let longest = self.longest(spec);
+        let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, longest);
         let mut work = work.map_or_else(begin, Ok)?;
         let chunk = work.step(&sample.tokens, self.size.tokens())?;
         if !chunk.done {

@@ -1,27 +1,18 @@
 //! The fidelity gap of live traffic: what samples came to, as histograms over tokens, and the means that a page shows.
 //!
 //! A histogram takes all tokens of a sample at once, with their exact sum; so these families are kept here and written at each scrape.
+//! They are kept whatever is exported: remote procedures and the live page show them as well.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::{
-    exposition::{Exposition, Kind},
-    metrics::SampleOutcome,
+    catalog::{self, Family, LAYER_GAP_BUCKETS, OUTPUT_GAP_BUCKETS},
+    config::{Detail, MetricsConfig},
+    exposition::{Exposition, FixedHistogram},
+    labels::{LayerMeasure, OutputMeasure, SampleOutcome, Side},
 };
-
-/// Buckets of the gap of a layer: distances and shares, from rounding to another function.
-const LAYER_BUCKETS: &[f64] = &[0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0];
-
-/// Buckets of the gap at the logits, in nats but for the relative distance.
-const OUTPUT_BUCKETS: &[f64] = &[0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
-
-/// The measures of a layer, as [`LayerSample`] has them.
-const LAYER_MEASURES: [&str; 5] = ["l2_rel", "cosine_distance", "missed_mass", "expert_disagree", "argmax_disagree"];
-
-/// The measures at the logits, as [`FidelitySample`] has them.
-const OUTPUT_MEASURES: [&str; 3] = ["kl", "js", "logit_l2"];
 
 /// A measure, token by token.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -120,6 +111,7 @@ pub struct LayerFidelitySnapshot {
 #[derive(Debug)]
 pub(super) struct Fidelity {
     model: String,
+    detail: Detail,
     /// Decoder layers.
     layers: Vec<usize>,
     totals: Totals,
@@ -139,51 +131,22 @@ struct Totals {
     reference_nats: f64,
     serving_nats: f64,
     seconds: f64,
-    output: [Histogram; 3],
-    layers: Vec<[Histogram; 5]>,
+    /// Of each [`OutputMeasure`].
+    output: [FixedHistogram; 3],
+    /// Of each layer, of each [`LayerMeasure`].
+    layers: Vec<[FixedHistogram; 5]>,
 }
 
-#[derive(Clone, Debug)]
-struct Histogram {
-    bounds: &'static [f64],
-    /// Values above the bound before and not above this one; those above all bounds are in none.
-    buckets: Vec<u64>,
-    count: u64,
-    sum: f64,
+/// Values that are not finite are left out: one of them would stay in the sum for good.
+fn record(histogram: &mut FixedHistogram, tokens: &TokenValues) {
+    let finite = tokens.values.iter().map(|&value| f64::from(value)).filter(|value| value.is_finite());
+    let sum = if tokens.sum.is_finite() { tokens.sum } else { finite.clone().sum() };
+    histogram.record_all(finite, sum);
 }
 
-impl Histogram {
-    fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, buckets: vec![0; bounds.len()], count: 0, sum: 0.0 }
-    }
-
-    /// Values that are not finite are left out: one of them would stay in the sum for good.
-    fn add(&mut self, tokens: &TokenValues) {
-        let finite = tokens.values.iter().map(|&value| f64::from(value)).filter(|value| value.is_finite());
-        self.sum += if tokens.sum.is_finite() { tokens.sum } else { finite.clone().sum() };
-        for value in finite {
-            self.count += 1;
-            if let Some(bucket) = self.bounds.iter().position(|&bound| value <= bound) {
-                self.buckets[bucket] += 1;
-            }
-        }
-    }
-
-    fn mean_since(&self, base: &Self) -> f64 {
-        let count = self.count - base.count;
-        if count == 0 { 0.0 } else { (self.sum - base.sum) / count as f64 }
-    }
-
-    fn write(&self, page: &mut Exposition, name: &str, labels: &[(&str, &dyn std::fmt::Display)]) {
-        let mut below = 0;
-        for (bound, count) in self.bounds.iter().zip(&self.buckets) {
-            below += count;
-            page.sample(&format!("{name}_bucket"), &[labels, &[("le", bound)]].concat(), below as f64);
-        }
-        page.sample(&format!("{name}_bucket"), &[labels, &[("le", &"+Inf")]].concat(), self.count as f64);
-        page.sample(&format!("{name}_sum"), labels, self.sum);
-        page.sample(&format!("{name}_count"), labels, self.count as f64);
-    }
+fn mean_since(now: &FixedHistogram, base: &FixedHistogram) -> f64 {
+    let count = now.count() - base.count();
+    if count == 0 { 0.0 } else { (now.sum() - base.sum()) / count as f64 }
 }
 
 impl Totals {
@@ -196,18 +159,18 @@ impl Totals {
             reference_nats: 0.0,
             serving_nats: 0.0,
             seconds: 0.0,
-            output: std::array::from_fn(|_| Histogram::new(OUTPUT_BUCKETS)),
-            layers: (0..layers).map(|_| std::array::from_fn(|_| Histogram::new(LAYER_BUCKETS))).collect(),
+            output: std::array::from_fn(|_| FixedHistogram::new(OUTPUT_GAP_BUCKETS)),
+            layers: (0..layers).map(|_| std::array::from_fn(|_| FixedHistogram::new(LAYER_GAP_BUCKETS))).collect(),
         }
     }
 }
 
 impl Fidelity {
-    /// Nothing yet on `layers`, which are (decoder layer, number of experts).
-    pub(super) fn new(model: &str, layers: &[(usize, usize)]) -> Self {
+    /// Nothing yet on the layers of `config`.
+    pub(super) fn new(config: &MetricsConfig, detail: Detail) -> Self {
+        let layers: Vec<usize> = config.layers.iter().map(|&(layer, _)| layer).collect();
         let totals = Totals::new(layers.len());
-        let layers = layers.iter().map(|&(layer, _)| layer).collect();
-        Self { model: model.to_owned(), layers, base: totals.clone(), totals, pending: 0 }
+        Self { model: config.model.clone(), detail, layers, base: totals.clone(), totals, pending: 0 }
     }
 
     pub(super) fn count(&mut self, outcome: SampleOutcome) {
@@ -231,12 +194,12 @@ impl Fidelity {
         totals.reference_nats += sample.reference_nats;
         totals.serving_nats += sample.serving_nats;
         for (histogram, values) in totals.output.iter_mut().zip([&sample.kl, &sample.js, &sample.logit_l2]) {
-            histogram.add(values);
+            record(histogram, values);
         }
         for layer in &sample.layers {
             let Some(place) = self.layers.iter().position(|&at| at == layer.layer) else { continue };
             let values = [&layer.l2_rel, &layer.cosine_distance, &layer.missed_mass, &layer.expert_disagree, &layer.argmax_disagree];
-            totals.layers[place].iter_mut().zip(values).for_each(|(histogram, values)| histogram.add(values));
+            totals.layers[place].iter_mut().zip(values).for_each(|(histogram, values)| record(histogram, values));
         }
     }
 
@@ -253,12 +216,18 @@ impl Fidelity {
         let tokens = now.tokens - base.tokens;
         let predicted = (now.predicted_tokens - base.predicted_tokens).max(1) as f64;
         let nats = (now.serving_nats - base.serving_nats) - (now.reference_nats - base.reference_nats);
-        let [kl, js, logit_l2] = std::array::from_fn(|at| now.output[at].mean_since(&base.output[at]));
+        let [kl, js, logit_l2] = std::array::from_fn(|at| mean_since(&now.output[at], &base.output[at]));
         let agree = tokens - (now.top1_disagreements - base.top1_disagreements);
         let layer = |(place, &layer): (usize, &usize)| {
-            let mean = |at: usize| now.layers[place][at].mean_since(&base.layers[place][at]);
-            let overlap = if now.layers[place][3].count > base.layers[place][3].count { 1.0 - mean(3) } else { 0.0 };
-            LayerFidelitySnapshot { layer, l2_rel: mean(0), cosine_distance: mean(1), missed_mass: mean(2), overlap }
+            let (now, base) = (&now.layers[place], &base.layers[place]);
+            let mean = |measure: LayerMeasure| mean_since(&now[measure as usize], &base[measure as usize]);
+            LayerFidelitySnapshot {
+                layer,
+                l2_rel: mean(LayerMeasure::L2Rel),
+                cosine_distance: mean(LayerMeasure::CosineDistance),
+                missed_mass: mean(LayerMeasure::MissedMass),
+                overlap: if tokens > 0 { 1.0 - mean(LayerMeasure::ExpertDisagree) } else { 0.0 },
+            }
         };
         FidelitySnapshot {
             enabled: true,
@@ -276,75 +245,34 @@ impl Fidelity {
         }
     }
 
-    /// Writes every family.
+    /// Writes every family that is exported.
     pub(super) fn write(&self, page: &mut Exposition) {
         let (model, totals) = (&self.model, &self.totals);
-        let name = "hardmax_routing_fidelity_gap";
-        page.family(
-            name,
-            Kind::Histogram,
-            "Gap of a layer per token of shadow samples, reference against serving routing. For equal input: l2_rel and cosine_distance of the \
-             layer's output, missed_mass, the reference weight outside the served experts. Each on its own hidden state: expert_disagree, the \
-             share of served experts that the reference would not have taken, argmax_disagree, 1 where the first expert is another.",
-        );
-        for (layer, histograms) in self.layers.iter().zip(&totals.layers) {
-            for (histogram, measure) in histograms.iter().zip(LAYER_MEASURES) {
-                histogram.write(page, name, &[("model", model), ("layer", layer), ("measure", &measure)]);
+        if self.detail.shows(catalog::ROUTING_GAP.presence) {
+            page.family(&catalog::ROUTING_GAP);
+            for (layer, histograms) in self.layers.iter().zip(&totals.layers) {
+                for (histogram, measure) in histograms.iter().zip(LayerMeasure::LABELS) {
+                    page.histogram(&catalog::ROUTING_GAP, &[model, layer, measure], histogram);
+                }
             }
         }
-        let name = "hardmax_output_fidelity_gap";
-        page.family(
-            name,
-            Kind::Histogram,
-            "Gap at the logits per token of shadow samples: kl is KL(reference || serving) and js the Jensen-Shannon divergence, in nats; \
-             logit_l2 is the relative distance of the centred logits.",
-        );
-        for (histogram, measure) in totals.output.iter().zip(OUTPUT_MEASURES) {
-            histogram.write(page, name, &[("model", model), ("measure", &measure)]);
+        page.family(&catalog::OUTPUT_GAP);
+        for (histogram, measure) in totals.output.iter().zip(OutputMeasure::LABELS) {
+            page.histogram(&catalog::OUTPUT_GAP, &[model, measure], histogram);
         }
-        self.write_counters(page);
-    }
-
-    fn write_counters(&self, page: &mut Exposition) {
-        let (model, totals) = (&self.model, &self.totals);
-        let name = "hardmax_fidelity_samples_total";
-        page.family(
-            name,
-            Kind::Counter,
-            "Requests that were to be measured, by outcome: done; same, served under the reference routing, so without a gap and not in the \
-             histograms; dropped for a full queue, for want of time within --shadow-budget, as too short, or because the server stops; failed. \
-             With --shadow-rate 0 only those that ask for it themselves.",
-        );
-        for (&outcome, &count) in SampleOutcome::ALL.iter().zip(&totals.outcomes) {
-            page.sample(name, &[("model", model), ("outcome", &outcome.label())], count as f64);
+        page.family(&catalog::FIDELITY_SAMPLES);
+        for (outcome, &count) in SampleOutcome::LABELS.iter().zip(&totals.outcomes) {
+            page.sample(&catalog::FIDELITY_SAMPLES, &[model, outcome], count as f64);
         }
-        let name = "hardmax_fidelity_samples_pending";
-        page.family(name, Kind::Gauge, "Shadow samples that wait or are being measured now.");
-        page.sample(name, &[("model", model)], self.pending as f64);
-        let mut counter = |name: &str, help: &str, value: f64| {
-            page.family(name, Kind::Counter, help);
-            page.sample(name, &[("model", model)], value);
-        };
-        counter("hardmax_fidelity_tokens_total", "Tokens of shadow samples whose logits were compared.", totals.tokens as f64);
-        counter(
-            "hardmax_output_top1_disagreements_total",
-            "Of those, tokens whose likeliest next token is another under the serving routing.",
-            totals.top1_disagreements as f64,
-        );
-        counter(
-            "hardmax_fidelity_predicted_tokens_total",
-            "Tokens of shadow samples that were predicted from those before.",
-            totals.predicted_tokens as f64,
-        );
-        counter(
-            "hardmax_shadow_seconds_total",
-            "Time that the engine spent on shadow samples, between the steps of requests.",
-            totals.seconds,
-        );
-        let name = "hardmax_fidelity_nll_nats_total";
-        page.family(name, Kind::Counter, "Negative log-likelihood of the predicted tokens under each routing, in nats.");
-        for (routing, nats) in [("reference", totals.reference_nats), ("serving", totals.serving_nats)] {
-            page.sample(name, &[("model", model), ("routing", &routing)], nats);
+        let mut single = |family: &Family, value: f64| page.single(family, &[model], value);
+        single(&catalog::FIDELITY_PENDING, self.pending as f64);
+        single(&catalog::FIDELITY_TOKENS, totals.tokens as f64);
+        single(&catalog::OUTPUT_TOP1_DISAGREEMENTS, totals.top1_disagreements as f64);
+        single(&catalog::FIDELITY_PREDICTED_TOKENS, totals.predicted_tokens as f64);
+        single(&catalog::SHADOW_SECONDS, totals.seconds);
+        page.family(&catalog::FIDELITY_NLL);
+        for (side, nats) in [(Side::Reference, totals.reference_nats), (Side::Serving, totals.serving_nats)] {
+            page.sample(&catalog::FIDELITY_NLL, &[model, &side.label()], nats);
         }
     }
 }
@@ -378,6 +306,11 @@ mod tests {
         }
     }
 
+    fn fidelity(layers: &[(usize, usize)]) -> Fidelity {
+        let config = MetricsConfig { model: "m".into(), layers: layers.to_vec(), ..MetricsConfig::default() };
+        Fidelity::new(&config, Detail::PerLayer)
+    }
+
     fn page(fidelity: &Fidelity) -> String {
         let mut page = Exposition::default();
         fidelity.write(&mut page);
@@ -392,16 +325,16 @@ mod tests {
 
     #[test]
     fn everything_is_there_from_the_start() {
-        let page = page(&Fidelity::new("m", &[(0, 4), (2, 4)]));
+        let page = page(&fidelity(&[(0, 4), (2, 4)]));
         let samples: Vec<&str> = page.lines().filter(|line| !line.starts_with('#')).collect();
         assert!(samples.iter().all(|line| line.ends_with(" 0")), "{page}");
-        let histograms = 2 * 5 * (LAYER_BUCKETS.len() + 3) + 3 * (OUTPUT_BUCKETS.len() + 3);
+        let histograms = 2 * 5 * (LAYER_GAP_BUCKETS.len() + 3) + 3 * (OUTPUT_GAP_BUCKETS.len() + 3);
         assert_eq!(samples.len(), histograms + SampleOutcome::ALL.len() + 7);
     }
 
     #[test]
     fn histograms_are_cumulative_and_sums_exact() {
-        let mut fidelity = Fidelity::new("m", &[(2, 4)]);
+        let mut fidelity = fidelity(&[(2, 4)]);
         fidelity.add(&sample());
         let kl = |rest: &str| value(&fidelity, &format!("hardmax_output_fidelity_gap_{rest}"));
         assert_eq!(kl("bucket{model=\"m\",measure=\"kl\",le=\"0.0001\"}"), 1.0);
@@ -420,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_counts_from_the_last_reset() {
-        let mut fidelity = Fidelity::new("m", &[(2, 4)]);
+        let mut fidelity = fidelity(&[(2, 4)]);
         assert_eq!(fidelity.snapshot().layers.len(), 1);
         fidelity.add(&FidelitySample { kl: values(&[9.0; 4]), ..sample() });
         fidelity.reset();

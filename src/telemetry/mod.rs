@@ -1,7 +1,14 @@
 //! What operators see of a running server.
 
+pub mod catalog;
+mod config;
 mod expert_load;
 mod exposition;
 pub mod fidelity;
 pub mod http;
+mod info;
+mod labels;
 pub mod metrics;
+mod register;
+#[cfg(test)]
+mod tests;

@@ -18,16 +18,19 @@ use hardmax::{
     model::{
         Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
         ReferenceRouting, RopeScaling, RopeSpec,
+        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::{
         LayerRouting, Routing, RoutingStats, SparseRouting,
-        policy::{RoutingChoice, WeightForm},
+        policy::{RoutingRule, WeightForm},
     },
+    ops::cpu::Reduction,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{
         SamplingDefaults, ServiceConfig,
         proto::{self, generate_request::Prompt, inference_client::InferenceClient},
     },
+    telemetry::metrics::SeriesOptions,
 };
 use tokenizers::{
     Tokenizer, decoders,
@@ -104,6 +107,7 @@ impl Gate {
 
 struct FakeModel {
     spec: ModelSpec,
+    cache_blocks: usize,
     gate: Arc<Gate>,
 }
 
@@ -113,7 +117,7 @@ impl LanguageModel for FakeModel {
     }
 
     fn cache(&self) -> CacheShape {
-        CacheShape { block_tokens: 16, num_blocks: 1 << 23 }
+        CacheShape { block_tokens: 16, num_blocks: self.cache_blocks }
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
@@ -138,15 +142,18 @@ impl LanguageModel for FakeModel {
         let rows = logits.len() / VOCAB;
         Ok(Forward {
             logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?,
-            layers: vec![routing(batch.tokens.len())?],
+            layers: vec![routing(&batch.tokens)?],
             time: ForwardTime::default(),
         })
     }
 }
 
-/// Every token takes expert 0 of layer 0.
-fn routing(tokens: usize) -> Result<LayerRouting> {
+/// Every token takes expert 0 of layer 0, after some doubt; a poisoned one has no logits that are numbers.
+fn routing(tokens: &[u32]) -> Result<LayerRouting> {
     let mut stats = RoutingStats::new(4);
+    stats.non_finite = tokens.iter().filter(|&&token| token == POISON).count() as u64;
+    let tokens = tokens.len();
+    (stats.entropy_sum, stats.near_ties) = (0.5 * tokens as f64, tokens as u64);
     (stats.tokens, stats.routes) = (tokens as u64, tokens as u64);
     (stats.expert_tokens[0], stats.expert_weights[0]) = (tokens as u64, tokens as f64);
     let routing = SparseRouting { offsets: (0..=tokens as u32).collect(), expert_ids: vec![0; tokens], weights: vec![1.0; tokens] };
@@ -211,12 +218,18 @@ fn byte_characters() -> Vec<char> {
 pub struct Options {
     pub engine: EngineConfig,
     pub max_context: usize,
+    /// Of 16 tokens.
+    pub cache_blocks: usize,
     pub max_receive_bytes: usize,
-    pub routing: RoutingChoice,
+    pub routing: RoutingRule,
+    pub runtime_routing: bool,
+    pub series: SeriesOptions,
     pub drain: DrainConfig,
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
+    /// The shipped model instead of the fake.
+    pub demo: bool,
 }
 
 impl Default for Options {
@@ -233,16 +246,25 @@ impl Default for Options {
                 ..EngineConfig::default()
             },
             max_context: 256,
+            cache_blocks: 1 << 23,
             max_receive_bytes: 4 << 20,
-            routing: RoutingChoice::Native,
+            routing: RoutingRule::default(),
+            runtime_routing: true,
+            series: SeriesOptions::default(),
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
             gate_open: true,
             load_fails: false,
+            demo: false,
         }
     }
 }
 
 impl Options {
+    /// The shipped model.
+    pub fn demo() -> Self {
+        Self { demo: true, ..Self::default() }
+    }
+
     /// A context that no test comes to the end of: a generation goes on until something ends it.
     pub fn endless() -> Self {
         Self { max_context: 1 << 24, ..Self::default() }
@@ -345,13 +367,29 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         device: "cpu".into(),
         dtype: "f32".into(),
         routing: options.routing,
+        runtime_routing: options.runtime_routing,
         sampling: SamplingDefaults::default(),
         max_receive_bytes: options.max_receive_bytes,
         max_tokenize_bytes: MAX_TOKENIZE,
         max_send_bytes: 64 << 20,
+        series: options.series,
     };
-    let model = Box::new(FakeModel { spec: spec(options.max_context), gate });
+    if options.demo {
+        return load_demo(options.engine, service);
+    }
+    let model = Box::new(FakeModel { spec: spec(options.max_context), cache_blocks: options.cache_blocks, gate });
     Ok(Loaded { model, background: None, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
+}
+
+/// The shipped model, whose sums do not depend on who else is there.
+fn load_demo(engine: EngineConfig, service: ServiceConfig) -> Result<Loaded> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    let options = ServingOptions { device: DeviceKind::Cpu, weights: WeightType::F32, reduction: Reduction::BatchInvariant };
+    let (checkpoint, weights) = load_to_serve(&folder, options, false)?;
+    let tokenizer = Arc::new(checkpoint.tokenizer()?);
+    let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
+    let model = weights.start(CacheShape { block_tokens: 16, num_blocks: 256 })?;
+    Ok(Loaded { model, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service })
 }
 
 // === requests ===

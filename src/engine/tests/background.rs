@@ -54,7 +54,7 @@ fn all_that_ask() -> EngineConfig {
 
 fn start_over(weights: &ServingModel, source: impl ObservableSource + 'static, config: EngineConfig) -> (Engine, Arc<Metrics>) {
     let layers = weights.spec().moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect();
-    let facts = MetricsConfig { model: "golden".into(), layers, max_context: 64, fidelity: true, ..MetricsConfig::default() };
+    let facts = MetricsConfig { model: "golden".into(), layers, max_context: 64, shadow: true, ..MetricsConfig::default() };
     let metrics = Arc::new(Metrics::new(&facts).unwrap());
     let parts = EngineParts {
         model: weights.start(ROOM).unwrap(),
@@ -72,7 +72,7 @@ fn text(n: usize) -> Vec<u32> {
 }
 
 fn always(routing: RoutingChoice, request: Request) -> Request {
-    Request { routing, shadow: ShadowChoice::Always, ..request }
+    Request { routing: routing.into(), shadow: ShadowChoice::Always, ..request }
 }
 
 /// The snapshot once so many samples have come to an end.
@@ -221,7 +221,7 @@ async fn no_request_feels_it() {
             let request = generate(&text(3 + 4 * n), |p| {
                 (p.max_new_tokens, p.temperature, p.seed, p.logprobs) = (Some(10), if n % 2 == 0 { 0.0 } else { 0.8 }, n as u64, Some(2));
             });
-            Request { routing: TOP_1, ..request }
+            Request { routing: TOP_1.into(), ..request }
         });
         let streams: Vec<EventStream> = requests.map(|request| engine.submit(request).unwrap()).collect();
         let mut answers = Vec::new();
@@ -267,7 +267,7 @@ async fn what_is_off_costs_nothing() {
     for (shadow, choice) in [(off, ShadowChoice::Always), (never.clone(), ShadowChoice::Sampled), (never, ShadowChoice::Never)] {
         let source = Watched::new(&weights, || ());
         let (engine, metrics) = start_over(&weights, source.clone(), EngineConfig { shadow, ..all_that_ask() });
-        ask(&engine, Request { shadow: choice, routing: TOP_1, ..tokens(&text(20), 8) }).await;
+        ask(&engine, Request { shadow: choice, routing: TOP_1.into(), ..tokens(&text(20), 8) }).await;
         tokio::time::timeout(PATIENCE, engine.drained()).await.unwrap();
         assert_eq!(source.started.load(Ordering::SeqCst), 0);
         let snapshot = metrics.fidelity_snapshot();
@@ -280,9 +280,9 @@ async fn what_is_dropped_is_counted() {
     let weights = soft();
     let (source, begins, go) = gated(&weights);
     let config = all_that_ask();
-    let config = EngineConfig { shadow: ShadowConfig { queue: 2, ..config.shadow }, ..config };
+    let config = EngineConfig { shadow: ShadowConfig { queue: 2, budget: 1e-9, ..config.shadow }, ..config };
     let (engine, metrics) = start_over(&weights, source, config);
-    // All choices end in one step: two wait, and two have no place.
+    // Nothing is paid for while a choice runs: two wait, and two have no place.
     let request = generate(&text(30), |p| (p.n, p.max_new_tokens) = (4, Some(4)));
     collect_choices(engine.submit(always(TOP_1, request)).unwrap(), 4).await;
     begins.recv_timeout(PATIENCE).unwrap();
