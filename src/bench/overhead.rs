@@ -154,6 +154,7 @@ impl Arm {
             },
             request: Request {
                 id: self.name.into(),
+                trace_id: None,
                 prompt: Vec::new(),
                 task: Task::Generate(params),
                 routing: routing.into(),

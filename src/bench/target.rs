@@ -28,6 +28,7 @@ use crate::{
         SamplingDefaults, ServiceConfig,
         proto::{self, inference_client::InferenceClient},
     },
+    telemetry::otel::Tracer,
 };
 
 /// How long to wait for a connection, and for an answer of the observers' port.
@@ -107,9 +108,10 @@ impl LocalServer {
         let ((grpc, grpc_address), (metrics, metrics_address)) = (bind("gRPC")?, bind("metrics")?);
         let (shutdown, stopped) = oneshot::channel::<()>();
         let drain = DrainConfig { grace: Duration::ZERO, timeout: PATIENCE };
-        let running = runtime.spawn(server::run(Listeners { grpc, metrics: Some(metrics) }, drain, move || Ok(loaded), async {
-            let _ = stopped.await;
-        }));
+        let running =
+            runtime.spawn(server::run(Listeners { grpc, metrics: Some(metrics) }, drain, Tracer::default(), move || Ok(loaded), async {
+                let _ = stopped.await;
+            }));
         let target = Target { url: format!("http://{grpc_address}"), observers: Some(metrics_address.to_string()) };
         let mut server = Self { target, shutdown: Some(shutdown), running: Some(running), runtime };
         server.wait_until_serving()?;

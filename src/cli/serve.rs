@@ -18,7 +18,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::{cache::CacheArgs, compute::ComputeArgs, series::SeriesArgs};
+use super::{cache::CacheArgs, compute::ComputeArgs, otlp::OtlpArgs, series::SeriesArgs};
 use crate::{
     checkpoint::Checkpoint,
     engine::{EngineConfig, MeasureConfig, ShadowConfig},
@@ -125,6 +125,9 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
+    /// Tracing.
+    #[command(flatten)]
+    pub otlp: OtlpArgs,
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -192,8 +195,9 @@ async fn serve(args: ServeArgs) -> Result<()> {
         MetricsListen::At(address) => Some(bind("--metrics-listen", address).await?),
     };
     announce(&args, &grpc, metrics.as_ref());
+    let tracer = args.otlp.tracer()?;
     let drain = DrainConfig { grace: args.drain_grace, timeout: args.drain_timeout };
-    server::run(Listeners { grpc, metrics }, drain, move || load_model(&args), shutdown).await
+    server::run(Listeners { grpc, metrics }, drain, tracer, move || load_model(&args), shutdown).await
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener> {

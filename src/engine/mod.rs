@@ -46,7 +46,7 @@ use self::{
 pub use self::{
     background::ObservableSource,
     measure::{LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
-    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
+    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
     validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
@@ -253,9 +253,10 @@ impl Engine {
         let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer + choices - 1);
         let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
         let ids = first..first + choices as u64;
-        let submission = Box::new(Submission { request, events, submitted, ids: ids.clone(), tickets });
+        let milestones = Arc::new(Milestones::new(submitted));
+        let submission = Box::new(Submission { request, events, milestones: milestones.clone(), ids: ids.clone(), tickets });
         inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
-        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids))
+        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids, milestones))
     }
 
     /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].

@@ -7,7 +7,7 @@ use std::{
     task::{self, Poll},
 };
 
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -16,9 +16,10 @@ use super::{
     convert,
     proto::{self, inference_server::Inference},
     trace,
+    traced::{TracedEvents, submit},
 };
 use crate::{
-    engine::{self, Event, EventStream, Finished, ShadowChoice, Task, Tokens},
+    engine::{self, Event, Finished, ShadowChoice, Task, Tokens},
     error::{Error, Result},
     moe::policy::LayerChoices,
 };
@@ -32,7 +33,7 @@ pub struct InferenceService {
 /// The engine's events as messages. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct GenerateStream {
-    events: EventStream,
+    events: TracedEvents,
     call: Call,
     /// Choices that have not finished.
     choices: usize,
@@ -70,9 +71,9 @@ impl InferenceService {
         let prompt = context.prompt(input, "prompt").await?;
         let params = convert::generate_params(request.sampling, &context.config.sampling);
         let (choices, trace) = (params.n, request.trace.is_some());
-        let (id, task, priority) = (call.id.clone(), Task::Generate(params), request.priority);
+        let (id, trace_id, task, priority) = (call.id.clone(), call.trace_id(), Task::Generate(params), request.priority);
         let shadow = ShadowChoice::Sampled;
-        let events = context.engine.submit(engine::Request { id, prompt, task, routing, trace, deadline, priority, shadow })?;
+        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace, deadline, priority, shadow })?;
         Ok(GenerateStream { events, call: call.clone(), choices, trace: request.trace.unwrap_or_default(), pending: VecDeque::new() })
     }
 
@@ -178,9 +179,11 @@ pub(super) async fn score(context: &Context, call: &Call, scoring: Scoring) -> R
     let Scoring { input, routing, alternatives, priority, timeout_seconds } = scoring;
     let deadline = call.due(timeout_seconds)?;
     let prompt = context.prompt(input, "input").await?;
-    let (id, task) = (call.id.clone(), Task::Score { alternatives: alternatives.unwrap_or(0) as usize });
+    let task = Task::Score { alternatives: alternatives.unwrap_or(0) as usize };
+    let (id, trace_id) = (call.id.clone(), call.trace_id());
     let shadow = ShadowChoice::Sampled;
-    let answer = scored(context.engine.submit(engine::Request { id, prompt, task, routing, trace: false, deadline, priority, shadow })?);
+    let request = engine::Request { id, trace_id, prompt, task, routing, trace: false, deadline, priority, shadow };
+    let answer = scored(submit(context, call, request)?);
     match deadline {
         None => answer.await,
         // A step of the engine may take longer than is left.
@@ -191,8 +194,8 @@ pub(super) async fn score(context: &Context, call: &Call, scoring: Scoring) -> R
     }
 }
 
-async fn scored(mut events: EventStream) -> Result<Finished> {
-    while let Some(event) = events.recv().await {
+async fn scored(mut events: TracedEvents) -> Result<Finished> {
+    while let Some(event) = events.next().await {
         match event {
             Event::Tokens(_) => {}
             Event::Finished(finished) => return Ok(*finished),

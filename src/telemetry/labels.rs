@@ -45,6 +45,10 @@ label! {
         TraceRouting = "TraceRouting",
         /// Log-probabilities under given experts.
         ReplayRouting = "ReplayRouting",
+        /// What each expert was given.
+        GetExpertLoad = "GetExpertLoad",
+        /// The statistics begin anew.
+        ResetStatistics = "ResetStatistics",
         /// The routing in force.
         GetRoutingPolicy = "GetRoutingPolicy",
         /// Another routing from now on.

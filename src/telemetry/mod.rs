@@ -9,6 +9,7 @@ pub mod http;
 mod info;
 mod labels;
 pub mod metrics;
+pub mod otel;
 mod register;
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ mod demo;
 mod fidelity;
 mod fuzz;
 mod metrics;
+mod otlp;
 mod parity;
 mod policy;
 mod process;

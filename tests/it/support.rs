@@ -30,7 +30,10 @@ use hardmax::{
         SamplingDefaults, ServiceConfig,
         proto::{self, generate_request::Prompt, inference_client::InferenceClient},
     },
-    telemetry::metrics::SeriesOptions,
+    telemetry::{
+        metrics::SeriesOptions,
+        otel::{OtlpConfig, Tracer},
+    },
 };
 use tokenizers::{
     Tokenizer, decoders,
@@ -225,6 +228,7 @@ pub struct Options {
     pub runtime_routing: bool,
     pub series: SeriesOptions,
     pub drain: DrainConfig,
+    pub otlp: Option<OtlpConfig>,
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
@@ -252,6 +256,7 @@ impl Default for Options {
             runtime_routing: true,
             series: SeriesOptions::default(),
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
+            otlp: None,
             gate_open: true,
             load_fails: false,
             demo: false,
@@ -287,9 +292,10 @@ impl TestServer {
         let (grpc_address, observers_address) = (grpc.local_addr().unwrap(), observers.local_addr().unwrap());
         let gate = Gate::new(options.gate_open);
         let (shutdown, stopped) = oneshot::channel();
+        let tracer = options.otlp.as_ref().map_or_else(Tracer::default, |config| Tracer::start(config).unwrap());
         let (drain, model_gate) = (options.drain, gate.clone());
         let load = move || load(options, model_gate);
-        let running = tokio::spawn(server::run(Listeners { grpc, metrics: Some(observers) }, drain, load, async {
+        let running = tokio::spawn(server::run(Listeners { grpc, metrics: Some(observers) }, drain, tracer, load, async {
             let _ = stopped.await;
         }));
         Self { grpc: grpc_address, observers: observers_address, gate, shutdown: Some(shutdown), running }

@@ -114,7 +114,7 @@ def problems_of_series(url, names):
         if not query(url, f'count({{__name__="{name}"}})') and not query(url, f'count({{__name__="{name}_bucket"}})'):
             yield f"{name} does not exist"
         elif name not in CONSTANT:
-            moved = f'max_over_time({{__name__=~"{name}(_count)?"}}[2m]) != min_over_time({{__name__=~"{name}(_count)?"}}[2m])'
+            moved = f'max_over_time({{__name__=~"{name}(_count)?"}}[10m]) != min_over_time({{__name__=~"{name}(_count)?"}}[10m])'
             if not query(url, moved):
                 yield f"{name} does not move"
 

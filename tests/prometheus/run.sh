@@ -43,11 +43,11 @@ free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1
 serve() { # NAME MODEL
     local log=$work/$1.log tries=0
     "$binary" serve --model-name "$1" --model "$2" --top-k 1 --log-format json --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 \
-        --max-batch-requests 4 --max-queue-requests 4 --kv-cache-tokens 384 --expert-metrics per-expert \
+        --max-batch-requests 4 --max-queue-requests 4 --kv-cache-tokens 256 --expert-metrics per-expert \
         --shadow-rate 1 --shadow-budget 0.3 2>"$log" &
     processes+=($!)
     until grep -q '"message":"serving"' "$log"; do
-        ((++tries <= 600)) || { cat "$log" >&2 && die "$1 does not serve"; }
+        if ! kill -0 $! 2>/dev/null || ((++tries > 600)); then cat "$log" >&2 && die "$1 does not serve"; fi
         sleep 0.1
     done
     grpc=$(sed -n 's/.*"message":"starting".*"grpc":"\([^"]*\)".*/\1/p' "$log")
