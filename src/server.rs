@@ -25,11 +25,12 @@ use crate::{
     error::{Error, Result},
     model::LanguageModel,
     service::{
-        DeadlineLayer, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, ServiceConfig, proto::inference_server::InferenceServer,
+        DeadlineLayer, EnginePlayground, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, ServiceConfig, proto::inference_server::InferenceServer,
     },
     telemetry::{
         http::{self, Page, Readiness},
         metrics::{Metrics, MetricsConfig},
+        page::PageConfig,
     },
 };
 
@@ -50,8 +51,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Listeners {
     /// gRPC.
     pub grpc: TcpListener,
-    /// `/metrics` and `/healthz`; `None` for neither.
+    /// `/metrics`, `/healthz` and the live page; `None` for neither.
     pub metrics: Option<TcpListener>,
+    /// The live page of that port.
+    pub live_page: PageConfig,
 }
 
 /// A model in memory, with what is needed to serve it.
@@ -97,7 +100,8 @@ pub async fn run(
 ) -> Result<()> {
     let mut shutdown = pin!(shutdown);
     let page = Arc::new(Page::default());
-    let _observers = listeners.metrics.map(|listener| AbortOnDrop(tokio::spawn(http::serve(listener, page.clone()))));
+    let live_page = listeners.live_page;
+    let _observers = listeners.metrics.map(|listener| AbortOnDrop(tokio::spawn(http::serve(listener, page.clone(), live_page))));
 
     let loading = tokio::task::spawn_blocking(load);
     let loaded = tokio::select! {
@@ -120,6 +124,7 @@ pub async fn run(
     })?;
     let service = InferenceService::new(engine.clone(), loaded.service.clone())?;
     page.show(metrics.clone());
+    page.lend(Arc::new(EnginePlayground::new(engine.clone(), &loaded.service)));
 
     let (health, health_service) = Health::new().await;
     let (stop, stopped) = oneshot::channel::<()>();

@@ -385,7 +385,7 @@ fn encode(engine: &Engine, text: &str, add_special: bool, field: &str) -> Result
 }
 
 /// The tokens of a prompt. One that is far too long is refused after its beginning: tokenising megabytes takes many seconds.
-fn encode_prompt(engine: &Engine, text: &str, field: &str) -> Result<Vec<u32>> {
+pub(super) fn encode_prompt(engine: &Engine, text: &str, field: &str) -> Result<Vec<u32>> {
     let mut part = INLINE_TEXT;
     while part < text.len() {
         // A cut changes the tokens beside it; those of another whole context are beyond doubt.
@@ -410,7 +410,7 @@ async fn scored(mut events: EventStream) -> Result<Finished> {
 }
 
 /// The engine's end of a stream is gone, and it said nothing.
-fn engine_stopped() -> Error {
+pub(super) fn engine_stopped() -> Error {
     Error::Internal("the engine stopped before the request was done".into())
 }
 

@@ -8,6 +8,7 @@ mod convert;
 mod deadline;
 mod inference;
 mod observe;
+mod playground;
 mod status;
 
 pub use self::{
@@ -15,6 +16,7 @@ pub use self::{
     deadline::{Deadline, DeadlineLayer, DeadlineService},
     inference::{GenerateStream, InferenceService, SamplingDefaults, ServiceConfig},
     observe::{ObserveLayer, ObserveService},
+    playground::EnginePlayground,
     status::{code_name, to_status},
 };
 

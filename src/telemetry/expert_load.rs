@@ -25,6 +25,33 @@ pub(super) struct ExpertLoad {
     layers: Vec<LayerLoad>,
 }
 
+/// What a snapshot covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The last 60 seconds, in steps of 5.
+    Window,
+    /// Since the start.
+    Total,
+}
+
+/// The load of all MoE layers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertLoadSnapshot {
+    /// What it covers.
+    pub seconds: f64,
+    /// In order of depth.
+    pub layers: Vec<LayerLoadSnapshot>,
+}
+
+/// The load of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerLoadSnapshot {
+    /// Decoder layer, from 0.
+    pub layer: usize,
+    /// Its load.
+    pub stats: RoutingStats,
+}
+
 #[derive(Debug)]
 struct LayerLoad {
     layer: usize,
@@ -80,6 +107,18 @@ impl ExpertLoad {
 
     fn bucket(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.start).as_secs() / BUCKET.as_secs()
+    }
+
+    /// The load of a scope.
+    pub(super) fn snapshot(&self, scope: Scope, now: Instant) -> ExpertLoadSnapshot {
+        let (bucket, age) = (self.bucket(now), now.saturating_duration_since(self.start));
+        let stats = |load: &LayerLoad| match scope {
+            Scope::Window => load.recent(bucket),
+            Scope::Total => load.total.clone(),
+        };
+        let layers = self.layers.iter().map(|load| LayerLoadSnapshot { layer: load.layer, stats: stats(load) }).collect();
+        let covered = if scope == Scope::Window { age.min(WINDOW) } else { age };
+        ExpertLoadSnapshot { seconds: covered.as_secs_f64(), layers }
     }
 
     /// Writes every family.

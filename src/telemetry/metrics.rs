@@ -10,6 +10,7 @@ use std::{
 use ::metrics::{Counter, Gauge, Histogram, Label};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+pub use super::expert_load::{ExpertLoadSnapshot, LayerLoadSnapshot, Scope};
 use super::{expert_load::ExpertLoad, exposition::Exposition};
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -462,7 +463,17 @@ impl Metrics {
     pub fn render(&self) -> String {
         let mut experts = Exposition::default();
         lock(&self.expert_load).write(&mut experts, Instant::now());
-        self.page.render() + &experts.finish()
+        self.render_common() + &experts.finish()
+    }
+
+    /// The same without the series of experts.
+    pub(super) fn render_common(&self) -> String {
+        self.page.render()
+    }
+
+    /// What each expert was given.
+    pub fn expert_load(&self, scope: Scope) -> ExpertLoadSnapshot {
+        lock(&self.expert_load).snapshot(scope, Instant::now())
     }
 }
 

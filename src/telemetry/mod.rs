@@ -4,3 +4,4 @@ mod expert_load;
 mod exposition;
 pub mod http;
 pub mod metrics;
+pub mod page;

@@ -9,6 +9,7 @@ mod compare;
 mod demo;
 mod fidelity;
 mod fuzz;
+mod page;
 mod parity;
 mod policy;
 mod process;

@@ -28,6 +28,7 @@ use hardmax::{
         SamplingDefaults, ServiceConfig,
         proto::{self, generate_request::Prompt, inference_client::InferenceClient},
     },
+    telemetry::page::PageConfig,
 };
 use tokenizers::{
     Tokenizer, decoders,
@@ -217,6 +218,7 @@ pub struct Options {
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
+    pub live_page: PageConfig,
 }
 
 impl Default for Options {
@@ -238,6 +240,7 @@ impl Default for Options {
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
             gate_open: true,
             load_fails: false,
+            live_page: PageConfig::default(),
         }
     }
 }
@@ -266,8 +269,9 @@ impl TestServer {
         let gate = Gate::new(options.gate_open);
         let (shutdown, stopped) = oneshot::channel();
         let (drain, model_gate) = (options.drain, gate.clone());
+        let listeners = Listeners { grpc, metrics: Some(observers), live_page: options.live_page.clone() };
         let load = move || load(options, model_gate);
-        let running = tokio::spawn(server::run(Listeners { grpc, metrics: Some(observers) }, drain, load, async {
+        let running = tokio::spawn(server::run(listeners, drain, load, async {
             let _ = stopped.await;
         }));
         Self { grpc: grpc_address, observers: observers_address, gate, shutdown: Some(shutdown), running }
