@@ -25,7 +25,8 @@ use crate::{
     error::{Error, Result},
     model::LanguageModel,
     service::{
-        DeadlineLayer, EnginePlayground, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, ServiceConfig, proto::inference_server::InferenceServer,
+        DeadlineLayer, FILE_DESCRIPTOR_SET, InferenceService, ObserveLayer, RoutingService, ServiceConfig, Services,
+        proto::{inference_server::InferenceServer, routing_server::RoutingServer},
     },
     telemetry::{
         http::{self, Page, Readiness},
@@ -122,9 +123,9 @@ pub async fn run(
         config: loaded.engine,
         metrics: metrics.clone(),
     })?;
-    let service = InferenceService::new(engine.clone(), loaded.service.clone())?;
+    let services = Services::new(engine.clone(), loaded.service.clone())?;
     page.show(metrics.clone());
-    page.lend(Arc::new(EnginePlayground::new(engine.clone(), &loaded.service)));
+    page.lend(Arc::new(services.playground()));
 
     let (health, health_service) = Health::new().await;
     let (stop, stopped) = oneshot::channel::<()>();
@@ -134,7 +135,8 @@ pub async fn run(
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(descriptor_error)?)
         .add_service(reflection().build_v1alpha().map_err(descriptor_error)?)
-        .add_service(inference_server(service, &loaded.service));
+        .add_service(inference_server(services.inference(), &loaded.service))
+        .add_service(routing_server(services.routing(), &loaded.service));
     let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE.0));
     let mut serving = AbortOnDrop(tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
         // A dropped sender stops the server as well.
@@ -203,6 +205,13 @@ fn inference_server(service: InferenceService, config: &ServiceConfig) -> Infere
         .accept_compressed(CompressionEncoding::Gzip)
 }
 
+fn routing_server(service: RoutingService, config: &ServiceConfig) -> RoutingServer<RoutingService> {
+    RoutingServer::new(service)
+        .max_decoding_message_size(config.max_receive_bytes)
+        .max_encoding_message_size(config.max_send_bytes)
+        .accept_compressed(CompressionEncoding::Gzip)
+}
+
 fn reflection() -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -242,8 +251,8 @@ impl Health {
     }
 
     /// The server as a whole, which has the empty name, and each of our services.
-    fn names() -> [&'static str; 2] {
-        ["", <InferenceServer<InferenceService> as NamedService>::NAME]
+    fn names() -> [&'static str; 3] {
+        ["", <InferenceServer<InferenceService> as NamedService>::NAME, <RoutingServer<RoutingService> as NamedService>::NAME]
     }
 
     async fn set(&self, status: ServingStatus) {

@@ -74,7 +74,7 @@ impl Ask {
         proto::GenerateRequest {
             prompt: Some(Prompt::TokenIds(proto::TokenIds { ids: self.prompt.clone() })),
             sampling: Some(sampling),
-            routing: Some(routing_message(self.routing)),
+            routing: Some(routing_message(&self.routing.into())),
             ..Default::default()
         }
     }

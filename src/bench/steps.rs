@@ -223,7 +223,7 @@ impl StepsConfig {
             }
         }
         self.routings.iter().try_for_each(|&routing| {
-            spec.check_routing(routing).map_err(|error| Error::invalid("--routing", format!("'{routing}': {error}")))
+            spec.check_routing(&routing.into()).map_err(|error| Error::invalid("--routing", format!("'{routing}': {error}")))
         })?;
         for setting in self.settings() {
             let (flag, length) = match setting.work {

@@ -61,7 +61,7 @@ async fn score_at(client: &mut InferenceClient<Channel>, ask: &Ask, tokens: &[u3
     let ids = ask.prompt.iter().chain(tokens.iter().take(position + 1)).copied().collect();
     let request = proto::ScoreRequest {
         input: Some(Input::TokenIds(proto::TokenIds { ids })),
-        routing: Some(routing_message(ask.routing)),
+        routing: Some(routing_message(&ask.routing.into())),
         ..Default::default()
     };
     let answer = client.score(request).await.map_err(|status| Error::FailedPrecondition(format!("score: {}", status.message())))?;

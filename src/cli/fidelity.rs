@@ -10,6 +10,7 @@ use candle_core::DType;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokenizers::Tokenizer;
 
+use super::compute::ComputeArgs;
 use crate::{
     checkpoint::{Checkpoint, LoadOptions},
     error::{Error, Result},
@@ -20,7 +21,7 @@ use crate::{
     },
     model::{
         ModelSpec,
-        load::{DeviceKind, ServingModel, ServingOptions, WeightType},
+        load::{ServingModel, ServingOptions, WeightType},
     },
     moe::policy::RoutingChoice,
     ops::cpu::Reduction,
@@ -76,15 +77,9 @@ pub struct FidelityArgs {
     /// Draw pictures into this folder, as SVG and PNG.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Where the model runs.
-    #[arg(long, value_enum, default_value_t)]
-    pub device: DeviceKind,
-    /// Element type of the large weights.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub dtype: WeightType,
-    /// Sum every product in an order that does not depend on the batch, as `serve --deterministic` does.
-    #[arg(long)]
-    pub deterministic: bool,
+    /// Where the model runs, and how.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// A value of `--layer-k`.
@@ -147,7 +142,7 @@ impl FidelityArgs {
         for (flag, choice) in
             self.routing.iter().map(|choice| ("--routing", choice)).chain(self.reference.iter().map(|c| ("--reference", c)))
         {
-            spec.check_routing(*choice).map_err(|error| Error::invalid(flag, format!("{choice}: {error}")))?;
+            spec.check_routing(&(*choice).into()).map_err(|error| Error::invalid(flag, format!("{choice}: {error}")))?;
         }
         let layer_k = self.layer_k.iter().map(|ks| Case::layer_k("--layer-k", spec, &ks.0));
         Ok(Options {
@@ -170,17 +165,16 @@ impl FidelityArgs {
 
     /// The model as it is to be judged and, on the CPU, in other arithmetic: the order of sums, and the other width of weights.
     fn models(&self, checkpoint: &Checkpoint) -> Result<Models> {
-        let reduction = if self.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
-        let device = self.device.open()?;
-        let options = ServingOptions { device: self.device, weights: self.dtype, reduction };
+        let options = self.compute.options();
+        let device = options.device.open()?;
         let load =
             |weights: WeightType| checkpoint.load(&LoadOptions { dtype: weights.dtype(&device), device: device.clone(), progress: true });
         let spec = || std::sync::Arc::new(checkpoint.spec().clone());
-        let weights = load(self.dtype)?;
+        let weights = load(options.weights)?;
         let mut others = Vec::new();
         if self.floor_tokens > 0 {
             if device.is_cpu() {
-                let reduction = match reduction {
+                let reduction = match options.reduction {
                     Reduction::Fastest => Reduction::BatchInvariant,
                     Reduction::BatchInvariant => Reduction::Fastest,
                 };
@@ -190,7 +184,7 @@ impl FidelityArgs {
                 let other = ServingModel::new(spec(), weights.clone(), options)?;
                 others.push((other, "the same weights, other batches".to_owned()));
             }
-            let (narrow, name) = match self.dtype.dtype(&device) {
+            let (narrow, name) = match options.weights.dtype(&device) {
                 DType::F32 => (WeightType::Bf16, "bf16 weights"),
                 _ => (WeightType::F32, "f32 weights"),
             };

@@ -5,14 +5,12 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use candle_core::{Device, Tensor};
 
+use super::compute::ComputeArgs;
 use crate::{
     error::{Error, Result},
-    model::{
-        Batch, CacheShape, Forward, LogitRows,
-        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
-    },
+    model::{Batch, CacheShape, Forward, LogitRows, load::load_to_serve},
     moe::{LayerRouting, Routing, policy::RoutingChoice},
-    ops::{cpu::Reduction, cpu_slice},
+    ops::cpu_slice,
 };
 
 /// Run token ids through a model once and write logits and routing to a safetensors file.
@@ -35,23 +33,15 @@ pub struct ForwardArgs {
     /// File to write.
     #[arg(long)]
     pub output: PathBuf,
-    /// Where the model runs.
-    #[arg(long, value_enum, default_value_t)]
-    pub device: DeviceKind,
-    /// Element type of the large weights.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub dtype: WeightType,
-    /// Sum every product in an order that does not depend on the batch, as `serve --deterministic` does.
-    #[arg(long)]
-    pub deterministic: bool,
+    /// Where the model runs, and how.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// Runs the model and writes the file.
 pub fn run(args: ForwardArgs) -> Result<()> {
-    let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
-    let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
-    let (_, model) = load_to_serve(&args.model, options, true)?;
-    model.spec().check_routing(args.routing)?;
+    let (_, model) = load_to_serve(&args.model, args.compute.options(), true)?;
+    model.spec().check_routing(&args.routing.into())?;
     let shape = CacheShape { block_tokens: 16, num_blocks: args.input_ids.len().div_ceil(16) };
     let blocks: Vec<u32> = (0..shape.num_blocks as u32).collect();
     let mut batch = Batch::default();

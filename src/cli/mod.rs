@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cache;
 mod client;
 pub mod compare;
+pub mod compute;
 pub mod fidelity;
 pub mod forward;
 pub mod generate;

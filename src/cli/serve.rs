@@ -18,22 +18,28 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::cache::CacheArgs;
+use super::{cache::CacheArgs, compute::ComputeArgs};
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
     error::{Error, Result},
-    model::{
-        ModelSpec,
-        kv_cache::KvCache,
-        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
-    },
-    moe::policy::RoutingChoice,
-    ops::{cpu::Reduction, start_compute_threads},
+    model::{ModelSpec, kv_cache::KvCache, load::load_to_serve},
+    moe::policy::{RoutingChoice, RoutingRule},
+    ops::start_compute_threads,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
     telemetry::page::{PageConfig, PageMode},
 };
+
+/// Whether the routing of a running server may be changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum RuntimeRouting {
+    /// By any client.
+    #[default]
+    On,
+    /// By nobody.
+    Off,
+}
 
 /// Serve a checkpoint over gRPC.
 ///
@@ -60,19 +66,20 @@ pub struct ServeArgs {
     /// foreign site can lead a browser here under a name of its own.
     #[arg(long, env = "HARDMAX_LIVE_PAGE_HOSTS", value_name = "NAME,...", value_delimiter = ',')]
     pub live_page_hosts: Vec<String>,
-    /// Where the model runs. `cuda` needs a build with `--features cuda`.
-    #[arg(long, env = "HARDMAX_DEVICE", value_enum, default_value_t)]
-    pub device: DeviceKind,
-    /// Element type of the large weights. `auto` is f32 on the CPU and bf16 on a GPU.
-    #[arg(long, env = "HARDMAX_DTYPE", value_enum, default_value = "auto")]
-    pub dtype: WeightType,
-    /// Routing of requests that choose none: `native` (as the checkpoint says), `top-K`, `top-K:raw|renorm|unit`,
-    /// `soft` or `soft:TEMPERATURE`. Default: native.
+    /// Where the model runs, and how.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+    /// Routing of requests that choose none: `native` (as the checkpoint says), `top-K`, `top-K,K,...` (one for each MoE layer),
+    /// `mass-P` or `mass-P:MAX_K` (as few experts as hold that share of the router's probability), each of these with
+    /// `:raw|renorm|unit` for the weights, `soft` or `soft:TEMPERATURE`. Default: native.
     #[arg(long, env = "HARDMAX_ROUTING", value_name = "ROUTING")]
-    pub routing: Option<RoutingChoice>,
+    pub routing: Option<RoutingRule>,
     /// Short for `--routing top-1` or `--routing top-2`.
     #[arg(long, env = "HARDMAX_TOP_K", value_name = "K", value_parser = clap::value_parser!(u8).range(1..=2), conflicts_with = "routing")]
     pub top_k: Option<u8>,
+    /// Whether clients may change the routing of requests that choose none (`hardmax.v1.Routing/SetRoutingPolicy`).
+    #[arg(long, env = "HARDMAX_RUNTIME_ROUTING", value_enum, default_value_t)]
+    pub runtime_routing: RuntimeRouting,
     /// Requests that run at once, in one batch.
     #[arg(long, env = "HARDMAX_MAX_BATCH_REQUESTS", value_name = "N", default_value = "16")]
     pub max_batch_requests: NonZeroUsize,
@@ -123,11 +130,6 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
-    /// Sum every product in an order that does not depend on the batch, so that a request gets exactly the tokens that it gets alone.
-    /// Without it, a near-tie between two tokens may be decided otherwise in another batch. CPU only; docs/performance.md says what
-    /// it costs.
-    #[arg(long, env = "HARDMAX_DETERMINISTIC")]
-    pub deterministic: bool,
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -247,10 +249,10 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
 
 impl ServeArgs {
     /// Routing of requests that choose none.
-    pub fn serving_routing(&self) -> RoutingChoice {
+    pub fn serving_routing(&self) -> RoutingRule {
         match self.top_k {
-            Some(k) => RoutingChoice::TopK { k: k.into(), weight_form: None },
-            None => self.routing.unwrap_or_default(),
+            Some(k) => RoutingChoice::TopK { k: k.into(), weight_form: None }.into(),
+            None => self.routing.clone().unwrap_or_default(),
         }
     }
 
@@ -305,17 +307,16 @@ impl fmt::Display for MetricsListen {
 
 /// Loads the checkpoint and puts together what the server needs of it.
 fn load_model(args: &ServeArgs) -> Result<Loaded> {
-    let reduction = if args.deterministic { Reduction::BatchInvariant } else { Reduction::Fastest };
-    let options = ServingOptions { device: args.device, weights: args.dtype, reduction };
-    let (checkpoint, weights) = load_to_serve(&args.model, options, true)?;
+    let (checkpoint, weights) = load_to_serve(&args.model, args.compute.options(), true)?;
     let tokenizer = Arc::new(tokenizer(&checkpoint)?);
     let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
-    spec.check_routing(routing)?;
+    spec.layer_choices(&routing, "--routing")?;
     let service = ServiceConfig {
         model_name: args.served_name(),
-        device: args.device.to_string(),
+        device: args.compute.device.to_string(),
         dtype: weights.dtype().to_owned(),
         routing,
+        runtime_routing: args.runtime_routing == RuntimeRouting::On,
         sampling: SamplingDefaults::from(checkpoint.generation()),
         max_receive_bytes: args.max_receive_message_bytes.get(),
         max_tokenize_bytes: args.max_tokenize_bytes.get(),
@@ -327,8 +328,8 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         layers = spec.layers.len(),
         device = %service.device,
         dtype = %service.dtype,
-        serving_routing = %describe(spec, routing),
-        reference_routing = %describe(spec, spec.reference.choice()),
+        serving_routing = %describe(spec, &service.routing),
+        reference_routing = %describe(spec, &spec.reference.choice().into()),
         "model loaded"
     );
     tracing::info!(
@@ -368,10 +369,11 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// What a choice comes to in the first MoE layer.
-fn describe(spec: &ModelSpec, choice: RoutingChoice) -> String {
-    match spec.moe_layers().next().map(|(_, moe)| moe.resolve(choice, spec.reference)) {
-        Some(Ok(policy)) if choice == RoutingChoice::Native => format!("native, {policy}"),
+/// What a rule comes to in the first MoE layer, where it is the same in all.
+fn describe(spec: &ModelSpec, rule: &RoutingRule) -> String {
+    let RoutingRule::Same(choice) = rule else { return rule.to_string() };
+    match spec.moe_layers().next().map(|(_, moe)| moe.resolve(*choice, spec.reference)) {
+        Some(Ok(policy)) if *choice == RoutingChoice::Native => format!("native, {policy}"),
         Some(Ok(policy)) => policy.to_string(),
         None | Some(Err(_)) => choice.to_string(),
     }
@@ -395,8 +397,8 @@ mod tests {
 
     #[test]
     fn routing_has_two_spellings_and_one_meaning() {
-        assert_eq!(parse(&[]).unwrap().serving_routing(), RoutingChoice::Native);
-        let one = RoutingChoice::TopK { k: 1, weight_form: None };
+        assert_eq!(parse(&[]).unwrap().serving_routing(), RoutingRule::default());
+        let one = RoutingRule::from(RoutingChoice::TopK { k: 1, weight_form: None });
         assert_eq!(parse(&["--top-k", "1"]).unwrap().serving_routing(), one);
         assert_eq!(parse(&["--routing", "top-1"]).unwrap().serving_routing(), one);
         let both = parse(&["--top-k", "1", "--routing", "top-1"]).unwrap_err();

@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     model::CacheShape,
-    moe::policy::{RoutingChoice, WeightForm},
+    moe::policy::{LayerChoices, RoutingChoice, WeightForm},
 };
 
 /// Names a block of the cache.
@@ -32,16 +32,54 @@ pub(super) enum Salt {
     Private(u64),
 }
 
-/// A routing choice that can be compared exactly.
+/// A routing that can be compared exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum RoutingKey {
+    Same(ChoiceKey),
+    /// Another for each layer: the place of the list in [`RoutingKeys`].
+    Each(usize),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum ChoiceKey {
     Native,
     TopK {
         k: usize,
-        weight_form: Option<u8>,
+        weight_form: Option<WeightForm>,
+    },
+    Mass {
+        /// Its bits.
+        threshold: u32,
+        max_k: Option<usize>,
+        weight_form: Option<WeightForm>,
     },
     /// The bits of the temperature.
     Soft(Option<u32>),
+}
+
+/// Lists of routings that have a key. A client can think of any number: those beyond the limit share nothing.
+#[derive(Debug, Default)]
+pub(super) struct RoutingKeys(HashMap<Vec<ChoiceKey>, usize>);
+
+/// Lists in [`RoutingKeys`].
+const MAX_LISTS: usize = 1024;
+
+impl RoutingKeys {
+    /// `None` for what is not to be compared.
+    pub(super) fn key(&mut self, routing: &LayerChoices) -> Option<RoutingKey> {
+        match routing {
+            LayerChoices::Same(choice) => Some(RoutingKey::Same((*choice).into())),
+            LayerChoices::Each(choices) => {
+                let list: Vec<ChoiceKey> = choices.iter().map(|&choice| choice.into()).collect();
+                let next = self.0.len();
+                if next >= MAX_LISTS && !self.0.contains_key(&list) {
+                    return None;
+                }
+                Some(RoutingKey::Each(*self.0.entry(list).or_insert(next)))
+            }
+            LayerChoices::Replay { .. } => None,
+        }
+    }
 }
 
 /// What comes before a block.
@@ -102,18 +140,12 @@ pub(super) struct Prefix {
     pub(super) end: Parent,
 }
 
-impl From<RoutingChoice> for RoutingKey {
+impl From<RoutingChoice> for ChoiceKey {
     fn from(choice: RoutingChoice) -> Self {
         match choice {
             RoutingChoice::Native => Self::Native,
-            RoutingChoice::TopK { k, weight_form } => {
-                let form = |form| match form {
-                    WeightForm::Raw => 0,
-                    WeightForm::Renorm => 1,
-                    WeightForm::Unit => 2,
-                };
-                Self::TopK { k, weight_form: weight_form.map(form) }
-            }
+            RoutingChoice::TopK { k, weight_form } => Self::TopK { k, weight_form },
+            RoutingChoice::Mass { threshold, max_k, weight_form } => Self::Mass { threshold: threshold.to_bits(), max_k, weight_form },
             RoutingChoice::Soft { temperature } => Self::Soft(temperature.map(f32::to_bits)),
         }
     }
@@ -305,7 +337,7 @@ mod tests {
 
     use super::*;
 
-    const SALT: Salt = Salt::Common { generation: 1, routing: RoutingKey::Native };
+    const SALT: Salt = Salt::Common { generation: 1, routing: RoutingKey::Same(ChoiceKey::Native) };
 
     fn pool(num_blocks: usize) -> BlockPool {
         BlockPool::new(CacheShape { block_tokens: 2, num_blocks })
@@ -355,9 +387,16 @@ mod tests {
             RoutingChoice::Soft { temperature: None },
             RoutingChoice::Soft { temperature: Some(1.0) },
             RoutingChoice::Soft { temperature: Some(0.5) },
+            RoutingChoice::Mass { threshold: 0.5, max_k: None, weight_form: None },
+            RoutingChoice::Mass { threshold: 0.6, max_k: None, weight_form: None },
         ];
-        let mut salts: Vec<Salt> = routings.iter().map(|&routing| Salt::Common { generation: 1, routing: routing.into() }).collect();
-        salts.extend([Salt::Common { generation: 2, routing: RoutingKey::Native }, Salt::Private(1), Salt::Private(2)]);
+        let mut keys = RoutingKeys::default();
+        let each = |ks: [usize; 2]| LayerChoices::Each(ks.map(|k| RoutingChoice::TopK { k, weight_form: None }).into());
+        let routings = routings.into_iter().map(LayerChoices::from).chain([each([1, 2]), each([2, 1])]);
+        let mut salts: Vec<Salt> =
+            routings.filter_map(|routing| keys.key(&routing)).map(|routing| Salt::Common { generation: 1, routing }).collect();
+        assert_eq!(keys.key(&each([1, 2])), keys.key(&each([1, 2])));
+        salts.extend([Salt::Common { generation: 2, routing: RoutingKey::Same(ChoiceKey::Native) }, Salt::Private(1), Salt::Private(2)]);
         let tables: Vec<Vec<BlockId>> = salts
             .iter()
             .map(|&salt| {

@@ -94,7 +94,8 @@ pub(super) fn request(prompt: &[u32]) -> Request {
         id: "test".into(),
         prompt: prompt.to_vec(),
         task: Task::Generate(GenerateParams::default()),
-        routing: RoutingChoice::Native,
+        routing: RoutingChoice::Native.into(),
+        trace: false,
         deadline: None,
         priority: 0,
     }

@@ -187,6 +187,7 @@ impl Engine {
             // The last token is never read.
             max_context: spec.max_context.min(cache.tokens().saturating_add(1)),
             max_new_tokens: config.max_new_tokens,
+            moe_layers: spec.moe_layers().map(|(layer, _)| layer).collect(),
             generation: worker::FIRST_GENERATION,
         };
         let worker = Worker::new(model, clock, surroundings, &config, shared.clone(), inbox);
@@ -215,7 +216,7 @@ impl Engine {
         }
         let choices = match &request.task {
             Task::Generate(params) => params.n,
-            Task::Score { .. } => 1,
+            Task::Score { .. } | Task::Read => 1,
         };
         let tickets = inner.shared.count_in(choices, request.prompt.len(), &inner.config)?;
         // One place more for each choice: every one may have an event in a step.
@@ -238,7 +239,7 @@ impl Engine {
         let (cache, context) = (self.inner.cache, self.inner.spec.max_context);
         let prompt = request.prompt.len();
         let (field, total) = match &request.task {
-            Task::Score { .. } => ("input", prompt),
+            Task::Score { .. } | Task::Read => ("input", prompt),
             // The last token is never read. What is not asked for by number is cut to what there is.
             Task::Generate(params) => {
                 let new = params.max_new_tokens.unwrap_or(params.min_new_tokens.max(1)).min(context.saturating_sub(prompt));

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{error::Error, moe::policy::RoutingChoice};
+use crate::{
+    error::Error,
+    moe::{policy::LayerChoices, trace::RoutingTrace},
+};
 
 /// One prompt to work on.
 #[derive(Clone, Debug)]
@@ -13,8 +16,10 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// What to do with them.
     pub task: Task,
-    /// Routing of all its tokens.
-    pub routing: RoutingChoice,
+    /// Routing of its tokens.
+    pub routing: LayerChoices,
+    /// Tell which experts its tokens were given: [`Tokens::trace`]. Nothing is taken from the cache then.
+    pub trace: bool,
     /// After this instant the request fails with `DeadlineExceeded`, in any state.
     pub deadline: Option<Instant>,
     /// Larger goes first; 0 is ordinary.
@@ -31,6 +36,8 @@ pub enum Task {
         /// Likeliest alternatives per token, at most [`MAX_LOGPROBS`].
         alternatives: usize,
     },
+    /// Only read it, for its [`Request::trace`].
+    Read,
 }
 
 /// Most alternatives that can be asked for.
@@ -148,12 +155,15 @@ pub struct Tokens {
     pub ids: Vec<u32>,
     /// For `ids`, if asked for.
     pub logprobs: Vec<TokenLogprob>,
+    /// What the step read, if asked for: a stretch of the prompt, or the token before `ids`. The stretches of a choice follow on each
+    /// other from position 0 on. While the prompt is read they come alone, without `ids`. The last token is never read.
+    pub trace: Option<RoutingTrace>,
 }
 
 /// The last word on a choice.
 #[derive(Clone, Debug)]
 pub struct Finished {
-    /// Which of [`GenerateParams::n`], from 0; 0 for a score.
+    /// Which of [`GenerateParams::n`], from 0; 0 where nothing is generated.
     pub choice: usize,
     /// The last tokens of a generation, with the text that was held back.
     pub tail: Tokens,
@@ -182,7 +192,7 @@ pub enum FinishReason {
     StopToken(u32),
     /// A stop string of the request.
     StopString(String),
-    /// `max_new_tokens`, or the end of the context; for a score, the end of the text.
+    /// `max_new_tokens`, or the end of the context; where nothing is generated, the end of the text.
     Length,
 }
 
@@ -191,7 +201,7 @@ pub enum FinishReason {
 pub struct Timing {
     /// From submission to the first step.
     pub queue: Duration,
-    /// From there to the first token, or to the end of a score.
+    /// From there to the first token, or to the end where nothing is generated.
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,

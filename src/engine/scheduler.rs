@@ -418,9 +418,12 @@ mod tests {
 
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
-    use super::{super::blocks::RoutingKey, *};
+    use super::{
+        super::blocks::{ChoiceKey, RoutingKey},
+        *,
+    };
 
-    const SALT: Salt = Salt::Common { generation: 1, routing: RoutingKey::Native };
+    const SALT: Salt = Salt::Common { generation: 1, routing: RoutingKey::Same(ChoiceKey::Native) };
 
     /// A sequence as its owner knows it.
     #[derive(Clone, Debug)]
@@ -678,7 +681,7 @@ mod tests {
                     let salt = match rng.random_range(0..4) {
                         0 => None,
                         1 => Some(Salt::Private(setup.next)),
-                        n => Some(Salt::Common { generation: n, routing: RoutingKey::Native }),
+                        n => Some(Salt::Common { generation: n, routing: RoutingKey::Same(ChoiceKey::Native) }),
                     };
                     let choices = if rng.random_bool(0.2) { rng.random_range(2..5) } else { 1 };
                     let first = setup.arrive(step, rng.random_range(-1..=1), &prompt, choices, salt);

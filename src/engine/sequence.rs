@@ -21,7 +21,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::LogitRows,
-    moe::policy::RoutingChoice,
+    moe::{LayerRouting, policy::LayerChoices, trace::RoutingTrace},
 };
 
 /// After this long behind its reader a request gives its place to one that waits.
@@ -46,6 +46,8 @@ pub(super) struct Surroundings {
     pub(super) eos_token_ids: HashSet<u32>,
     pub(super) vocab_size: usize,
     pub(super) max_context: usize,
+    /// Decoder layers with experts.
+    pub(super) moe_layers: Arc<[usize]>,
     /// Most tokens that a request may generate.
     pub(super) max_new_tokens: usize,
     /// Of the weights in force.
@@ -60,7 +62,7 @@ pub(super) struct Sequence {
     pub(super) group: Range<SequenceId>,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) ticket: Ticket,
-    pub(super) routing: RoutingChoice,
+    pub(super) routing: LayerChoices,
     pub(super) deadline: Option<Instant>,
     pub(super) submitted: Instant,
     /// Start of the first step that worked on it.
@@ -76,12 +78,15 @@ pub(super) struct Sequence {
     /// Prompt and continuation.
     tokens: Vec<u32>,
     prompt_tokens: usize,
+    /// What was recorded and not told yet, if it is to be told.
+    trace: Option<RoutingTrace>,
     task: Job,
 }
 
 enum Job {
     Generate(Box<Generation>),
     Score { alternatives: usize, logprobs: Vec<TokenLogprob> },
+    Read,
 }
 
 struct Generation {
@@ -104,11 +109,15 @@ pub(super) enum Progress {
     Finished(Box<Finished>),
 }
 
-/// The logits that a step computed for one sequence.
+/// What a step computed for one sequence.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows<'a> {
     /// `[rows, V]`, as many as [`Sequence::logit_rows`] asked for.
     pub(super) logits: &'a [f32],
+    /// What the routers did for the whole step.
+    pub(super) layers: &'a [LayerRouting],
+    /// The first row of the sequence in `layers`.
+    pub(super) first: usize,
     /// End of the step.
     pub(super) now: Instant,
 }
@@ -125,13 +134,14 @@ impl Sequence {
                     Job::Score { alternatives, logprobs: first.into_iter().collect() }
                 }
                 Task::Generate(params) => Job::Generate(Box::new(Generation::new(params.clone(), choice, &request.prompt, surroundings)?)),
+                Task::Read => Job::Read,
             };
             Ok(Self {
                 name: name.clone(),
                 group: ids.clone(),
                 events: events.clone(),
                 ticket,
-                routing: request.routing,
+                routing: request.routing.clone(),
                 deadline: request.deadline,
                 submitted,
                 first_step: None,
@@ -143,6 +153,7 @@ impl Sequence {
                 stalled: false,
                 prompt_tokens: request.prompt.len(),
                 tokens: request.prompt.clone(),
+                trace: request.trace.then(|| RoutingTrace::new(0, Arc::clone(&surroundings.moe_layers))),
                 task,
             })
         };
@@ -179,7 +190,7 @@ impl Sequence {
             Job::Score { logprobs, .. } if end < logprobs.len() => LogitRows::None,
             Job::Score { .. } => LogitRows::All,
             Job::Generate(_) if end == self.tokens.len() => LogitRows::Last,
-            Job::Generate(_) => LogitRows::None,
+            Job::Generate(_) | Job::Read => LogitRows::None,
         }
     }
 
@@ -188,8 +199,31 @@ impl Sequence {
         (share.past + share.tokens).min(self.prompt_tokens).saturating_sub(share.past)
     }
 
+    /// Notes the routing of what a step computed of it, if that is asked for. What was read before a preemption has been noted.
+    fn note_routing(&mut self, share: Share, rows: Rows<'_>) -> Result<()> {
+        let Some(trace) = &mut self.trace else { return Ok(()) };
+        let noted = (trace.first_position + trace.num_tokens()).saturating_sub(share.past).min(share.tokens);
+        trace.record(rows.layers, rows.first + noted..rows.first + share.tokens)
+    }
+
+    /// What was noted since the last time. `None` without a word to say.
+    fn take_trace(&mut self) -> Option<RoutingTrace> {
+        let trace = self.trace.as_mut().filter(|trace| trace.num_tokens() > 0)?;
+        let next = RoutingTrace::new(trace.first_position + trace.num_tokens(), Arc::clone(&trace.layers));
+        Some(std::mem::replace(trace, next))
+    }
+
+    /// Nothing but what was noted.
+    fn quiet(&mut self) -> Progress {
+        match self.take_trace() {
+            None => Progress::Quiet,
+            trace => Progress::Tokens(Tokens { choice: self.choice, trace, ..Tokens::default() }),
+        }
+    }
+
     /// Takes the result of a step that computed `share`. After an error the sequence is over.
     pub(super) fn advance(&mut self, share: Share, rows: Rows<'_>, surroundings: &Surroundings) -> Result<Progress> {
+        self.note_routing(share, rows)?;
         let end = share.past + share.tokens;
         match &mut self.task {
             Job::Score { alternatives, logprobs } => {
@@ -209,11 +243,15 @@ impl Sequence {
                 let logprobs = std::mem::take(logprobs);
                 Ok(self.finished(FinishReason::Length, Tokens::default(), logprobs, rows.now, surroundings))
             }
-            Job::Generate(_) if end < self.tokens.len() => Ok(Progress::Quiet),
+            Job::Generate(_) | Job::Read if end < self.tokens.len() => Ok(self.quiet()),
+            Job::Read => {
+                let tail = Tokens { trace: self.take_trace(), ..Tokens::default() };
+                Ok(self.finished(FinishReason::Length, tail, Vec::new(), rows.now, surroundings))
+            }
             Job::Generate(generation) => {
                 let generated = self.tokens.len() - self.prompt_tokens + 1;
                 let (tokens, end) = generation.next(rows.logits, generated, surroundings)?;
-                let tokens = Tokens { choice: self.choice, ..tokens };
+                let tokens = Tokens { choice: self.choice, trace: self.take_trace(), ..tokens };
                 self.tokens.extend(&tokens.ids);
                 self.first_token.get_or_insert(rows.now);
                 self.last_token = Some(rows.now);
@@ -289,6 +327,7 @@ impl Sequences for BTreeMap<SequenceId, Sequence> {
         self.get(&id).map_or(0, |sequence| match &sequence.task {
             Job::Generate(_) => sequence.tokens.len() - 1,
             Job::Score { logprobs, .. } => logprobs.len() - 1,
+            Job::Read => 0,
         })
     }
 }
@@ -317,7 +356,7 @@ impl Generation {
         let token = self.sampler.sample(row)?;
         let early = generated <= self.min_new_tokens;
         let logprobs = self.logprobs.map(|alternatives| sampler::logprob(row, token, alternatives)).into_iter().collect();
-        let mut tokens = Tokens { choice: 0, text: String::new(), ids: vec![token], logprobs };
+        let mut tokens = Tokens { ids: vec![token], logprobs, ..Tokens::default() };
         let mut end = if !self.ignore_eos && surroundings.eos_token_ids.contains(&token) {
             Some(FinishReason::EndOfSequence(token))
         } else if self.stop_tokens.contains(&token) {

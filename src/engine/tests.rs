@@ -17,12 +17,14 @@ use super::{
 use crate::{
     error::{ErrorKind, QueueLimit},
     model::{Batch, LogitRows},
+    moe::trace::RoutingTrace,
     telemetry::metrics::{Metrics, MetricsConfig},
 };
 
 mod cache;
 mod decoder;
 mod faults;
+mod routing;
 mod storm;
 
 fn metrics() -> Arc<Metrics> {
@@ -52,6 +54,8 @@ struct Answer {
     text: String,
     ids: Vec<u32>,
     logprobs: Vec<TokenLogprob>,
+    /// Of all stretches.
+    trace: Option<RoutingTrace>,
     end: std::result::Result<Finished, Error>,
 }
 
@@ -70,11 +74,12 @@ async fn next(stream: &mut EventStream) -> Option<Event> {
 }
 
 async fn collect(mut stream: EventStream) -> Answer {
-    let (mut text, mut ids, mut logprobs) = (String::new(), Vec::new(), Vec::new());
+    let (mut text, mut ids, mut logprobs, mut trace) = (String::new(), Vec::new(), Vec::new(), None);
     let mut take = |tokens: Tokens| {
         text += &tokens.text;
         ids.extend(tokens.ids);
         logprobs.extend(tokens.logprobs);
+        follow(&mut trace, tokens.trace);
     };
     let end = loop {
         match next(&mut stream).await.expect("a last event") {
@@ -87,7 +92,19 @@ async fn collect(mut stream: EventStream) -> Answer {
         }
     };
     assert!(next(&mut stream).await.is_none(), "nothing after the last event");
-    Answer { text, ids, logprobs, end }
+    Answer { text, ids, logprobs, trace, end }
+}
+
+/// Adds a stretch to those before it, on which it follows.
+fn follow(trace: &mut Option<RoutingTrace>, next: Option<RoutingTrace>) {
+    let Some(next) = next else { return };
+    match trace {
+        None => *trace = Some(next),
+        Some(trace) => {
+            assert_eq!(next.first_position, trace.first_position + trace.num_tokens(), "a stretch is missing, or came twice");
+            trace.append(&next);
+        }
+    }
 }
 
 /// What each choice of a request came to.
@@ -105,7 +122,13 @@ async fn collect_choices(mut stream: EventStream, choices: usize) -> Vec<Answer>
             Event::Failed(error) => panic!("{error}"),
         }
     }
+    let joined = |parts: &[Tokens]| {
+        let mut trace = None;
+        parts.iter().for_each(|tokens| follow(&mut trace, tokens.trace.clone()));
+        trace
+    };
     let answer = |(parts, end): (Vec<Tokens>, Option<Finished>)| Answer {
+        trace: joined(&parts),
         text: parts.iter().map(|tokens| tokens.text.as_str()).collect(),
         ids: parts.iter().flat_map(|tokens| tokens.ids.clone()).collect(),
         logprobs: parts.into_iter().flat_map(|tokens| tokens.logprobs).collect(),

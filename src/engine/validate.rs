@@ -9,6 +9,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::ModelSpec,
+    moe::{policy::LayerChoices, trace::RoutingTrace},
 };
 
 /// Most stop strings of a request: each is searched for after every token.
@@ -35,14 +36,47 @@ pub(super) fn check(request: &Request, spec: &ModelSpec, eos_token_ids: &[u32], 
     match &request.task {
         Task::Generate(params) => Sampling { params, prompt_tokens: request.prompt.len(), spec, eos_token_ids, config }.check()?,
         Task::Score { alternatives } => check_logprobs("alternatives", *alternatives)?,
+        Task::Read => {}
     }
-    spec.check_routing(request.routing)
+    if let LayerChoices::Replay { replay, .. } = &request.routing {
+        check_replay(&replay.trace, spec)?;
+    }
+    spec.check_routing(&request.routing)
+}
+
+/// The given experts are those of the model.
+fn check_replay(trace: &RoutingTrace, spec: &ModelSpec) -> Result<()> {
+    let field = "traces";
+    let layers: Vec<(usize, usize)> = spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect();
+    if !trace.layers.iter().eq(layers.iter().map(|(layer, _)| layer)) {
+        let expected = layers.iter().map(|(layer, _)| layer.to_string()).collect::<Vec<_>>().join(", ");
+        return Err(Error::invalid(field, format!("their layers are not those of the model: {expected}")));
+    }
+    if trace.first_position != 0 {
+        return Err(Error::invalid(field, format!("the first begins at position {}, not at 0", trace.first_position)));
+    }
+    for (position, &(layer, experts)) in (0..trace.num_tokens()).flat_map(|position| layers.iter().map(move |layer| (position, layer))) {
+        let Some(row) = trace.row(position, layer) else {
+            return Err(Error::invalid(field, format!("position {position} has no row for layer {layer}")));
+        };
+        let place = || format!("position {position}, layer {layer}");
+        if let Some(expert) = row.experts.iter().find(|&&expert| usize::from(expert) >= experts) {
+            return Err(Error::invalid(field, format!("{}: {expert} is not below {experts}, the number of experts", place())));
+        }
+        if let Some((at, expert)) = row.experts.iter().enumerate().find(|(at, expert)| row.experts[..*at].contains(expert)) {
+            return Err(Error::invalid(field, format!("{}: expert {expert} comes again at place {at}", place())));
+        }
+        if let Some(weight) = row.weights.iter().find(|weight| !(weight.is_finite() && **weight >= 0.0)) {
+            return Err(Error::invalid(field, format!("{}: the weight {weight} is not a finite number from 0", place())));
+        }
+    }
+    Ok(())
 }
 
 fn check_prompt(request: &Request, spec: &ModelSpec) -> Result<()> {
     let (field, room) = match request.task {
         Task::Generate(_) => ("prompt", 1),
-        Task::Score { .. } => ("input", 0),
+        Task::Score { .. } | Task::Read => ("input", 0),
     };
     let (tokens, context) = (request.prompt.len(), spec.max_context);
     if tokens == 0 {
@@ -354,8 +388,11 @@ mod tests {
 
     #[test]
     fn routing() {
-        assert_eq!(outcome(|r| r.routing = RoutingChoice::TopK { k: 2, weight_form: None }), None);
-        assert_eq!(outcome(|r| r.routing = RoutingChoice::TopK { k: 99, weight_form: None }), invalid("routing.top_k.k"));
-        assert_eq!(outcome(|r| r.routing = RoutingChoice::Soft { temperature: Some(f32::NAN) }), invalid("routing.soft.temperature"));
+        assert_eq!(outcome(|r| r.routing = RoutingChoice::TopK { k: 2, weight_form: None }.into()), None);
+        assert_eq!(outcome(|r| r.routing = RoutingChoice::TopK { k: 99, weight_form: None }.into()), invalid("routing.top_k.k"));
+        assert_eq!(
+            outcome(|r| r.routing = RoutingChoice::Soft { temperature: Some(f32::NAN) }.into()),
+            invalid("routing.soft.temperature")
+        );
     }
 }

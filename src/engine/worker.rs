@@ -16,7 +16,7 @@ use std::{
 
 use super::{
     EngineConfig, Event, FinishReason, Finished, PrefixCache, THREAD_NAME, Task, Timing,
-    blocks::Salt,
+    blocks::{RoutingKeys, Salt},
     scheduler::{Admitted, Arrival, Limits, Scheduler, SequenceId, Share},
     sequence::{Progress, Rows, Sequence, Submission, Surroundings},
     status::Shared,
@@ -24,6 +24,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{Batch, Forward, LanguageModel, LogitRows, Span},
+    moe::LayerRouting,
     telemetry::metrics::{Completed, Generated, Outcome, Rejection, Step},
 };
 
@@ -85,6 +86,7 @@ pub(super) struct Worker {
     streaming: BTreeSet<SequenceId>,
     /// Most tokens per second that a full step has computed lately; 0 before the first.
     speed: f64,
+    routing_keys: RoutingKeys,
     /// Kept from step to step for their memory.
     batch: Batch,
     shares: Vec<Share>,
@@ -137,6 +139,7 @@ impl Worker {
             deadlines: BTreeSet::new(),
             streaming: BTreeSet::new(),
             speed: 0.0,
+            routing_keys: RoutingKeys::default(),
             batch: Batch::default(),
             shares: Vec::new(),
         }
@@ -253,13 +256,16 @@ impl Worker {
     }
 
     /// How the scheduler sees a request.
-    fn arrival(&self, submission: &Submission) -> Arrival {
+    fn arrival(&mut self, submission: &Submission) -> Arrival {
         let Submission { request, submitted, ids, .. } = submission;
-        let common = Salt::Common { generation: self.surroundings.generation, routing: request.routing.into() };
+        let generation = self.surroundings.generation;
+        let common = self.routing_keys.key(&request.routing).map(|routing| Salt::Common { generation, routing });
         let salt = match (self.prefix_cache, &request.task) {
-            (PrefixCache::On, _) => Some(common),
-            (PrefixCache::Off, Task::Generate(params)) if params.n > 1 => Some(Salt::Private(ids.start)),
-            (PrefixCache::Off, _) => None,
+            // What is not computed leaves no trace.
+            _ if request.trace => None,
+            (PrefixCache::On, _) if common.is_some() => common,
+            (_, Task::Generate(params)) if params.n > 1 => Some(Salt::Private(ids.start)),
+            _ => None,
         };
         let at = submitted.saturating_duration_since(self.born);
         Arrival { ids: ids.clone(), at, priority: request.priority, tokens: request.prompt.len(), salt }
@@ -336,7 +342,7 @@ impl Worker {
         let (now, forward_time) = ((self.clock)(), launched.elapsed());
         let settled = forward.and_then(|forward| {
             self.measure(&batch, now.saturating_duration_since(started));
-            let settled = forward.read_logits(|logits| self.settle(shares, &batch, logits, now));
+            let settled = forward.read_logits(|logits| self.settle(shares, &batch, (&forward.layers, logits), now));
             settled.map_err(|error| format!("the logits cannot be read: {error}"))?;
             Ok(forward)
         });
@@ -370,7 +376,7 @@ impl Worker {
             if let Some(sequence) = self.sequences.get_mut(&share.id) {
                 sequence.first_step.get_or_insert(now);
                 let (table, tokens) = (self.scheduler.table(share.id, end), sequence.tokens().get(share.past..end).unwrap_or_default());
-                batch.push(table, tokens, share.past, sequence.routing, sequence.logit_rows(share));
+                batch.push(table, tokens, share.past, sequence.routing.from_position(share.past), sequence.logit_rows(share));
             }
         }
     }
@@ -421,12 +427,13 @@ impl Worker {
     }
 
     /// Gives each sequence its rows, and its reader what came of them.
-    fn settle(&mut self, shares: &[Share], batch: &Batch, logits: &[f32], now: Instant) {
-        let mut rest = logits;
+    fn settle(&mut self, shares: &[Share], batch: &Batch, (layers, logits): (&[LayerRouting], &[f32]), now: Instant) {
+        let (mut rest, mut first) = (logits, 0);
         for (share, span) in shares.iter().zip(&batch.spans) {
             let Some((mine, others)) = rest.split_at_checked(rows(span) * self.surroundings.vocab_size) else { continue };
+            self.advance(*share, Rows { logits: mine, layers, first, now });
             rest = others;
-            self.advance(*share, Rows { logits: mine, now });
+            first += span.new;
         }
     }
 

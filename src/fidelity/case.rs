@@ -1,9 +1,9 @@
 //! A routing under measurement, by name.
 
 use crate::{
-    error::{Error, Result},
+    error::Result,
     model::ModelSpec,
-    moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy},
+    moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy, RoutingRule},
 };
 
 /// A routing under measurement.
@@ -26,18 +26,10 @@ impl Case {
     ///
     /// Fails with `InvalidArgument` on `field` where there are not as many numbers as MoE layers, or one is no k.
     pub fn layer_k(field: &str, spec: &ModelSpec, ks: &[usize]) -> Result<Self> {
-        let layers = spec.moe_layers().count();
-        if ks.len() != layers {
-            return Err(Error::invalid(field, format!("{} numbers for {layers} MoE layers: give one for each", ks.len())));
-        }
-        if let Some(((layer, moe), k)) = spec.moe_layers().zip(ks).find(|((_, moe), k)| **k == 0 || **k > moe.num_experts) {
-            let experts = moe.num_experts;
-            return Err(Error::invalid(field, format!("{k} for layer {layer} is not from 1 to {experts}, its experts")));
-        }
-        let mut choices = vec![RoutingChoice::Native; spec.layers.len()];
-        spec.moe_layers().zip(ks).for_each(|((layer, _), &k)| choices[layer] = RoutingChoice::TopK { k, weight_form: None });
+        let rule = RoutingRule::LayerTopK { k: ks.into(), weight_form: None };
+        let choices = spec.layer_choices(&rule, field)?;
         let name = format!("k {}", ks.iter().map(usize::to_string).collect::<Vec<_>>().join(","));
-        Ok(Self { name, choices: LayerChoices::Each(choices.into()) })
+        Ok(Self { name, choices })
     }
 
     /// One choice in one decoder layer and another in the rest.

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    moe::policy::{RoutingChoice, RoutingPolicy, WeightForm},
+    moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy, RoutingRule, WeightForm},
 };
 
 /// A decoder-only transformer with Mixture-of-Experts layers.
@@ -180,6 +180,17 @@ impl MoeSpec {
                 Err(Error::invalid("routing.top_k.k", format!("{k} is not from 1 to {}, the number of experts", self.num_experts)))
             }
             RoutingChoice::TopK { k, weight_form } => Ok(RoutingPolicy::TopK { k, weight_form: weight_form.unwrap_or(self.weight_form) }),
+            RoutingChoice::Mass { threshold, .. } if !(threshold > 0.0 && threshold <= 1.0) => {
+                Err(Error::invalid("routing.mass.threshold", format!("{threshold} is not above 0 and at most 1")))
+            }
+            RoutingChoice::Mass { max_k: Some(k), .. } if k == 0 || k > self.num_experts => {
+                Err(Error::invalid("routing.mass.max_k", format!("{k} is not from 1 to {}, the number of experts", self.num_experts)))
+            }
+            RoutingChoice::Mass { threshold, max_k, weight_form } => Ok(RoutingPolicy::Mass {
+                threshold,
+                max_k: max_k.unwrap_or(self.top_k),
+                weight_form: weight_form.unwrap_or(self.weight_form),
+            }),
             RoutingChoice::Soft { temperature } => {
                 let default = match reference {
                     ReferenceRouting::Soft { temperature } => temperature,
@@ -204,9 +215,43 @@ impl ModelSpec {
         })
     }
 
-    /// Checks that every MoE layer can resolve `choice`.
-    pub fn check_routing(&self, choice: RoutingChoice) -> Result<()> {
-        self.moe_layers().try_for_each(|(_, moe)| moe.resolve(choice, self.reference).map(drop))
+    /// What `rule` asks of each layer.
+    ///
+    /// Fails with `InvalidArgument` on `field` where it has not one k for each MoE layer, or a layer cannot do what it is asked for.
+    pub fn layer_choices(&self, rule: &RoutingRule, field: &str) -> Result<LayerChoices> {
+        let (k, weight_form) = match rule {
+            RoutingRule::LayerTopK { k, weight_form } => (k, *weight_form),
+            RoutingRule::Same(choice) => {
+                let choices = LayerChoices::Same(*choice);
+                return self.check_routing(&choices).map(|()| choices);
+            }
+        };
+        let layers = self.moe_layers().count();
+        if k.len() != layers {
+            return Err(Error::invalid(field, format!("{} numbers for {layers} MoE layers: give one for each", k.len())));
+        }
+        let mut choices = vec![RoutingChoice::Native; self.layers.len()];
+        for ((layer, moe), &k) in self.moe_layers().zip(k.iter()) {
+            if k == 0 || k > moe.num_experts {
+                let experts = moe.num_experts;
+                return Err(Error::invalid(field, format!("{k} for layer {layer} is not from 1 to {experts}, its experts")));
+            }
+            choices[layer] = RoutingChoice::TopK { k, weight_form };
+        }
+        Ok(LayerChoices::Each(choices.into()))
+    }
+
+    /// Checks that every MoE layer can do what it is asked for.
+    pub fn check_routing(&self, choices: &LayerChoices) -> Result<()> {
+        self.moe_layers().try_for_each(|(layer, moe)| moe.resolve(choices.at(layer), self.reference).map(drop))
+    }
+
+    /// Most experts that a token has in any layer under `choices`. Fails where a layer cannot do what it is asked for.
+    pub fn most_experts_per_token(&self, choices: &LayerChoices) -> Result<usize> {
+        self.moe_layers().try_fold(0, |most, (layer, moe)| {
+            let policy = moe.resolve(choices.at(layer), self.reference)?;
+            Ok(policy.experts_per_token(moe.num_experts).max(most))
+        })
     }
 
     /// Number of parameters: (all, used by one token under the serving routing). The embedding counts in both.

@@ -9,8 +9,8 @@ use super::{
     kernel::{ExpertKernel, Experts},
     observe::{ExpertOutputs, MoeObserver, ObservedLayer},
     plan::DispatchPlan,
-    policy::{LayerChoices, RoutingChoice, RoutingPolicy},
-    route::{self, RowReport},
+    policy::{LayerChoices, RoutingPolicy},
+    route::{RowReport, RowRouter},
     train::{self, TrainState},
 };
 use crate::{
@@ -105,8 +105,8 @@ impl MoeLayer {
         let router_logits = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
         let host = router_logits.to_device(&candle_core::Device::Cpu)?;
         let mut routed = Routed::default();
-        let runs = runs.iter().map(|(choices, tokens)| (choices.at(self.index), *tokens));
-        cpu_slice::<f32, _>(&host, |z| routed.fill(&self.spec, self.reference, z, runs))?;
+        let runs = runs.iter().map(|(choices, tokens)| (choices, *tokens));
+        cpu_slice::<f32, _>(&host, |z| routed.fill((self.index, &self.spec), self.reference, z, runs))?;
         let mut y_td = self.kernel.grouped(x_td, &routed.plan, &self.experts)?;
         if !routed.non_finite().is_empty() {
             y_td = poison(&y_td, routed.non_finite())?;
@@ -162,26 +162,28 @@ pub(crate) struct Routed {
     pub(crate) plan: DispatchPlan,
     pub(crate) stats: RoutingStats,
     report: RowReport,
-    /// With the tokens that each is for.
-    policies: Vec<(RoutingPolicy, usize)>,
 }
 
 impl Routed {
-    /// Routes `logits [T, E]` by the choices of their sequences: (choice, tokens) runs in order.
-    pub(crate) fn fill(
+    /// Routes `logits [T, E]` of a decoder layer by the choices of their sequences: (choices, tokens) runs in order.
+    pub(crate) fn fill<'a>(
         &mut self,
-        spec: &MoeSpec,
+        (layer, spec): (usize, &MoeSpec),
         reference: ReferenceRouting,
         logits: &[f32],
-        runs: impl Iterator<Item = (RoutingChoice, usize)>,
+        runs: impl Iterator<Item = (&'a LayerChoices, usize)>,
     ) -> Result<()> {
-        let Self { routing, plan, stats, report, policies } = self;
-        policies.clear();
-        for (choice, tokens) in runs {
-            policies.push((spec.resolve(choice, reference)?, tokens));
+        let Self { routing, plan, stats, report } = self;
+        let (mut router, mut rows) = (RowRouter::new(routing, report), logits.chunks_exact(spec.num_experts));
+        for (choices, tokens) in runs {
+            let policy = spec.resolve(choices.at(layer), reference)?;
+            for (token, row) in rows.by_ref().take(tokens).enumerate() {
+                match choices.replayed(layer, token) {
+                    None => router.route(row, policy),
+                    Some(replayed) => router.replay(row, replayed, replayed.weight_form.unwrap_or(spec.weight_form)),
+                }
+            }
         }
-        let by_token = policies.iter().flat_map(|&(policy, tokens)| std::iter::repeat_n(policy, tokens));
-        route::route_rows_into(logits, spec.num_experts, by_token, routing, report);
         plan.fill(routing, spec.num_experts);
         plan.load_into(stats);
         stats.entropy_sum = report.entropy_sum;

@@ -21,6 +21,7 @@ pub mod remedy;
 pub mod route;
 mod stats;
 mod swiglu;
+pub mod trace;
 mod train;
 
 use std::sync::{Arc, OnceLock};

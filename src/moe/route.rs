@@ -5,7 +5,7 @@ use super::{
     SparseRouting,
     draw::Draw,
     estimator::{Estimator, StepContext},
-    policy::{RoutingPolicy, WeightForm},
+    policy::{Replayed, RoutingPolicy, WeightForm},
 };
 
 impl SparseRouting {
@@ -25,31 +25,54 @@ impl SparseRouting {
 /// A row with a non-finite logit gets no route and is listed in the second result.
 pub fn route_rows(logits: &[f32], num_experts: usize, policies: impl Iterator<Item = RoutingPolicy>) -> (SparseRouting, RowReport) {
     let (mut routing, mut report) = (SparseRouting::default(), RowReport::default());
-    route_rows_into(logits, num_experts, policies, &mut routing, &mut report);
+    let mut router = RowRouter::new(&mut routing, &mut report);
+    logits.chunks_exact(num_experts).zip(policies).for_each(|(row, policy)| router.route(row, policy));
     (routing, report)
 }
 
-/// [`route_rows`] into results of an earlier call, for their memory.
-pub(super) fn route_rows_into(
-    logits: &[f32],
-    num_experts: usize,
-    policies: impl Iterator<Item = RoutingPolicy>,
-    routing: &mut SparseRouting,
-    report: &mut RowReport,
-) {
-    routing.offsets.clear();
-    routing.offsets.push(0);
-    routing.expert_ids.clear();
-    routing.weights.clear();
-    let RowReport { non_finite, entropy_sum, scratch } = report;
-    non_finite.clear();
-    *entropy_sum = 0.0;
-    for (token, (row, policy)) in logits.chunks_exact(num_experts).zip(policies).enumerate() {
+/// Routes row after row into results of an earlier use, for their memory.
+pub(super) struct RowRouter<'a> {
+    routing: &'a mut SparseRouting,
+    report: &'a mut RowReport,
+}
+
+impl<'a> RowRouter<'a> {
+    pub(super) fn new(routing: &'a mut SparseRouting, report: &'a mut RowReport) -> Self {
+        routing.offsets.clear();
+        routing.offsets.push(0);
+        routing.expert_ids.clear();
+        routing.weights.clear();
+        report.non_finite.clear();
+        report.entropy_sum = 0.0;
+        Self { routing, report }
+    }
+
+    /// The next token, `[E]`, by a policy.
+    pub(super) fn route(&mut self, row: &[f32], policy: RoutingPolicy) {
+        self.row(row, |routing, scratch| route_row(row, policy, scratch, routing));
+    }
+
+    /// The next token, `[E]`, to given experts. Without weights of their own these are the experts' probabilities in `weight_form`.
+    pub(super) fn replay(&mut self, row: &[f32], replayed: Replayed<'_>, weight_form: WeightForm) {
+        self.row(row, |routing, scratch| {
+            let first = routing.expert_ids.len();
+            routing.expert_ids.extend(replayed.experts.iter().map(|&expert| u32::from(expert)));
+            if replayed.weights.is_empty() {
+                softmax(row, 1.0, scratch);
+                weigh(first, weight_form, scratch, routing);
+            } else {
+                routing.weights.extend_from_slice(replayed.weights);
+            }
+        });
+    }
+
+    fn row(&mut self, row: &[f32], route: impl FnOnce(&mut SparseRouting, &mut Vec<f32>)) {
+        let Self { routing, report } = self;
         if row.iter().all(|z| z.is_finite()) {
-            *entropy_sum += entropy(row, scratch);
-            route_row(row, policy, scratch, routing);
+            report.entropy_sum += entropy(row, &mut report.scratch);
+            route(routing, &mut report.scratch);
         } else {
-            non_finite.push(token as u32);
+            report.non_finite.push(routing.num_tokens() as u32);
         }
         routing.offsets.push(routing.expert_ids.len() as u32);
     }
@@ -72,16 +95,14 @@ fn route_row(row: &[f32], policy: RoutingPolicy, scratch: &mut Vec<f32>, routing
             softmax(row, 1.0, scratch);
             let first = routing.expert_ids.len();
             top_k(row, k, &mut routing.expert_ids);
-            let chosen = &routing.expert_ids[first..];
-            let total: f32 = match weight_form {
-                WeightForm::Renorm => chosen.iter().map(|&e| scratch[e as usize]).sum(),
-                WeightForm::Raw | WeightForm::Unit => 1.0,
-            };
-            let weight = |&e: &u32| match weight_form {
-                WeightForm::Unit => 1.0 / chosen.len() as f32,
-                WeightForm::Raw | WeightForm::Renorm => scratch[e as usize] / total,
-            };
-            routing.weights.extend(chosen.iter().map(weight));
+            weigh(first, weight_form, scratch, routing);
+        }
+        RoutingPolicy::Mass { threshold, max_k, weight_form } => {
+            softmax(row, 1.0, scratch);
+            let first = routing.expert_ids.len();
+            top_k(row, max_k, &mut routing.expert_ids);
+            routing.expert_ids.truncate(first + enough(&routing.expert_ids[first..], scratch, threshold));
+            weigh(first, weight_form, scratch, routing);
         }
         RoutingPolicy::Soft { temperature } => {
             softmax(row, temperature, scratch);
@@ -91,6 +112,31 @@ fn route_row(row: &[f32], policy: RoutingPolicy, scratch: &mut Vec<f32>, routing
         }
         RoutingPolicy::Estimator(estimator) => route_as_in_evaluation(row, &estimator, routing),
     }
+}
+
+/// Weights of the experts from `first` on, of their probabilities.
+fn weigh(first: usize, weight_form: WeightForm, probabilities: &[f32], routing: &mut SparseRouting) {
+    let chosen = &routing.expert_ids[first..];
+    let total: f32 = match weight_form {
+        // The experts of a replay may all be too unlikely to have a probability in f32.
+        WeightForm::Renorm => chosen.iter().map(|&e| probabilities[e as usize]).sum::<f32>().max(f32::MIN_POSITIVE),
+        WeightForm::Raw | WeightForm::Unit => 1.0,
+    };
+    let weight = |&e: &u32| match weight_form {
+        WeightForm::Unit => 1.0 / chosen.len() as f32,
+        WeightForm::Raw | WeightForm::Renorm => probabilities[e as usize] / total,
+    };
+    routing.weights.extend(chosen.iter().map(weight));
+}
+
+/// How many of `experts`, taken in order, hold `threshold` of the probability; at least one, all where they hold less.
+fn enough(experts: &[u32], probabilities: &[f32], threshold: f32) -> usize {
+    let mut held = 0.0;
+    let reached = experts.iter().position(|&expert| {
+        held += probabilities[expert as usize];
+        held >= threshold
+    });
+    reached.map_or(experts.len(), |last| last + 1)
 }
 
 /// Appends what `estimator` makes of one row without noise, exploration and capacity.
@@ -128,7 +174,8 @@ fn softmax(row: &[f32], temperature: f32, out: &mut Vec<f32>) {
     out.iter_mut().for_each(|p| *p /= sum);
 }
 
-fn entropy(row: &[f32], scratch: &mut Vec<f32>) -> f64 {
+/// Of `softmax(row)`, in nats.
+pub(super) fn entropy(row: &[f32], scratch: &mut Vec<f32>) -> f64 {
     softmax(row, 1.0, scratch);
     scratch.iter().map(|&p| if p > 0.0 { -f64::from(p) * f64::from(p).ln() } else { 0.0 }).sum()
 }

@@ -103,10 +103,10 @@ fn plan_is_a_stable_sort_and_knows_the_way_back() {
 
 #[test]
 fn choices_are_read_and_written() {
-    for text in ["native", "top-1", "top-2:raw", "top-8:unit", "soft", "soft:0.5"] {
+    for text in ["native", "top-1", "top-2:raw", "top-8:unit", "mass-0.9", "mass-0.5:3", "mass-1:2:renorm", "soft", "soft:0.5"] {
         assert_eq!(text.parse::<RoutingChoice>().unwrap().to_string(), text);
     }
-    for text in ["", "top", "top-", "top-x", "top-1:", "top-1:best", "soft:warm", "native:1", "hard"] {
+    for text in ["", "top", "top-", "top-x", "top-1:", "top-1:best", "mass", "mass-x", "mass-1:raw", "soft:warm", "native:1", "hard"] {
         assert!(text.parse::<RoutingChoice>().is_err(), "{text}");
     }
 }

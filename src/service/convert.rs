@@ -6,57 +6,79 @@ use crate::{
     engine::{FinishReason, Finished, GenerateParams, Timing, TokenLogprob},
     error::{Error, Result},
     model::{FeedForwardSpec, ModelSpec},
-    moe::policy::{RoutingChoice, RoutingPolicy, WeightForm},
+    moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy, RoutingRule, WeightForm},
 };
 
-/// The routing of a request; `default` if it says nothing.
-pub(super) fn routing_choice(policy: Option<proto::RoutingPolicy>, default: RoutingChoice) -> Result<RoutingChoice> {
+/// What a message asks of the model. Errors name `field` and what is below it.
+pub(super) fn routing_rule(policy: proto::RoutingPolicy, field: &str) -> Result<RoutingRule> {
     use proto::routing_policy::Policy;
-    let Some(policy) = policy else { return Ok(default) };
-    match policy.policy {
-        None => Err(Error::invalid("routing.policy", "none of top_k, soft, native is set")),
-        Some(Policy::Native(_)) => Ok(RoutingChoice::Native),
-        Some(Policy::Soft(soft)) => Ok(RoutingChoice::Soft { temperature: soft.temperature }),
-        Some(Policy::TopK(top_k)) => {
-            let weight_form = top_k.weight_form.map_or(Ok(None), weight_form)?;
-            Ok(RoutingChoice::TopK { k: top_k.k as usize, weight_form })
+    let form = |name: &str, value: Option<i32>| value.map_or(Ok(None), |value| weight_form(&format!("{field}.{name}.weight_form"), value));
+    Ok(match policy.policy {
+        None => return Err(Error::invalid(format!("{field}.policy"), "none of top_k, soft, native, layer_top_k, mass is set")),
+        Some(Policy::Native(_)) => RoutingChoice::Native.into(),
+        Some(Policy::Soft(soft)) => RoutingChoice::Soft { temperature: soft.temperature }.into(),
+        Some(Policy::TopK(top_k)) => RoutingChoice::TopK { k: top_k.k as usize, weight_form: form("top_k", top_k.weight_form)? }.into(),
+        Some(Policy::Mass(mass)) => RoutingChoice::Mass {
+            threshold: mass.threshold,
+            max_k: mass.max_k.map(|k| k as usize),
+            weight_form: form("mass", mass.weight_form)?,
         }
-    }
+        .into(),
+        Some(Policy::LayerTopK(layers)) => RoutingRule::LayerTopK {
+            k: layers.k.iter().map(|&k| k as usize).collect(),
+            weight_form: form("layer_top_k", layers.weight_form)?,
+        },
+    })
 }
 
-fn weight_form(value: i32) -> Result<Option<WeightForm>> {
+pub(super) fn weight_form(field: &str, value: i32) -> Result<Option<WeightForm>> {
     match proto::WeightForm::try_from(value) {
         Ok(proto::WeightForm::Unspecified) => Ok(None),
         Ok(proto::WeightForm::Raw) => Ok(Some(WeightForm::Raw)),
         Ok(proto::WeightForm::Renorm) => Ok(Some(WeightForm::Renorm)),
         Ok(proto::WeightForm::Unit) => Ok(Some(WeightForm::Unit)),
-        Err(_) => Err(Error::invalid("routing.top_k.weight_form", format!("{value} is not a value of hardmax.v1.WeightForm"))),
+        Err(_) => Err(Error::invalid(field, format!("{value} is not a value of hardmax.v1.WeightForm"))),
     }
+}
+
+fn weight_form_message(form: WeightForm) -> i32 {
+    match form {
+        WeightForm::Raw => proto::WeightForm::Raw,
+        WeightForm::Renorm => proto::WeightForm::Renorm,
+        WeightForm::Unit => proto::WeightForm::Unit,
+    }
+    .into()
 }
 
 /// What a layer does, as a message.
 pub(super) fn policy(policy: RoutingPolicy) -> proto::RoutingPolicy {
-    match policy {
-        RoutingPolicy::TopK { k, weight_form } => choice(RoutingChoice::TopK { k, weight_form: Some(weight_form) }),
-        RoutingPolicy::Soft { temperature } => choice(RoutingChoice::Soft { temperature: Some(temperature) }),
+    let choice = match policy {
+        RoutingPolicy::TopK { k, weight_form } => RoutingChoice::TopK { k, weight_form: Some(weight_form) },
+        RoutingPolicy::Mass { threshold, max_k, weight_form } => {
+            RoutingChoice::Mass { threshold, max_k: Some(max_k), weight_form: Some(weight_form) }
+        }
+        RoutingPolicy::Soft { temperature } => RoutingChoice::Soft { temperature: Some(temperature) },
         // No checkpoint or request resolves to one; what a client could ask for instead is its hard form.
-        RoutingPolicy::Estimator(estimator) => choice(RoutingChoice::TopK { k: estimator.k(), weight_form: Some(estimator.serve) }),
-    }
+        RoutingPolicy::Estimator(estimator) => RoutingChoice::TopK { k: estimator.k(), weight_form: Some(estimator.serve) },
+    };
+    routing_message(&choice.into())
 }
 
-/// A routing choice as a message: what a client sends.
-pub fn choice(choice: RoutingChoice) -> proto::RoutingPolicy {
-    use proto::routing_policy::{Native, Policy, Soft, TopK};
-    let policy = match choice {
-        RoutingChoice::Native => Policy::Native(Native {}),
-        RoutingChoice::Soft { temperature } => Policy::Soft(Soft { temperature }),
-        RoutingChoice::TopK { k, weight_form } => {
-            let weight_form = weight_form.map(|form| match form {
-                WeightForm::Raw => proto::WeightForm::Raw,
-                WeightForm::Renorm => proto::WeightForm::Renorm,
-                WeightForm::Unit => proto::WeightForm::Unit,
-            });
-            Policy::TopK(TopK { k: saturate(k), weight_form: weight_form.map(i32::from) })
+/// A routing as a message: what a client sends.
+pub fn routing_message(rule: &RoutingRule) -> proto::RoutingPolicy {
+    use proto::routing_policy::{LayerTopK, Mass, Native, Policy, Soft, TopK};
+    let form = |form: Option<WeightForm>| form.map(weight_form_message);
+    let policy = match rule {
+        RoutingRule::Same(RoutingChoice::Native) => Policy::Native(Native {}),
+        RoutingRule::Same(RoutingChoice::Soft { temperature }) => Policy::Soft(Soft { temperature: *temperature }),
+        RoutingRule::Same(RoutingChoice::TopK { k, weight_form }) => {
+            Policy::TopK(TopK { k: saturate(*k), weight_form: form(*weight_form) })
+        }
+        RoutingRule::Same(RoutingChoice::Mass { threshold, max_k, weight_form }) => {
+            Policy::Mass(Mass { threshold: *threshold, max_k: max_k.map(saturate), weight_form: form(*weight_form) })
+        }
+        RoutingRule::LayerTopK { k, weight_form } => {
+            Policy::LayerTopK(LayerTopK { k: k.iter().copied().map(saturate).collect(), weight_form: form(*weight_form) })
         }
     };
     proto::RoutingPolicy { policy: Some(policy) }
@@ -127,15 +149,22 @@ pub(super) fn logprobs(logprobs: Vec<TokenLogprob>) -> Vec<proto::TokenLogprob> 
         .collect()
 }
 
+/// Sum of the log-probabilities, and the perplexity. A single token has no log-probability: the empty product has perplexity 1.
+pub(super) fn likelihood(tokens: &[TokenLogprob]) -> (f64, f64) {
+    let scored = || tokens.iter().filter_map(|token| token.logprob).map(f64::from);
+    let sum = scored().sum::<f64>();
+    (sum, (-sum / scored().count().max(1) as f64).exp())
+}
+
 /// The MoE layers under `serving`, and the parameters: (all, used by one token).
 ///
 /// Fails where a layer cannot follow `serving`.
-pub(super) fn moe_layers(spec: &ModelSpec, serving: RoutingChoice) -> Result<(Vec<proto::get_model_info_response::MoeLayer>, (u64, u64))> {
+pub(super) fn moe_layers(spec: &ModelSpec, serving: &LayerChoices) -> Result<(Vec<proto::get_model_info_response::MoeLayer>, (u64, u64))> {
     let mut layers = Vec::new();
     let mut served = spec.clone();
     for (index, layer) in served.layers.iter_mut().enumerate() {
         let FeedForwardSpec::Moe(moe) = &mut layer.feed_forward else { continue };
-        let resolved = moe.resolve(serving, spec.reference)?;
+        let resolved = moe.resolve(serving.at(index), spec.reference)?;
         layers.push(proto::get_model_info_response::MoeLayer {
             layer: saturate(index),
             num_experts: saturate(moe.num_experts),
@@ -156,35 +185,38 @@ mod tests {
     use super::*;
     use proto::routing_policy::{Policy, TopK};
 
-    fn top_k(k: u32, weight_form: Option<i32>) -> Option<proto::RoutingPolicy> {
-        Some(proto::RoutingPolicy { policy: Some(Policy::TopK(TopK { k, weight_form })) })
+    fn top_k(k: u32, weight_form: Option<i32>) -> proto::RoutingPolicy {
+        proto::RoutingPolicy { policy: Some(Policy::TopK(TopK { k, weight_form })) }
+    }
+
+    fn rule(policy: proto::RoutingPolicy) -> Result<RoutingRule> {
+        routing_rule(policy, "routing")
     }
 
     #[test]
-    fn routing_defaults_and_overrides() {
-        let default = RoutingChoice::TopK { k: 1, weight_form: None };
-        assert_eq!(routing_choice(None, default).unwrap(), default);
-        assert_eq!(routing_choice(top_k(2, None), default).unwrap(), RoutingChoice::TopK { k: 2, weight_form: None });
-        assert_eq!(routing_choice(top_k(2, Some(0)), default).unwrap(), RoutingChoice::TopK { k: 2, weight_form: None });
-        let unit = RoutingChoice::TopK { k: 1, weight_form: Some(WeightForm::Unit) };
-        assert_eq!(routing_choice(top_k(1, Some(3)), default).unwrap(), unit);
+    fn an_unspecified_weight_form_is_none() {
+        let expected: RoutingRule = RoutingChoice::TopK { k: 2, weight_form: None }.into();
+        assert_eq!(rule(top_k(2, None)).unwrap(), expected);
+        assert_eq!(rule(top_k(2, Some(0))).unwrap(), expected);
     }
 
     #[test]
-    fn every_choice_survives_the_wire() {
-        let choices = ["native", "top-1", "top-2:raw", "top-1:renorm", "top-3:unit", "soft", "soft:0.5"];
-        for sent in choices.map(|text| text.parse::<RoutingChoice>().unwrap()) {
-            assert_eq!(routing_choice(Some(choice(sent)), RoutingChoice::Native).unwrap(), sent);
+    fn every_rule_survives_the_wire() {
+        let rules = ["native", "top-1", "top-2:raw", "top-1:renorm", "top-3:unit", "soft", "soft:0.5", "mass-0.9", "mass-0.5:2:raw"];
+        for text in rules.into_iter().chain(["top-1,2,1", "top-2,1:raw"]) {
+            let sent: RoutingRule = text.parse().unwrap();
+            assert_eq!(sent.to_string(), text);
+            assert_eq!(rule(routing_message(&sent)).unwrap(), sent);
         }
     }
 
     #[test]
     fn what_no_type_can_hold_is_refused() {
-        let field = |policy| match routing_choice(policy, RoutingChoice::Native) {
+        let field = |policy| match rule(policy) {
             Err(Error::InvalidArgument { field, .. }) => field,
             other => panic!("{other:?}"),
         };
-        assert_eq!(field(Some(proto::RoutingPolicy { policy: None })), "routing.policy");
+        assert_eq!(field(proto::RoutingPolicy { policy: None }), "routing.policy");
         assert_eq!(field(top_k(1, Some(99))), "routing.top_k.weight_form");
         assert_eq!(field(top_k(1, Some(-1))), "routing.top_k.weight_form");
     }

@@ -4,20 +4,33 @@
 //! A request passes [`ObserveLayer`] (its outcome is counted, a panic becomes INTERNAL), [`DeadlineLayer`]
 //! (`grpc-timeout` becomes a [`Deadline`]), [`InferenceService`], and then the engine.
 
+mod call;
+mod config;
+mod context;
 mod convert;
 mod deadline;
 mod inference;
 mod observe;
 mod playground;
+mod routing;
 mod status;
+mod trace;
+
+use std::sync::Arc;
+
+use self::context::Context;
+use crate::{engine::Engine, error::Result};
 
 pub use self::{
-    convert::choice as routing_message,
+    config::{SamplingDefaults, ServiceConfig},
+    convert::routing_message,
     deadline::{Deadline, DeadlineLayer, DeadlineService},
-    inference::{GenerateStream, InferenceService, SamplingDefaults, ServiceConfig},
+    inference::{GenerateStream, InferenceService},
     observe::{ObserveLayer, ObserveService},
     playground::EnginePlayground,
+    routing::{RoutingService, TraceStream},
     status::{code_name, to_status},
+    trace::joined as routing_trace,
 };
 
 /// Messages, clients and server traits generated from `proto/hardmax/v1`.
@@ -28,3 +41,31 @@ pub mod proto {
 
 /// The encoded `FileDescriptorSet` of [`proto`], for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hardmax_descriptor.bin"));
+
+/// The services of one engine. Clones are the same services.
+#[derive(Clone, Debug)]
+pub struct Services {
+    context: Arc<Context>,
+}
+
+impl Services {
+    /// Over `engine`. Fails where a layer of the model cannot follow `config.routing`.
+    pub fn new(engine: Engine, config: ServiceConfig) -> Result<Self> {
+        Ok(Self { context: Arc::new(Context::new(engine, config)?) })
+    }
+
+    /// `hardmax.v1.Inference`.
+    pub fn inference(&self) -> InferenceService {
+        InferenceService::new(Arc::clone(&self.context))
+    }
+
+    /// `hardmax.v1.Routing`.
+    pub fn routing(&self) -> RoutingService {
+        RoutingService::new(Arc::clone(&self.context))
+    }
+
+    /// Prompts of the live page.
+    pub fn playground(&self) -> EnginePlayground {
+        EnginePlayground::new(Arc::clone(&self.context))
+    }
+}

@@ -132,6 +132,10 @@ fn method(path: &str) -> Option<Method> {
         "/hardmax.v1.Inference/Tokenize" => Some(Method::Tokenize),
         "/hardmax.v1.Inference/Detokenize" => Some(Method::Detokenize),
         "/hardmax.v1.Inference/GetModelInfo" => Some(Method::GetModelInfo),
+        "/hardmax.v1.Routing/TraceRouting" => Some(Method::TraceRouting),
+        "/hardmax.v1.Routing/ReplayRouting" => Some(Method::ReplayRouting),
+        "/hardmax.v1.Routing/GetRoutingPolicy" => Some(Method::GetRoutingPolicy),
+        "/hardmax.v1.Routing/SetRoutingPolicy" => Some(Method::SetRoutingPolicy),
         _ => None,
     }
 }

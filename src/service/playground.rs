@@ -1,10 +1,14 @@
 //! Prompts of the live page, run by the engine like any other request.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
-    SamplingDefaults, ServiceConfig, convert,
-    inference::{encode_prompt, engine_stopped},
+    context::{Context, Input},
+    convert,
+    inference::engine_stopped,
 };
 use crate::{
     engine::{Engine, Event, EventStream, FinishReason, Finished, GenerateParams, Request, Task, Tokens},
@@ -28,32 +32,27 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// The engine as the live page knows it.
 #[derive(Clone, Debug)]
 pub struct EnginePlayground {
-    engine: Engine,
-    sampling: SamplingDefaults,
+    context: Arc<Context>,
 }
 
 impl EnginePlayground {
-    /// Runs prompts on `engine`, sampled as the service samples where a request says nothing.
-    pub fn new(engine: Engine, config: &ServiceConfig) -> Self {
-        Self { engine, sampling: config.sampling }
+    pub(super) fn new(context: Arc<Context>) -> Self {
+        Self { context }
     }
 
     async fn answer(&self, trial: Trial) -> Result<Answer> {
-        let prompt = self.prompt(&trial)?;
-        let rule = match &trial.routing {
-            Some(text) => text.parse()?,
-            None => self.engine.serving_routing(),
-        };
-        let routing = self.engine.spec().layer_choices(&rule, "routing")?;
-        let request = self.request(prompt.clone(), self.params(&trial)?, routing);
-        let mut record = Record::new(prompt);
-        let finished = record.follow(self.engine.submit(request)?).await?;
-        let layers = self.engine.spec().moe_layers().map(|(layer, _)| layer).collect();
-        record.answer(&self.engine, &rule, &finished, layers)
+        let engine = &self.context.engine;
+        let (rule, routing) = self.routing(&trial)?;
+        let params = self.params(&trial)?;
+        let prompt = self.prompt(trial.prompt).await?;
+        let mut record = Record::new(prompt.clone());
+        let finished = record.follow(engine.submit(request(prompt, params, routing))?).await?;
+        let layers = engine.spec().moe_layers().map(|(layer, _)| layer).collect();
+        record.answer(engine, &rule, &finished, layers)
     }
 
-    fn prompt(&self, trial: &Trial) -> Result<Vec<u32>> {
-        let prompt = encode_prompt(&self.engine, &trial.prompt, "prompt")?;
+    async fn prompt(&self, text: String) -> Result<Vec<u32>> {
+        let prompt = self.context.prompt(Some(Input::Text(text)), "prompt").await?;
         match prompt.len() {
             0 => Err(Error::invalid("prompt", "it has no token: write something")),
             tokens if tokens > MAX_PROMPT_TOKENS => {
@@ -63,31 +62,41 @@ impl EnginePlayground {
         }
     }
 
+    fn routing(&self, trial: &Trial) -> Result<(RoutingRule, LayerChoices)> {
+        let Some(text) = &trial.routing else {
+            let serving = self.context.serving();
+            return Ok((serving.rule, serving.choices));
+        };
+        let rule: RoutingRule = text.parse()?;
+        let choices = self.context.engine.spec().layer_choices(&rule, "routing")?;
+        Ok((rule, choices))
+    }
+
     fn params(&self, trial: &Trial) -> Result<GenerateParams> {
         if trial.max_new_tokens > MAX_NEW_TOKENS {
             let message = format!("{} is above {MAX_NEW_TOKENS}, the limit of the page", trial.max_new_tokens);
             return Err(Error::out_of_range("max_new_tokens", message));
         }
-        let defaults = convert::generate_params(None, &self.sampling);
+        let defaults = convert::generate_params(None, &self.context.config.sampling);
         Ok(GenerateParams { max_new_tokens: Some(trial.max_new_tokens), ..defaults })
-    }
-
-    fn request(&self, prompt: Vec<u32>, params: GenerateParams, routing: LayerChoices) -> Request {
-        Request {
-            id: "live-page".into(),
-            prompt,
-            task: Task::Generate(params),
-            routing,
-            deadline: Some(Instant::now() + TIMEOUT),
-            priority: PRIORITY,
-            trace: true,
-        }
     }
 }
 
 impl Playground for EnginePlayground {
     fn run(&self, trial: Trial) -> Running<'_> {
         Box::pin(self.answer(trial))
+    }
+}
+
+fn request(prompt: Vec<u32>, params: GenerateParams, routing: LayerChoices) -> Request {
+    Request {
+        id: "live-page".into(),
+        prompt,
+        task: Task::Generate(params),
+        routing,
+        trace: true,
+        deadline: Some(Instant::now() + TIMEOUT),
+        priority: PRIORITY,
     }
 }
 

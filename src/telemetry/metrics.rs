@@ -115,6 +115,14 @@ label! {
         Detokenize = "Detokenize",
         /// Description of the model.
         GetModelInfo = "GetModelInfo",
+        /// Experts of each token of a text.
+        TraceRouting = "TraceRouting",
+        /// Log-probabilities under given experts.
+        ReplayRouting = "ReplayRouting",
+        /// The routing in force.
+        GetRoutingPolicy = "GetRoutingPolicy",
+        /// Another routing from now on.
+        SetRoutingPolicy = "SetRoutingPolicy",
     }
 }
 

@@ -15,12 +15,12 @@ use hardmax::{
         ServeRecord, TrainRecord, save,
     },
     cli::{
+        compute::ComputeArgs,
         forward::{self, ForwardArgs},
         inspect::{self, InspectArgs},
     },
     model::{
         FeedForwardSpec, ReferenceRouting,
-        load::{DeviceKind, WeightType},
         weights::{FeedForwardWeights, ModelWeights, MoeWeights, SwiGluWeights},
     },
     moe::policy::{RoutingChoice, WeightForm},
@@ -881,15 +881,12 @@ fn forward_fails_where_the_model_computes_no_numbers() {
     let forward = |fixture: &Fixture| {
         let dir = fixture.write();
         let output = dir.path().join("forward.safetensors");
-        let (device, dtype) = (DeviceKind::Cpu, WeightType::Auto);
         let result = forward::run(ForwardArgs {
             model: dir.path().into(),
             input_ids: vec![0, 1, 2],
             routing: RoutingChoice::Native,
             output: output.clone(),
-            device,
-            dtype,
-            deterministic: false,
+            compute: ComputeArgs::default(),
         });
         (result, output.exists())
     };

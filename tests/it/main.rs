@@ -13,6 +13,7 @@ mod page;
 mod parity;
 mod policy;
 mod process;
+mod routing;
 mod server;
 mod service;
 mod support;

@@ -18,11 +18,13 @@ use hardmax::{
     model::{
         Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
         ReferenceRouting, RopeScaling, RopeSpec,
+        load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::{
         LayerRouting, Routing, RoutingStats, SparseRouting,
-        policy::{RoutingChoice, WeightForm},
+        policy::{RoutingRule, WeightForm},
     },
+    ops::cpu::Reduction,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{
         SamplingDefaults, ServiceConfig,
@@ -213,12 +215,15 @@ pub struct Options {
     pub engine: EngineConfig,
     pub max_context: usize,
     pub max_receive_bytes: usize,
-    pub routing: RoutingChoice,
+    pub routing: RoutingRule,
+    pub runtime_routing: bool,
     pub drain: DrainConfig,
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
     pub live_page: PageConfig,
+    /// The shipped model instead of the fake.
+    pub demo: bool,
 }
 
 impl Default for Options {
@@ -236,16 +241,23 @@ impl Default for Options {
             },
             max_context: 256,
             max_receive_bytes: 4 << 20,
-            routing: RoutingChoice::Native,
+            routing: RoutingRule::default(),
+            runtime_routing: true,
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
             gate_open: true,
             load_fails: false,
             live_page: PageConfig::default(),
+            demo: false,
         }
     }
 }
 
 impl Options {
+    /// The shipped model.
+    pub fn demo() -> Self {
+        Self { demo: true, ..Self::default() }
+    }
+
     /// A context that no test comes to the end of: a generation goes on until something ends it.
     pub fn endless() -> Self {
         Self { max_context: 1 << 24, ..Self::default() }
@@ -349,13 +361,28 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         device: "cpu".into(),
         dtype: "f32".into(),
         routing: options.routing,
+        runtime_routing: options.runtime_routing,
         sampling: SamplingDefaults::default(),
         max_receive_bytes: options.max_receive_bytes,
         max_tokenize_bytes: MAX_TOKENIZE,
         max_send_bytes: 64 << 20,
     };
+    if options.demo {
+        return load_demo(options.engine, service);
+    }
     let model = Box::new(FakeModel { spec: spec(options.max_context), gate });
     Ok(Loaded { model, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
+}
+
+/// The shipped model, whose sums do not depend on who else is there.
+fn load_demo(engine: EngineConfig, service: ServiceConfig) -> Result<Loaded> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    let options = ServingOptions { device: DeviceKind::Cpu, weights: WeightType::F32, reduction: Reduction::BatchInvariant };
+    let (checkpoint, weights) = load_to_serve(&folder, options, false)?;
+    let tokenizer = Arc::new(checkpoint.tokenizer()?);
+    let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
+    let model = weights.start(CacheShape { block_tokens: 16, num_blocks: 256 })?;
+    Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
 }
 
 // === requests ===

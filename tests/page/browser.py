@@ -99,7 +99,7 @@ class Browser:
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         self.colours(dark)
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete'")
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def colours(self, dark):
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]

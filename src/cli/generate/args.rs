@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::super::{client::DEFAULT_URL, serve::seconds};
 use crate::{
-    moe::policy::RoutingChoice,
+    moe::policy::RoutingRule,
     service::{
         proto::{self, generate_request::Prompt, sampling_params::LogitBias},
         routing_message,
@@ -23,9 +23,10 @@ pub struct GenerateArgs {
     /// Address of the server.
     #[arg(long, env = "HARDMAX_URL", default_value = DEFAULT_URL)]
     pub url: String,
-    /// `native`, `top-K`, `top-K:raw|renorm|unit`, `soft` or `soft:TEMPERATURE`. Default: that of the server.
+    /// `native`, `top-K`, `top-K,K,...`, `mass-P`, `mass-P:MAX_K`, each of these with `:raw|renorm|unit`, `soft` or `soft:TEMPERATURE`.
+    /// Default: that of the server.
     #[arg(long, value_name = "ROUTING")]
-    pub routing: Option<RoutingChoice>,
+    pub routing: Option<RoutingRule>,
     /// Requests with a larger number go first; below 0 for what can wait.
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
@@ -35,6 +36,9 @@ pub struct GenerateArgs {
     /// Print each message of the server as one line of JSON instead of the text.
     #[arg(long)]
     pub json: bool,
+    /// Also tell which experts each token was given, layer by layer. The prompt is then read anew, whatever the cache has of it.
+    #[arg(long, requires = "json")]
+    pub trace: bool,
     /// How to choose tokens.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -102,9 +106,10 @@ impl GenerateArgs {
         proto::GenerateRequest {
             prompt: Some(Prompt::Text(prompt)),
             sampling: Some(self.sampling.message()),
-            routing: self.routing.map(routing_message),
+            routing: self.routing.as_ref().map(routing_message),
             priority: self.priority,
             timeout_seconds: self.timeout.map(|timeout| timeout.as_secs_f64()),
+            trace: self.trace.then(proto::TraceOptions::default),
             ..Default::default()
         }
     }

@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 use super::args::GenerateArgs;
 use crate::{
     error::{Error, Result},
-    service::proto::{self, finish::Matched},
+    service::{
+        proto::{self, finish::Matched},
+        routing_trace,
+    },
 };
 
 /// Puts messages where they belong.
@@ -69,7 +72,7 @@ impl Printer {
         self.finished += usize::from(message.finish.is_some());
         match &mut self.form {
             Form::Json => {
-                let reader = print(&format!("{}\n", message_json(&message)))?;
+                let reader = print(&format!("{}\n", message_json(&message)?))?;
                 message.finish.iter().for_each(|finish| note(&summary(finish)));
                 Ok(reader)
             }
@@ -139,16 +142,30 @@ fn note_logprobs(label: &str, message: &proto::GenerateResponse) {
     }
 }
 
-fn message_json(message: &proto::GenerateResponse) -> Value {
+fn message_json(message: &proto::GenerateResponse) -> Result<Value> {
     let mut value =
         json!({ "request_id": message.request_id, "index": message.index, "text": message.text, "token_ids": message.token_ids });
     if !message.logprobs.is_empty() {
         value["logprobs"] = message.logprobs.iter().map(logprob_json).collect();
     }
+    if let Some(trace) = &message.trace {
+        value["trace"] = trace_json(trace)?;
+    }
     if let Some(finish) = &message.finish {
         value["finish"] = finish_json(finish);
     }
-    value
+    Ok(value)
+}
+
+/// Of each token, of each layer: experts and weights.
+fn trace_json(message: &proto::RoutingTrace) -> Result<Value> {
+    let trace = routing_trace("trace", std::slice::from_ref(message))?;
+    let row = |position: usize, layer: usize| {
+        trace.row(position, layer).map_or(Value::Null, |row| json!({ "experts": row.experts, "weights": row.weights }))
+    };
+    let token = |position: usize| trace.layers.iter().map(|&layer| row(position, layer)).collect::<Value>();
+    let tokens: Value = (trace.first_position..trace.first_position + trace.num_tokens()).map(token).collect();
+    Ok(json!({ "first_position": trace.first_position, "layers": &trace.layers[..], "tokens": tokens }))
 }
 
 fn logprob_json(token: &proto::TokenLogprob) -> Value {
@@ -236,9 +253,10 @@ mod tests {
             finish: Some(finish(1, 0.0)),
             ..Default::default()
         };
-        let value = message_json(&message);
+        let value = message_json(&message).unwrap();
         assert_eq!(value["index"], 0);
         assert_eq!((value["text"].as_str(), value["finish"]["generated_tokens"].as_u64()), (Some("é"), Some(1)));
+        assert!(value.get("trace").is_none());
         assert!(value.get("logprobs").is_none());
     }
 }

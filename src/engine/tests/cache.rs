@@ -57,7 +57,7 @@ async fn a_prefix_is_known_under_its_routing_only() {
     let engine = start(model, fake::config());
     for past in [0, 16] {
         for routing in routings {
-            let stream = engine.submit(Request { routing, ..tokens(&prompt, 1) }).unwrap();
+            let stream = engine.submit(Request { routing: routing.into(), ..tokens(&prompt, 1) }).unwrap();
             assert_eq!(pasts(&control.go()), [(past, 17 - past)], "{routing}");
             assert_eq!(collect(stream).await.ids, sums(&prompt, 1));
         }

@@ -13,7 +13,7 @@ use crate::{
 
 /// Which of the forwards computes.
 #[derive(Clone, Copy, Debug)]
-enum Forward {
+pub(super) enum Forward {
     Tensors,
     /// The one that serves on the CPU, with `--deterministic`.
     Host(WeightType),
@@ -26,7 +26,7 @@ const ROUTINGS: [RoutingChoice; 4] = [
     RoutingChoice::Soft { temperature: None },
 ];
 
-fn start_decoder(case: &str, forward: Forward, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
+pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
     let model: Box<dyn LanguageModel> = match forward {
         Forward::Tensors => {
@@ -50,7 +50,7 @@ fn requests() -> Vec<(Request, usize)> {
             (p.n, p.max_new_tokens, p.logprobs) = (choices, Some(12), Some(0));
             (p.temperature, p.seed) = (if n % 3 == 1 { 0.8 } else { 0.0 }, u64::from(n));
         });
-        (Request { routing: ROUTINGS[n as usize / 2 % 4], ..request }, choices)
+        (Request { routing: ROUTINGS[n as usize / 2 % 4].into(), ..request }, choices)
     };
     (0..10).map(request).collect()
 }

@@ -30,7 +30,7 @@ fn drops(rng: &mut StdRng, count: usize) -> Vec<Drop> {
         if score {
             request.task = Task::Score { alternatives: 0 };
         }
-        request.routing = routings[rng.random_range(0..routings.len())];
+        request.routing = routings[rng.random_range(0..routings.len())].into();
         request.priority = rng.random_range(-1..=1);
         request.deadline = rng.random_bool(0.2).then(|| Instant::now() + Duration::from_micros(rng.random_range(0..20_000)));
         let patience = if rng.random_bool(0.25) { rng.random_range(0..12) } else { usize::MAX };

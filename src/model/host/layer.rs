@@ -304,7 +304,7 @@ impl Step<'_> {
             self.arithmetic.linear(scratch, Input { x: normed, k: d, source: None }, &[product], output);
         }
         let logits = &router_logits[..t * e];
-        let runs = self.batch.spans.iter().map(|span| (span.routing.at(index), span.new));
+        let runs = self.batch.spans.iter().map(|span| (&span.routing, span.new));
         let spare = self.spare.pop().map(|LayerRouting { router_logits, routing, stats, .. }| {
             route.stats = stats;
             if let Routing::Sparse(routing) = routing {
@@ -312,7 +312,7 @@ impl Step<'_> {
             }
             router_logits
         });
-        route.fill(&moe.spec, self.spec.reference, logits, runs)?;
+        route.fill((index, &moe.spec), self.spec.reference, logits, runs)?;
         let plan = &route.plan;
         {
             self.routed = self.routed.max(plan.tokens.len() * d);

@@ -1,0 +1,204 @@
+//! Which experts tokens were given, as a record that outlives the forward: to be told, and to be replayed.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{LayerRouting, Routing, SparseRouting, route};
+use crate::error::{Error, Result};
+
+/// Logits of the last chosen and the first refused expert that are closer than this are a near tie: other arithmetic (bf16 has 8 bits of
+/// mantissa) may choose otherwise.
+pub const NEAR_TIE: f32 = 0.01;
+
+/// The routing of consecutive tokens of one sequence. Rows are (token, layer): all MoE layers of the first token, then of the second.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RoutingTrace {
+    /// Position in the sequence of the first token.
+    pub first_position: usize,
+    /// The MoE layers, L, as decoder layers from 0, ascending.
+    pub layers: Arc<[usize]>,
+    /// `[T · L + 1]`, ascending from 0: the routes of row r are `offsets[r] .. offsets[r + 1]`. Empty where nothing was recorded.
+    pub offsets: Vec<u32>,
+    /// `[R]`, within a row as the routing has them: by descending logit.
+    pub expert_ids: Vec<u16>,
+    /// `[R]`, or empty where nobody knows them.
+    pub weights: Vec<f32>,
+    /// `[T · L]`: entropy of the softmax of the router logits, in nats. NaN where they are not finite. Empty in what a client gives.
+    pub entropy: Vec<f32>,
+    /// `[T · L]`: the least logit of a chosen expert less the largest of the others; infinite where all are chosen, or none. Empty in
+    /// what a client gives.
+    pub margin: Vec<f32>,
+}
+
+/// The routes of one row of a trace.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TraceRow<'a> {
+    /// By descending logit.
+    pub experts: &'a [u16],
+    /// As many, or none.
+    pub weights: &'a [f32],
+}
+
+impl RoutingTrace {
+    /// No token yet. `first_position` is where the first will be.
+    pub fn new(first_position: usize, layers: Arc<[usize]>) -> Self {
+        Self { first_position, layers, offsets: vec![0], ..Self::default() }
+    }
+
+    /// Rows, T · L.
+    pub fn num_rows(&self) -> usize {
+        self.offsets.len().saturating_sub(1)
+    }
+
+    /// Tokens, T.
+    pub fn num_tokens(&self) -> usize {
+        self.num_rows() / self.layers.len().max(1)
+    }
+
+    /// The routes of the token at `position` in decoder layer `layer`; `None` where nothing was recorded of them.
+    pub fn row(&self, position: usize, layer: usize) -> Option<TraceRow<'_>> {
+        let token = position.checked_sub(self.first_position)?;
+        let place = self.layers.binary_search(&layer).ok()?;
+        let row = token.checked_mul(self.layers.len())? + place;
+        let routes = *self.offsets.get(row)? as usize..*self.offsets.get(row + 1)? as usize;
+        Some(TraceRow { experts: self.expert_ids.get(routes.clone())?, weights: self.weights.get(routes).unwrap_or_default() })
+    }
+
+    /// Adds the next tokens: rows `tokens` of a forward, whose layers are those of this trace.
+    ///
+    /// Fails where the forward was one of training.
+    pub fn record(&mut self, forward: &[LayerRouting], tokens: Range<usize>) -> Result<()> {
+        let layers = forward.iter().map(|layer| HostLayer::new(layer, &tokens)).collect::<Result<Vec<_>>>()?;
+        for token in tokens.clone() {
+            layers.iter().try_for_each(|layer| self.record_row(layer.routing, token, layer.logits(token - tokens.start)))?;
+        }
+        Ok(())
+    }
+
+    fn record_row(&mut self, routing: &SparseRouting, token: usize, logits: &[f32]) -> Result<()> {
+        let first = self.expert_ids.len();
+        for route in routing.routes(token) {
+            let expert = routing.expert_ids[route];
+            self.expert_ids.push(u16::try_from(expert).map_err(|_| Error::Internal(format!("expert {expert} has no place in a trace")))?);
+            self.weights.push(routing.weights[route]);
+        }
+        self.offsets.push(self.expert_ids.len() as u32);
+        self.entropy.push(route::entropy(logits, &mut Vec::new()) as f32);
+        self.margin.push(margin(logits, &self.expert_ids[first..]));
+        Ok(())
+    }
+
+    /// Adds the tokens of `next`, which follow on those of this trace.
+    pub fn append(&mut self, next: &Self) {
+        let base = self.offsets.last().copied().unwrap_or(0);
+        self.offsets.extend(next.offsets.iter().skip(1).map(|offset| base + offset));
+        self.expert_ids.extend_from_slice(&next.expert_ids);
+        self.weights.extend_from_slice(&next.weights);
+        self.entropy.extend_from_slice(&next.entropy);
+        self.margin.extend_from_slice(&next.margin);
+    }
+
+    /// What it has of its tokens `tokens`, counted from its first.
+    pub fn part(&self, tokens: Range<usize>) -> Self {
+        let rows = tokens.start * self.layers.len()..tokens.end * self.layers.len();
+        let offsets = &self.offsets[rows.start..=rows.end];
+        let base = offsets[0];
+        let routes = base as usize..offsets[offsets.len() - 1] as usize;
+        let of_rows = |values: &Vec<f32>| values.get(rows.clone()).unwrap_or_default().to_vec();
+        Self {
+            first_position: self.first_position + tokens.start,
+            layers: Arc::clone(&self.layers),
+            offsets: offsets.iter().map(|offset| offset - base).collect(),
+            expert_ids: self.expert_ids[routes.clone()].to_vec(),
+            weights: self.weights.get(routes).unwrap_or_default().to_vec(),
+            entropy: of_rows(&self.entropy),
+            margin: of_rows(&self.margin),
+        }
+    }
+}
+
+/// What a trace reads of one layer of a forward.
+struct HostLayer<'a> {
+    routing: &'a SparseRouting,
+    experts: usize,
+    /// `[T, E]` of the tokens that are read.
+    router_logits: Vec<f32>,
+}
+
+impl<'a> HostLayer<'a> {
+    fn new(layer: &'a LayerRouting, tokens: &Range<usize>) -> Result<Self> {
+        let Routing::Sparse(routing) = &layer.routing else {
+            return Err(Error::Internal("a forward of training cannot be traced".into()));
+        };
+        let rows = layer.router_logits.narrow(0, tokens.start, tokens.len())?;
+        Ok(Self { routing, experts: rows.dim(1)?, router_logits: rows.flatten_all()?.to_vec1()? })
+    }
+
+    fn logits(&self, token: usize) -> &[f32] {
+        &self.router_logits[token * self.experts..(token + 1) * self.experts]
+    }
+}
+
+/// As [`RoutingTrace::margin`] says; NaN logits make it infinite, as they have no route.
+fn margin(logits: &[f32], chosen: &[u16]) -> f32 {
+    let (mut least, mut largest) = (f32::INFINITY, f32::NEG_INFINITY);
+    for (expert, &logit) in logits.iter().enumerate() {
+        if chosen.iter().any(|&id| usize::from(id) == expert) {
+            least = least.min(logit);
+        } else {
+            largest = largest.max(logit);
+        }
+    }
+    if chosen.is_empty() { f32::INFINITY } else { least - largest }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::moe::{
+        RoutingStats,
+        policy::{RoutingPolicy, WeightForm},
+        route::route_rows,
+    };
+
+    const LOGITS: [[f32; 4]; 3] = [[0.0, 2.0, 1.0, 1.995], [5.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]];
+
+    /// Layer 1 under top-1 and layer 3 under soft routing, three tokens.
+    fn forward() -> Vec<LayerRouting> {
+        let layer = |layer, policy| LayerRouting {
+            layer,
+            router_logits: Tensor::new(&LOGITS, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap(),
+            routing: Routing::Sparse(route_rows(LOGITS.as_flattened(), 4, std::iter::repeat_n(policy, 3)).0),
+            stats: RoutingStats::new(4),
+        };
+        vec![layer(1, RoutingPolicy::TopK { k: 1, weight_form: WeightForm::Raw }), layer(3, RoutingPolicy::Soft { temperature: 1.0 })]
+    }
+
+    #[test]
+    fn records_what_the_routers_did() {
+        let mut trace = RoutingTrace::new(7, [1, 3].into());
+        trace.record(&forward(), 0..2).unwrap();
+        trace.record(&forward(), 2..3).unwrap();
+        assert_eq!((trace.num_tokens(), trace.num_rows()), (3, 6));
+        assert_eq!(trace.row(7, 1).unwrap().experts, [1]);
+        assert_eq!(trace.row(8, 3).unwrap().experts, [0, 3, 2, 1]);
+        assert_eq!(trace.row(9, 1).unwrap().experts, [0]);
+        assert!((trace.row(9, 3).unwrap().weights[3] - 0.25).abs() < 1e-7);
+        assert!(trace.row(6, 1).is_none() && trace.row(10, 1).is_none() && trace.row(7, 2).is_none());
+        assert!((trace.margin[0] - 0.005).abs() < 1e-6 && trace.margin[0] < NEAR_TIE, "1.995 was nearly chosen");
+        assert_eq!((trace.margin[1], trace.margin[2], trace.margin[4]), (f32::INFINITY, 2.0, 0.0));
+        assert!((trace.entropy[4] - 4f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn parts_and_wholes_are_the_same() {
+        let mut whole = RoutingTrace::new(0, [1, 3].into());
+        whole.record(&forward(), 0..3).unwrap();
+        let mut joined = whole.part(0..1);
+        joined.append(&whole.part(1..3));
+        assert_eq!(joined, whole);
+        assert_eq!(whole.part(2..3).first_position, 2);
+        assert_eq!(whole.part(2..3).row(2, 3), whole.row(2, 3));
+    }
+}

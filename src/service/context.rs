@@ -1,0 +1,129 @@
+//! What the services share: the engine, the routing in force, and the way from a text to its tokens.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use tokio::sync::Semaphore;
+
+use super::{ServiceConfig, convert, proto};
+use crate::{
+    engine::Engine,
+    error::{Error, Result},
+    moe::policy::{LayerChoices, RoutingRule},
+};
+
+/// Longer texts are tokenised away from the threads that serve sockets, and only so many at once as there are cores.
+const INLINE_TEXT: usize = 64 * 1024;
+
+/// How much longer each part of a long text is than the one before, until the whole text is tokenised.
+const PART_GROWTH: usize = 4;
+
+/// Shared by all services of a server.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) engine: Engine,
+    pub(super) config: ServiceConfig,
+    serving: RwLock<Serving>,
+    /// Permits for long tokenisations.
+    tokenizing: Arc<Semaphore>,
+}
+
+/// Routing of requests that choose none.
+#[derive(Clone, Debug)]
+pub(super) struct Serving {
+    pub(super) rule: RoutingRule,
+    /// What it asks of each layer.
+    pub(super) choices: LayerChoices,
+}
+
+/// The prompt of a generation or the input of a score.
+pub(super) enum Input {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+impl Context {
+    /// Fails where a layer of the model cannot follow `config.routing`.
+    pub(super) fn new(engine: Engine, config: ServiceConfig) -> Result<Self> {
+        let choices = engine.spec().layer_choices(&config.routing, "routing")?;
+        let serving = RwLock::new(Serving { rule: config.routing.clone(), choices });
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Ok(Self { engine, config, serving, tokenizing: Arc::new(Semaphore::new(cores)) })
+    }
+
+    /// In force where a request says nothing.
+    pub(super) fn serving(&self) -> Serving {
+        self.serving.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts `rule` in force for the requests that come from now on; what was in force before.
+    pub(super) fn set_serving(&self, rule: RoutingRule) -> Result<RoutingRule> {
+        if !self.config.runtime_routing {
+            return Err(Error::FailedPrecondition("the routing of this server is fixed: it was started with --runtime-routing off".into()));
+        }
+        let choices = self.engine.spec().layer_choices(&rule, "serving")?;
+        let mut serving = self.serving.write().unwrap_or_else(PoisonError::into_inner);
+        tracing::info!(before = %serving.rule, now = %rule, "serving routing changed");
+        Ok(std::mem::replace(&mut *serving, Serving { rule, choices }).rule)
+    }
+
+    /// The routing of a request.
+    pub(super) fn routing(&self, policy: Option<proto::RoutingPolicy>) -> Result<LayerChoices> {
+        match policy {
+            None => Ok(self.serving().choices),
+            Some(policy) => self.engine.spec().layer_choices(&convert::routing_rule(policy, "routing")?, "routing.layer_top_k.k"),
+        }
+    }
+
+    pub(super) fn check_model(&self, model: &str) -> Result<()> {
+        if model.is_empty() || model == self.config.model_name {
+            return Ok(());
+        }
+        Err(Error::NotFound(format!("model: this server has '{}' only", self.config.model_name)))
+    }
+
+    /// Runs `work` here if `bytes` is small, else on a thread that serves no socket.
+    pub(super) async fn work<T: Send + 'static>(&self, bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        if bytes <= INLINE_TEXT {
+            return Ok(work());
+        }
+        let permit = self.tokenizing.clone().acquire_owned().await;
+        let permit = permit.map_err(|_| Error::Internal("the tokenising semaphore is closed".into()))?;
+        let task = tokio::task::spawn_blocking(move || {
+            let result = work();
+            drop(permit);
+            result
+        });
+        task.await.map_err(|error| Error::Internal(format!("tokenising failed: {error}")))
+    }
+
+    pub(super) async fn prompt(&self, input: Option<Input>, field: &'static str) -> Result<Vec<u32>> {
+        match input {
+            None => Err(Error::invalid(field, "neither text nor token_ids is set")),
+            Some(Input::Ids(ids)) => Ok(ids),
+            Some(Input::Text(text)) => {
+                let engine = self.engine.clone();
+                self.work(text.len(), move || encode_prompt(&engine, &text, field)).await?
+            }
+        }
+    }
+}
+
+/// The tokens of `text`, with byte offsets.
+pub(super) fn encode(engine: &Engine, text: &str, add_special: bool, field: &str) -> Result<tokenizers::Encoding> {
+    let encoding = engine.tokenizer().encode(text, add_special);
+    encoding.map_err(|error| Error::invalid(field, format!("cannot be tokenised: {error}")))
+}
+
+/// The tokens of a prompt. One that is far too long is refused after its beginning: tokenising megabytes takes many seconds.
+fn encode_prompt(engine: &Engine, text: &str, field: &str) -> Result<Vec<u32>> {
+    let mut part = INLINE_TEXT;
+    while part < text.len() {
+        // A cut changes the tokens beside it; those of another whole context are beyond doubt.
+        let beginning = &text[..text.floor_char_boundary(part)];
+        if encode(engine, beginning, true, field)?.len() > 2 * engine.spec().max_context {
+            return Err(engine.refuse_too_long(field));
+        }
+        part = part.saturating_mul(PART_GROWTH);
+    }
+    Ok(encode(engine, text, true, field)?.get_ids().to_vec())
+}

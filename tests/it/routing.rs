@@ -1,0 +1,175 @@
+//! `hardmax.v1.Routing` over a real socket: traces, replays, and the routing in force.
+
+use hardmax::{
+    moe::policy::{RoutingChoice, RoutingRule},
+    service::{
+        proto::{
+            self, GenerateRequest, GetModelInfoRequest, GetRoutingPolicyRequest, ReplayRoutingRequest, RoutingPolicy, ScoreRequest,
+            SetRoutingPolicyRequest, TokenIds, TraceOptions, TraceRoutingRequest, TraceRoutingResponse, generate_request::Prompt,
+            replay_routing_request, routing_client::RoutingClient, score_request, trace_routing_request::Input,
+        },
+        routing_message,
+    },
+};
+use tonic::{Code, Status, transport::Channel};
+use tonic_types::StatusExt as _;
+
+use crate::support::{Options, TestServer, collect, generate, soon};
+
+async fn client(server: &TestServer) -> RoutingClient<Channel> {
+    RoutingClient::new(server.channel().await)
+}
+
+fn rule(text: &str) -> RoutingPolicy {
+    routing_message(&text.parse::<RoutingRule>().unwrap())
+}
+
+fn field(status: &Status) -> String {
+    status.get_details_bad_request().expect("BadRequest details").field_violations[0].field.clone()
+}
+
+fn trace(text: &str, routing: &str) -> TraceRoutingRequest {
+    TraceRoutingRequest { input: Some(Input::Text(text.into())), routing: Some(rule(routing)), ..TraceRoutingRequest::default() }
+}
+
+async fn traced(client: &mut RoutingClient<Channel>, request: TraceRoutingRequest) -> Vec<TraceRoutingResponse> {
+    let mut stream = soon(client.trace_routing(request)).await.unwrap().into_inner();
+    let mut messages = Vec::new();
+    while let Some(message) = soon(stream.message()).await.unwrap() {
+        messages.push(message);
+    }
+    messages
+}
+
+const TEXT: &str = "And God said, Let there be light: and there was light. And God saw the light, that it was good.";
+
+#[tokio::test]
+async fn what_was_traced_is_replayed() {
+    let server = TestServer::start(Options::demo()).await;
+    let mut client = client(&server).await;
+    let messages = traced(&mut client, trace(TEXT, "top-2")).await;
+    let (last, others) = messages.split_last().unwrap();
+    assert!(last.generation == Some(1) && others.iter().all(|message| message.generation.is_none()));
+    let traces: Vec<proto::RoutingTrace> = messages.iter().map(|message| message.trace.clone().unwrap()).collect();
+    let tokens: Vec<u32> = messages.iter().flat_map(|message| message.token_ids.clone()).collect();
+    assert_eq!(traces.iter().map(|trace| trace.num_tokens as usize).sum::<usize>(), tokens.len());
+    assert!(traces.iter().all(|trace| trace.experts_per_token == 2 && trace.expert_bytes == 1 && !trace.entropy.is_empty()));
+
+    let mut inference = server.client().await;
+    let input = || TokenIds { ids: tokens.clone() };
+    let scored =
+        ScoreRequest { input: Some(score_request::Input::TokenIds(input())), routing: Some(rule("top-2")), ..ScoreRequest::default() };
+    let scored = soon(inference.score(scored)).await.unwrap().into_inner();
+    let replay = ReplayRoutingRequest {
+        input: Some(replay_routing_request::Input::TokenIds(input())),
+        traces: traces.clone(),
+        routing: Some(rule("top-1")),
+        ..ReplayRoutingRequest::default()
+    };
+    let replayed = soon(client.replay_routing(replay.clone())).await.unwrap().into_inner();
+    assert_eq!(replayed.tokens, scored.tokens, "the same experts with the same weights");
+    assert_eq!((replayed.logprob_sum, replayed.perplexity), (scored.logprob_sum, scored.perplexity));
+
+    // Other experts give other numbers, and what is not a trace is named.
+    let mut other = replay.clone();
+    other.traces.iter_mut().for_each(|trace| trace.experts.iter_mut().for_each(|expert| *expert = (*expert + 1) % 8));
+    let other = soon(client.replay_routing(other)).await.unwrap().into_inner();
+    assert!(other.perplexity > replayed.perplexity, "{} and {}", other.perplexity, replayed.perplexity);
+    let refused: [(&str, &dyn Fn(&mut ReplayRoutingRequest)); 6] = [
+        ("traces", &|r| r.traces.clear()),
+        ("traces[0].experts", &|r| r.traces[0].experts.truncate(1)),
+        ("traces", &|r| r.traces[0].experts[0] = 8),
+        ("traces", &|r| r.traces[0].layers[0] = 17),
+        ("weight_form", &|r| r.weight_form = Some(9)),
+        ("input", &|r| r.input = None),
+    ];
+    for (name, change) in refused {
+        let mut bad = replay.clone();
+        change(&mut bad);
+        // Layers that are not ascending have a field of their own.
+        if bad.traces.first().is_some_and(|trace| trace.layers.first() == Some(&17)) {
+            bad.traces[0].layers.sort_unstable();
+        }
+        let status = soon(client.replay_routing(bad)).await.unwrap_err();
+        assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, name.to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn a_generation_tells_its_experts() {
+    let server = TestServer::start(Options::demo()).await;
+    let mut inference = server.client().await;
+    let request = |trace| GenerateRequest { trace, prompt: Some(Prompt::Text(TEXT.into())), ..generate("", 12) };
+    let bare = TraceOptions { omit_weights: true, omit_entropy: true, omit_near_ties: true };
+    let (messages, end) = collect(soon(inference.generate(request(Some(bare)))).await.unwrap().into_inner()).await;
+    assert!(end.is_none());
+    let usage = messages.last().unwrap().finish.as_ref().unwrap().usage.unwrap();
+    assert_eq!(usage.cached_prompt_tokens, 0);
+    let mut next = 0;
+    for trace in messages.iter().filter_map(|message| message.trace.as_ref()) {
+        assert_eq!(trace.first_position, next);
+        assert_eq!(trace.experts.len(), (trace.num_tokens * trace.experts_per_token) as usize * trace.layers.len());
+        assert!(trace.weights.is_empty() && trace.entropy.is_empty() && trace.near_ties.is_empty());
+        next += trace.num_tokens;
+    }
+    assert_eq!(next, usage.prompt_tokens + usage.generated_tokens - 1, "the last token is not read");
+    let ids = |messages: &[proto::GenerateResponse]| messages.iter().flat_map(|m| m.token_ids.clone()).collect::<Vec<_>>();
+    let (silent, _) = collect(soon(inference.generate(request(None))).await.unwrap().into_inner()).await;
+    assert!(silent.iter().all(|message| message.trace.is_none()));
+    assert_eq!(ids(&silent), ids(&messages));
+}
+
+#[tokio::test]
+async fn the_routing_in_force_is_changed_while_it_serves() {
+    let server = TestServer::start(Options { routing: RoutingChoice::TopK { k: 1, weight_form: None }.into(), ..Options::demo() }).await;
+    let mut client = client(&server).await;
+    let mut inference = server.client().await;
+    let get = || GetRoutingPolicyRequest::default();
+    let before = soon(client.get_routing_policy(get())).await.unwrap().into_inner();
+    assert_eq!(before.serving, Some(rule("top-1")));
+    assert!(before.reference.is_some());
+    let layers = before.layers.len();
+    let ks: Vec<String> = (0..layers).map(|layer| (1 + layer % 2).to_string()).collect();
+    let mixed = format!("top-{}", ks.join(","));
+
+    let score = || ScoreRequest { input: Some(score_request::Input::Text(TEXT.into())), ..ScoreRequest::default() };
+    let first = soon(inference.score(score())).await.unwrap().into_inner();
+    for text in [mixed.as_str(), "mass-0.8:2", "soft:0.7", "native"] {
+        let set = SetRoutingPolicyRequest { serving: Some(rule(text)), ..SetRoutingPolicyRequest::default() };
+        let previous = soon(client.set_routing_policy(set)).await.unwrap().into_inner().previous;
+        assert!(previous.is_some());
+        assert_eq!(soon(client.get_routing_policy(get())).await.unwrap().into_inner().serving, Some(rule(text)));
+        // What says nothing is served as what asks for it.
+        let silent = soon(inference.score(score())).await.unwrap().into_inner();
+        let asked = soon(inference.score(ScoreRequest { routing: Some(rule(text)), ..score() })).await.unwrap().into_inner();
+        assert_eq!(silent.tokens, asked.tokens, "{text}");
+    }
+    let info = soon(inference.get_model_info(GetModelInfoRequest::default())).await.unwrap().into_inner();
+    assert_eq!(info.moe_layers.len(), layers);
+    let back = SetRoutingPolicyRequest { serving: Some(rule("top-1")), ..SetRoutingPolicyRequest::default() };
+    assert_eq!(soon(client.set_routing_policy(back)).await.unwrap().into_inner().previous, Some(rule("native")));
+    assert_eq!(soon(inference.score(score())).await.unwrap().into_inner().tokens, first.tokens);
+
+    for (serving, name) in [
+        (None, "serving"),
+        (Some(RoutingPolicy { policy: None }), "serving.policy"),
+        (Some(rule("top-1,2,1,2,1,2,1,2,1,2,1,2,1,2,1,2,1")), "serving"),
+        (Some(rule("top-99")), "routing.top_k.k"),
+        (Some(rule("mass-1.5")), "routing.mass.threshold"),
+    ] {
+        let status = soon(client.set_routing_policy(SetRoutingPolicyRequest { serving, ..Default::default() })).await.unwrap_err();
+        assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, name.to_owned()));
+    }
+    let other = SetRoutingPolicyRequest { model: "other".into(), serving: Some(rule("top-1")) };
+    assert_eq!(soon(client.set_routing_policy(other)).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_fixed_routing_stays() {
+    let server = TestServer::start(Options { runtime_routing: false, ..Options::default() }).await;
+    let mut client = client(&server).await;
+    let set = SetRoutingPolicyRequest { serving: Some(rule("top-1")), ..SetRoutingPolicyRequest::default() };
+    let status = soon(client.set_routing_policy(set)).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("--runtime-routing"), "{}", status.message());
+}
