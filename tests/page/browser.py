@@ -115,9 +115,8 @@ class Browser:
         """Waits until the expression is true."""
         end = time.monotonic() + timeout
         while True:
-            value = self.eval(expression)
-            if value:
-                return value
+            if self.eval(f"Boolean({expression})"):
+                return
             if time.monotonic() > end:
                 raise AssertionError(f"never true: {expression}")
             time.sleep(0.1)
