@@ -56,6 +56,10 @@ page *args: build
 goldens *cases:
     {{ python }} tests/parity/make_goldens.py {{ cases }}
 
+# A real Prometheus against running servers: page, rules, dashboard, alerts.
+prometheus: build
+    tests/prometheus/run.sh {{ binary }}
+
 # Make the text of the demo model and train it.
 demo-train *args:
     models/demo/prepare.sh

@@ -123,6 +123,19 @@ impl fmt::Display for QueueLimit {
 }
 
 impl Error {
+    /// The same about a field that its sender knows by another path: `from` at the beginning of the path becomes `to`.
+    pub fn rooted(self, from: &str, to: &str) -> Self {
+        let path = |field: String| match field.strip_prefix(from) {
+            Some(rest) if rest.is_empty() || rest.starts_with('.') => format!("{to}{rest}"),
+            _ => field,
+        };
+        match self {
+            Self::InvalidArgument { field, message } => Self::InvalidArgument { field: path(field), message },
+            Self::OutOfRange { field, message } => Self::OutOfRange { field: path(field), message },
+            other => other,
+        }
+    }
+
     /// An [`Error::InvalidArgument`].
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::InvalidArgument { field: field.into(), message: message.into() }

@@ -31,6 +31,7 @@ use crate::{
     telemetry::{
         http::{self, Page, Readiness},
         metrics::{Metrics, MetricsConfig},
+        otel::Tracer,
         page::PageConfig,
     },
 };
@@ -46,6 +47,9 @@ const SPARE_STREAMS: usize = 128;
 
 /// How long clients have to read their last messages once the engine has stopped.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the collector of traces has to take the last ones after that.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The sockets, bound by the caller: tests bind port 0, and an address in use is told before a model is loaded.
 #[derive(Debug)]
@@ -89,13 +93,14 @@ struct AbortOnDrop<T>(JoinHandle<T>);
 #[derive(Debug)]
 struct Health(HealthReporter);
 
-/// Loads with `load`, serves until `shutdown`, then drains.
+/// Loads with `load`, serves until `shutdown`, then drains. `tracer` makes the spans of requests.
 ///
 /// Returns once everything has stopped: `Ok` after `shutdown`, an error if loading or a socket failed, or if the
 /// engine had stopped by itself.
 pub async fn run(
     listeners: Listeners,
     drain: DrainConfig,
+    tracer: Tracer,
     load: impl FnOnce() -> Result<Loaded> + Send + 'static,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
@@ -130,7 +135,7 @@ pub async fn run(
     let (health, health_service) = Health::new().await;
     let (stop, stopped) = oneshot::channel::<()>();
     let router = builder(engine.config())
-        .layer(ObserveLayer::new(metrics))
+        .layer(ObserveLayer::new(metrics, tracer.clone()))
         .layer(DeadlineLayer)
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(descriptor_error)?)
@@ -170,6 +175,7 @@ pub async fn run(
     if timeout(CLOSE_TIMEOUT, &mut serving.0).await.is_err() {
         tracing::warn!("some clients keep their connections open: closing them");
     }
+    tracer.shutdown(FLUSH_TIMEOUT).await;
     tracing::info!("stopped");
     if engine_lives { Ok(()) } else { Err(Error::Internal("the engine had stopped".into())) }
 }

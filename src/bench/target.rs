@@ -28,6 +28,7 @@ use crate::{
         SamplingDefaults, ServiceConfig,
         proto::{self, inference_client::InferenceClient},
     },
+    telemetry::otel::Tracer,
 };
 
 /// How long to wait for a connection, and for an answer of the observers' port.
@@ -108,7 +109,7 @@ impl LocalServer {
         let (shutdown, stopped) = oneshot::channel::<()>();
         let drain = DrainConfig { grace: Duration::ZERO, timeout: PATIENCE };
         let listeners = Listeners { grpc, metrics: Some(metrics), live_page: Default::default() };
-        let running = runtime.spawn(server::run(listeners, drain, move || Ok(loaded), async {
+        let running = runtime.spawn(server::run(listeners, drain, Tracer::default(), move || Ok(loaded), async {
             let _ = stopped.await;
         }));
         let target = Target { url: format!("http://{grpc_address}"), observers: Some(metrics_address.to_string()) };
@@ -158,6 +159,7 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
         max_receive_bytes: MESSAGE_BYTES,
         max_tokenize_bytes: MESSAGE_BYTES,
         max_send_bytes: MESSAGE_BYTES,
+        series: Default::default(),
     };
     let engine = EngineConfig {
         max_batch_requests: limits.max_batch_requests,

@@ -10,6 +10,8 @@ pub mod forward;
 pub mod generate;
 pub mod healthcheck;
 pub mod inspect;
+pub mod otlp;
+pub mod series;
 pub mod serve;
 pub mod train;
 
@@ -113,7 +115,9 @@ mod tests {
                 assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
                 if command.get_name() == "serve" {
                     let variable = argument.get_env().and_then(|name| name.to_str()).unwrap_or_default();
-                    assert!(variable.starts_with("HARDMAX_"), "--{} has no variable", argument.get_id());
+                    // Hidden are the variables that others have named.
+                    let named = variable.starts_with(if argument.is_hide_set() { "OTEL_" } else { "HARDMAX_" });
+                    assert!(named, "--{} has no variable", argument.get_id());
                 }
             }
         }

@@ -18,7 +18,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::{cache::CacheArgs, compute::ComputeArgs};
+use super::{cache::CacheArgs, compute::ComputeArgs, otlp::OtlpArgs, series::SeriesArgs};
 use crate::{
     checkpoint::Checkpoint,
     engine::EngineConfig,
@@ -66,6 +66,9 @@ pub struct ServeArgs {
     /// foreign site can lead a browser here under a name of its own.
     #[arg(long, env = "HARDMAX_LIVE_PAGE_HOSTS", value_name = "NAME,...", value_delimiter = ',')]
     pub live_page_hosts: Vec<String>,
+    /// What that port exports.
+    #[command(flatten)]
+    pub series: SeriesArgs,
     /// Where the model runs, and how.
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -130,6 +133,9 @@ pub struct ServeArgs {
     /// After that grace, how long running requests may take to end.
     #[arg(long, env = "HARDMAX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub drain_timeout: Duration,
+    /// Tracing.
+    #[command(flatten)]
+    pub otlp: OtlpArgs,
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -163,9 +169,10 @@ async fn serve(args: ServeArgs) -> Result<()> {
         MetricsListen::At(address) => Some(bind("--metrics-listen", address).await?),
     };
     announce(&args, &grpc, metrics.as_ref());
+    let tracer = args.otlp.tracer()?;
     let drain = DrainConfig { grace: args.drain_grace, timeout: args.drain_timeout };
     let live_page = PageConfig { mode: args.live_page, hosts: args.live_page_hosts.clone() };
-    server::run(Listeners { grpc, metrics, live_page }, drain, move || load_model(&args), shutdown).await
+    server::run(Listeners { grpc, metrics, live_page }, drain, tracer, move || load_model(&args), shutdown).await
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener> {
@@ -321,6 +328,7 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         max_receive_bytes: args.max_receive_message_bytes.get(),
         max_tokenize_bytes: args.max_tokenize_bytes.get(),
         max_send_bytes: args.max_send_message_bytes.get(),
+        series: args.series.options(),
     };
     tracing::info!(
         name = %service.model_name,

@@ -92,6 +92,7 @@ pub(super) fn config() -> EngineConfig {
 pub(super) fn request(prompt: &[u32]) -> Request {
     Request {
         id: "test".into(),
+        trace_id: None,
         prompt: prompt.to_vec(),
         task: Task::Generate(GenerateParams::default()),
         routing: RoutingChoice::Native.into(),

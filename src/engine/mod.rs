@@ -34,7 +34,7 @@ use std::{
 use tokenizers::Tokenizer;
 
 pub use self::{
-    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Request, Task, Timing, TokenLogprob, Tokens},
+    request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
     validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
@@ -223,9 +223,10 @@ impl Engine {
         let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer + choices - 1);
         let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
         let ids = first..first + choices as u64;
-        let submission = Box::new(Submission { request, events, submitted, ids: ids.clone(), tickets });
+        let milestones = Arc::new(Milestones::new(submitted));
+        let submission = Box::new(Submission { request, events, milestones: milestones.clone(), ids: ids.clone(), tickets });
         inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
-        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids))
+        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids, milestones))
     }
 
     /// Refuses a prompt that was found too long before all its tokens were known, as [`Engine::submit`] would.
@@ -262,6 +263,11 @@ impl Engine {
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.inner.spec
+    }
+
+    /// What it counts into.
+    pub fn metrics(&self) -> &Metrics {
+        &self.inner.shared.metrics
     }
 
     /// The model's tokenizer.

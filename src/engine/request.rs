@@ -1,6 +1,9 @@
 //! What the async side asks of the engine, and what comes back.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use crate::{
     error::Error,
@@ -12,6 +15,8 @@ use crate::{
 pub struct Request {
     /// For logs and traces.
     pub id: String,
+    /// The trace that it belongs to, for log lines.
+    pub trace_id: Option<Arc<str>>,
     /// Token ids, checked against the vocabulary by [`super::Engine::submit`].
     pub prompt: Vec<u32>,
     /// What to do with them.
@@ -205,4 +210,44 @@ pub struct Timing {
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,
+}
+
+/// The moments that divide the life of a request, for all its choices together. The engine sets each as it comes; what a request that was
+/// cancelled or failed did not come to stays unset.
+#[derive(Debug)]
+pub struct Milestones {
+    submitted: Instant,
+    first_step: OnceLock<Instant>,
+    first_token: OnceLock<Instant>,
+}
+
+impl Milestones {
+    pub(super) fn new(submitted: Instant) -> Self {
+        Self { submitted, first_step: OnceLock::new(), first_token: OnceLock::new() }
+    }
+
+    /// It was put in the queue.
+    pub fn submitted(&self) -> Instant {
+        self.submitted
+    }
+
+    /// The first step that worked on it began.
+    pub fn first_step(&self) -> Option<Instant> {
+        self.first_step.get().copied()
+    }
+
+    /// A choice had its first token. A score has none.
+    pub fn first_token(&self) -> Option<Instant> {
+        self.first_token.get().copied()
+    }
+
+    /// Only the first of these calls counts.
+    pub(super) fn set_first_step(&self, now: Instant) {
+        let _ = self.first_step.set(now);
+    }
+
+    /// Only the first of these calls counts.
+    pub(super) fn set_first_token(&self, now: Instant) {
+        let _ = self.first_token.set(now);
+    }
 }

@@ -12,7 +12,7 @@ use tokenizers::Tokenizer;
 use tokio::sync::mpsc;
 
 use super::{
-    request::{Event, FinishReason, Finished, GenerateParams, Request, Task, Timing, TokenLogprob, Tokens},
+    request::{Event, FinishReason, Finished, GenerateParams, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     sampler::{self, Sampler},
     scheduler::{Readiness, SequenceId, Sequences, Share},
     status::Ticket,
@@ -32,7 +32,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(1);
 pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
-    pub(super) submitted: Instant,
+    pub(super) milestones: Arc<Milestones>,
     /// One for each choice.
     pub(super) ids: Range<SequenceId>,
     /// One for each choice.
@@ -58,6 +58,8 @@ pub(super) struct Surroundings {
 pub(super) struct Sequence {
     /// Of the request.
     pub(super) name: Arc<str>,
+    /// Of the request, for log lines.
+    pub(super) trace_id: Option<Arc<str>>,
     /// All choices of the request.
     pub(super) group: Range<SequenceId>,
     pub(super) events: mpsc::Sender<Event>,
@@ -71,6 +73,7 @@ pub(super) struct Sequence {
     pub(super) last_token: Option<Instant>,
     /// Tokens of the prompt that were found in the cache when it was first admitted.
     pub(super) cached_prompt_tokens: Option<usize>,
+    milestones: Arc<Milestones>,
     choice: usize,
     /// Since when its reader leaves no room in the channel.
     stalled_since: Option<Instant>,
@@ -125,7 +128,7 @@ pub(super) struct Rows<'a> {
 impl Sequence {
     /// Sequences that nothing has been done for, one for each choice. Fails if the tokenizer cannot decode the prompt.
     pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Vec<Self>> {
-        let Submission { request, events, submitted, ids, tickets } = submission;
+        let Submission { request, events, milestones, ids, tickets } = submission;
         let name: Arc<str> = request.id.into();
         let sequence = |(choice, ticket)| {
             let task = match &request.task {
@@ -138,16 +141,18 @@ impl Sequence {
             };
             Ok(Self {
                 name: name.clone(),
+                trace_id: request.trace_id.clone(),
                 group: ids.clone(),
                 events: events.clone(),
                 ticket,
                 routing: request.routing.clone(),
                 deadline: request.deadline,
-                submitted,
+                submitted: milestones.submitted(),
                 first_step: None,
                 first_token: None,
                 last_token: None,
                 cached_prompt_tokens: None,
+                milestones: milestones.clone(),
                 choice,
                 stalled_since: None,
                 stalled: false,
@@ -197,6 +202,14 @@ impl Sequence {
     /// Tokens of the prompt in a share.
     pub(super) fn prompt_part(&self, share: Share) -> usize {
         (share.past + share.tokens).min(self.prompt_tokens).saturating_sub(share.past)
+    }
+
+    /// A step that works on it begins.
+    pub(super) fn begin_step(&mut self, now: Instant) {
+        if self.first_step.is_none() {
+            self.first_step = Some(now);
+            self.milestones.set_first_step(now);
+        }
     }
 
     /// Notes the routing of what a step computed of it, if that is asked for. What was read before a preemption has been noted.
@@ -253,7 +266,10 @@ impl Sequence {
                 let (tokens, end) = generation.next(rows.logits, generated, surroundings)?;
                 let tokens = Tokens { choice: self.choice, trace: self.take_trace(), ..tokens };
                 self.tokens.extend(&tokens.ids);
-                self.first_token.get_or_insert(rows.now);
+                if self.first_token.is_none() {
+                    self.first_token = Some(rows.now);
+                    self.milestones.set_first_token(rows.now);
+                }
                 self.last_token = Some(rows.now);
                 Ok(match end {
                     None => Progress::Tokens(tokens),

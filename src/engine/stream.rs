@@ -9,7 +9,12 @@ use std::{
 
 use tokio_stream::Stream;
 
-use super::{request::Event, scheduler::SequenceId, status::Shared, worker::Command};
+use super::{
+    request::{Event, Milestones},
+    scheduler::SequenceId,
+    status::Shared,
+    worker::Command,
+};
 
 /// Events of one request: any number of `Tokens` and one `Finished` for each of its choices, or one `Failed` for all that have not
 /// finished; then `None`.
@@ -23,6 +28,7 @@ pub struct EventStream {
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     ids: Range<SequenceId>,
+    milestones: Arc<Milestones>,
     /// Choices that have not finished; 0 at the end.
     left: usize,
 }
@@ -33,9 +39,15 @@ impl EventStream {
         shared: Arc<Shared>,
         commands: mpsc::Sender<Command>,
         ids: Range<SequenceId>,
+        milestones: Arc<Milestones>,
     ) -> Self {
         let left = ids.clone().count();
-        Self { events, shared, commands, ids, left }
+        Self { events, shared, commands, ids, milestones, left }
+    }
+
+    /// How far the request has come; it is kept up to date after the stream is gone.
+    pub fn milestones(&self) -> &Arc<Milestones> {
+        &self.milestones
     }
 
     /// The next event; `None` after the last one. Cancel safe.

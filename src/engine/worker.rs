@@ -257,7 +257,7 @@ impl Worker {
 
     /// How the scheduler sees a request.
     fn arrival(&mut self, submission: &Submission) -> Arrival {
-        let Submission { request, submitted, ids, .. } = submission;
+        let Submission { request, milestones, ids, .. } = submission;
         let generation = self.surroundings.generation;
         let common = self.routing_keys.key(&request.routing).map(|routing| Salt::Common { generation, routing });
         let salt = match (self.prefix_cache, &request.task) {
@@ -267,7 +267,7 @@ impl Worker {
             (_, Task::Generate(params)) if params.n > 1 => Some(Salt::Private(ids.start)),
             _ => None,
         };
-        let at = submitted.saturating_duration_since(self.born);
+        let at = milestones.submitted().saturating_duration_since(self.born);
         Arrival { ids: ids.clone(), at, priority: request.priority, tokens: request.prompt.len(), salt }
     }
 
@@ -315,7 +315,8 @@ impl Worker {
         for id in self.scheduler.take_preempted() {
             self.shared.metrics.preempted();
             if let Some(sequence) = self.sequences.get_mut(&id) {
-                tracing::debug!(request = &*sequence.name, tokens = sequence.tokens().len(), "preempted");
+                let (request, trace_id) = (&*sequence.name, sequence.trace_id.as_deref());
+                tracing::debug!(request, trace_id, tokens = sequence.tokens().len(), "preempted");
                 sequence.ticket.wait();
             }
         }
@@ -374,7 +375,7 @@ impl Worker {
         for &share in shares {
             let end = share.past + share.tokens;
             if let Some(sequence) = self.sequences.get_mut(&share.id) {
-                sequence.first_step.get_or_insert(now);
+                sequence.begin_step(now);
                 let (table, tokens) = (self.scheduler.table(share.id, end), sequence.tokens().get(share.past..end).unwrap_or_default());
                 batch.push(table, tokens, share.past, sequence.routing.from_position(share.past), sequence.logit_rows(share));
             }
@@ -460,7 +461,7 @@ impl Worker {
             }
             Ok(Ok(Progress::Finished(finished))) => self.end(share.id, Ending::Finished(finished)),
             Ok(Err(error)) => {
-                tracing::warn!(request = &*sequence.name, %error, "request failed");
+                tracing::warn!(request = &*sequence.name, trace_id = sequence.trace_id.as_deref(), %error, "request failed");
                 self.end(share.id, Ending::Failed(error));
             }
             Err(panic) => {

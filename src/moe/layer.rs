@@ -188,6 +188,7 @@ impl Routed {
         plan.load_into(stats);
         stats.entropy_sum = report.entropy_sum;
         stats.non_finite = report.non_finite.len() as u64;
+        stats.near_ties = report.near_ties;
         Ok(())
     }
 

@@ -8,6 +8,9 @@ use super::{
     policy::{Replayed, RoutingPolicy, WeightForm},
 };
 
+/// Router logits closer than this are near a tie: sums in another order, or in bf16, may choose the other expert.
+pub const NEAR_TIE: f32 = 0.01;
+
 impl SparseRouting {
     /// Tokens, T.
     pub fn num_tokens(&self) -> usize {
@@ -43,13 +46,15 @@ impl<'a> RowRouter<'a> {
         routing.expert_ids.clear();
         routing.weights.clear();
         report.non_finite.clear();
-        report.entropy_sum = 0.0;
+        (report.entropy_sum, report.near_ties) = (0.0, 0);
         Self { routing, report }
     }
 
     /// The next token, `[E]`, by a policy.
     pub(super) fn route(&mut self, row: &[f32], policy: RoutingPolicy) {
+        let first = self.routing.expert_ids.len();
         self.row(row, |routing, scratch| route_row(row, policy, scratch, routing));
+        self.report.near_ties += u64::from(near_tie(row, &self.routing.expert_ids[first..]));
     }
 
     /// The next token, `[E]`, to given experts. Without weights of their own these are the experts' probabilities in `weight_form`.
@@ -85,6 +90,8 @@ pub struct RowReport {
     pub non_finite: Vec<u32>,
     /// Sum over finite tokens of the entropy of `softmax(z)`, in nats.
     pub entropy_sum: f64,
+    /// Finite tokens, replayed ones apart, whose last chosen and first refused logit are less than [`NEAR_TIE`] apart.
+    pub near_ties: u64,
     /// Probabilities of a row, for their memory.
     scratch: Vec<f32>,
 }
@@ -163,6 +170,12 @@ fn top_k(row: &[f32], k: usize, out: &mut Vec<u32>) {
     let key = |e: u32| row[e as usize] + 0.0;
     out[first..].sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
     out.truncate(first + k);
+}
+
+/// Whether another expert than the chosen, which have the largest logits, is less than [`NEAR_TIE`] below the last of them.
+fn near_tie(row: &[f32], chosen: &[u32]) -> bool {
+    let last = chosen.iter().map(|&e| row[e as usize]).fold(f32::INFINITY, f32::min);
+    row.iter().filter(|&&z| last - z < NEAR_TIE).count() > chosen.len()
 }
 
 /// `softmax(row / temperature)` into `out`.

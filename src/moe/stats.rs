@@ -24,6 +24,9 @@ pub struct RoutingStats {
     pub entropy_sum: f64,
     /// Tokens whose router logits are not finite: they reach no expert, and their logits are NaN.
     pub non_finite: u64,
+    /// Tokens whose last chosen and first refused router logit are less than [`NEAR_TIE`](super::route::NEAR_TIE) apart: rounding may
+    /// choose the other expert. 0 in training, where noise chooses.
+    pub near_ties: u64,
 }
 
 impl RoutingStats {
@@ -34,8 +37,8 @@ impl RoutingStats {
 
     /// Back to no load, on `num_experts` experts.
     pub(super) fn clear(&mut self, num_experts: usize) {
-        let Self { tokens, routes, executed, dropped, rerouted, expert_tokens, expert_weights, entropy_sum, non_finite } = self;
-        (*tokens, *routes, *executed, *dropped, *rerouted, *non_finite) = (0, 0, 0, 0, 0, 0);
+        let Self { tokens, routes, executed, dropped, rerouted, expert_tokens, expert_weights, entropy_sum, non_finite, near_ties } = self;
+        (*tokens, *routes, *executed, *dropped, *rerouted, *non_finite, *near_ties) = (0, 0, 0, 0, 0, 0, 0);
         *entropy_sum = 0.0;
         expert_tokens.clear();
         expert_tokens.resize(num_experts, 0);
@@ -52,6 +55,7 @@ impl RoutingStats {
         self.rerouted += other.rerouted;
         self.entropy_sum += other.entropy_sum;
         self.non_finite += other.non_finite;
+        self.near_ties += other.near_ties;
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(a, b)| *a += b);
         self.expert_weights.iter_mut().zip(&other.expert_weights).for_each(|(a, b)| *a += b);
     }
@@ -145,10 +149,10 @@ mod tests {
 
     #[test]
     fn forwards_add_up() {
-        let one = RoutingStats { executed: 4, dropped: 3, rerouted: 2, non_finite: 1, entropy_sum: 0.5, ..stats(&[1, 2]) };
+        let one = RoutingStats { executed: 4, dropped: 3, rerouted: 2, non_finite: 1, near_ties: 5, entropy_sum: 0.5, ..stats(&[1, 2]) };
         let mut sum = one.clone();
         sum.add(&one);
-        let twice = RoutingStats { executed: 8, dropped: 6, rerouted: 4, non_finite: 2, entropy_sum: 1.0, ..stats(&[2, 4]) };
+        let twice = RoutingStats { executed: 8, dropped: 6, rerouted: 4, non_finite: 2, near_ties: 10, entropy_sum: 1.0, ..stats(&[2, 4]) };
         assert_eq!(sum, twice);
         sum.clear(2);
         assert_eq!(sum, RoutingStats::new(2));

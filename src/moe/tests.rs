@@ -75,6 +75,26 @@ fn a_non_finite_row_is_alone() {
 }
 
 #[test]
+fn near_ties_are_between_the_last_chosen_and_the_first_refused() {
+    let near = |rows: &[f32], policy| route_rows(rows, 4, std::iter::repeat(policy)).1.near_ties;
+    let k = |k| top(k, WeightForm::Renorm);
+    // 1 against 1.005, 1 against 1.5, an exact tie, a tie of numbers so large that 0.01 is nothing to them, and no number.
+    let rows = [[1.0, 1.005, 0.0, -1.0], [1.0, 1.5, 0.0, -1.0], [2.0, 2.0, 0.0, 0.0], [-3e38, 3e38, 3e38, 0.0], [f32::NAN, 0.0, 0.0, 0.0]];
+    assert_eq!(near(rows.as_flattened(), k(1)), 3);
+    assert_eq!(rows.map(|row| near(&row, k(2))), [0; 5]);
+    assert_eq!(rows.map(|row| near(&row, k(3))), [0, 0, 1, 0, 0]);
+    for all in [k(4), RoutingPolicy::Soft { temperature: 1.0 }] {
+        assert_eq!(near(rows.as_flattened(), all), 0, "nobody is refused");
+    }
+    assert_eq!(near(&[0.0, 0.02, 0.0101, 0.0], k(1)), 1);
+    assert_eq!(near(&[0.0, 0.02, 0.0099, 0.0], k(1)), 0);
+    // Also where the choice is a sort.
+    let eight = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.995];
+    let (_, report) = route_rows(&eight, 8, std::iter::once(k(7)));
+    assert_eq!(report.near_ties, 1);
+}
+
+#[test]
 fn rows_may_have_different_policies() {
     let rows = [0.0, 1.0, 2.0].repeat(3);
     let policies = [top(1, WeightForm::Renorm), RoutingPolicy::Soft { temperature: 1.0 }, top(2, WeightForm::Raw)];

@@ -1,6 +1,9 @@
 //! A call, apart from its message: its id, and when it is due.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tonic::{
     Extensions, Response, Status,
@@ -8,7 +11,10 @@ use tonic::{
 };
 
 use super::{Deadline, to_status};
-use crate::error::{Error, ErrorKind, Result};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    telemetry::otel::RequestSpan,
+};
 
 /// Longest request id, in bytes: it comes back in every message and in a header.
 const MAX_REQUEST_ID: usize = 128;
@@ -23,6 +29,7 @@ pub(super) struct Call {
     arrived: Instant,
     /// By `grpc-timeout`.
     deadline: Option<Instant>,
+    pub(super) span: RequestSpan,
 }
 
 impl Call {
@@ -36,7 +43,15 @@ impl Call {
             Ok(format!("{:016x}", rand::random::<u64>()))
         };
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
-        Ok(Self { id: id.map_err(|error| to_status(&error))?, arrived: Instant::now(), deadline })
+        let id = id.map_err(|error| to_status(&error))?;
+        let span = extensions.get::<RequestSpan>().cloned().unwrap_or_default();
+        span.request_id(&id);
+        Ok(Self { id, arrived: Instant::now(), deadline, span })
+    }
+
+    /// The trace that it belongs to.
+    pub(super) fn trace_id(&self) -> Option<Arc<str>> {
+        self.span.trace_id().cloned()
     }
 
     /// When the answer is due: the earlier of `grpc-timeout` and the field of the message.
@@ -51,10 +66,11 @@ impl Call {
     }
 
     pub(super) fn status(&self, error: &Error) -> Status {
+        let trace_id = self.span.trace_id().map(|id| &**id);
         if error.kind() == ErrorKind::Internal {
-            tracing::error!(request_id = %self.id, error = ?error, "request failed");
+            tracing::error!(request_id = %self.id, trace_id, error = ?error, "request failed");
         } else {
-            tracing::debug!(request_id = %self.id, %error, "request refused");
+            tracing::debug!(request_id = %self.id, trace_id, %error, "request refused");
         }
         let mut status = to_status(error);
         self.stamp(status.metadata_mut());

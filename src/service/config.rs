@@ -1,6 +1,12 @@
 //! What the services say about themselves, and what they do where a request says nothing.
 
-use crate::{checkpoint::GenerationDefaults, error::Result, model::ModelSpec, moe::policy::RoutingRule, telemetry::metrics::MetricsConfig};
+use crate::{
+    checkpoint::GenerationDefaults,
+    error::Result,
+    model::ModelSpec,
+    moe::policy::RoutingRule,
+    telemetry::metrics::{MetricsConfig, SeriesOptions},
+};
 
 /// What the service says about itself, and what it does where a request says nothing.
 #[derive(Clone, Debug)]
@@ -23,6 +29,8 @@ pub struct ServiceConfig {
     pub max_tokenize_bytes: usize,
     /// Largest response message, in bytes.
     pub max_send_bytes: usize,
+    /// Which of the optional series its metrics have.
+    pub series: SeriesOptions,
 }
 
 /// Sampling parameters of requests that choose none. The default is greedy.
@@ -60,6 +68,7 @@ impl ServiceConfig {
             layers: spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect(),
             top_k: spec.most_experts_per_token(&choices)?,
             max_context: spec.max_context,
+            series: self.series,
             ..MetricsConfig::default()
         })
     }

@@ -60,9 +60,11 @@ impl Context {
         if !self.config.runtime_routing {
             return Err(Error::FailedPrecondition("the routing of this server is fixed: it was started with --runtime-routing off".into()));
         }
-        let choices = self.engine.spec().layer_choices(&rule, "serving")?;
+        let choices = self.layer_choices(&rule, "serving")?;
+        let top_k = self.engine.spec().most_experts_per_token(&choices)?;
         let mut serving = self.serving.write().unwrap_or_else(PoisonError::into_inner);
         tracing::info!(before = %serving.rule, now = %rule, "serving routing changed");
+        self.engine.metrics().set_serving(rule.to_string(), top_k);
         Ok(std::mem::replace(&mut *serving, Serving { rule, choices }).rule)
     }
 
@@ -70,8 +72,13 @@ impl Context {
     pub(super) fn routing(&self, policy: Option<proto::RoutingPolicy>) -> Result<LayerChoices> {
         match policy {
             None => Ok(self.serving().choices),
-            Some(policy) => self.engine.spec().layer_choices(&convert::routing_rule(policy, "routing")?, "routing.layer_top_k.k"),
+            Some(policy) => self.layer_choices(&convert::routing_rule(policy, "routing")?, "routing"),
         }
+    }
+
+    /// What `rule`, which came in `field`, asks of each layer.
+    pub(super) fn layer_choices(&self, rule: &RoutingRule, field: &str) -> Result<LayerChoices> {
+        self.engine.spec().layer_choices(rule, "routing.layer_top_k.k").map_err(|error| error.rooted("routing", field))
     }
 
     pub(super) fn check_model(&self, model: &str) -> Result<()> {

@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Result},
     model::{FeedForwardSpec, ModelSpec},
     moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy, RoutingRule, WeightForm},
+    telemetry::metrics::LayerLoadSnapshot,
 };
 
 /// What a message asks of the model. Errors name `field` and what is below it.
@@ -154,6 +155,23 @@ pub(super) fn likelihood(tokens: &[TokenLogprob]) -> (f64, f64) {
     let scored = || tokens.iter().filter_map(|token| token.logprob).map(f64::from);
     let sum = scored().sum::<f64>();
     (sum, (-sum / scored().count().max(1) as f64).exp())
+}
+
+/// What the experts of a layer were given.
+pub(super) fn layer_load(load: &LayerLoadSnapshot) -> proto::get_expert_load_response::LayerLoad {
+    let stats = &load.stats;
+    proto::get_expert_load_response::LayerLoad {
+        layer: saturate(load.layer),
+        tokens: stats.tokens,
+        expert_tokens: stats.expert_tokens.clone(),
+        expert_weights: stats.expert_weights.clone(),
+        utilization: stats.utilization(),
+        balancedness: stats.balancedness(),
+        load_cv: stats.load_cv(),
+        dead_experts: if stats.routes == 0 { 0 } else { saturate(stats.dead()) },
+        router_entropy: stats.router_entropy(),
+        near_ties: stats.near_ties,
+    }
 }
 
 /// The MoE layers under `serving`, and the parameters: (all, used by one token).

@@ -7,7 +7,7 @@ use std::{
     task::{self, Poll},
 };
 
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -16,9 +16,10 @@ use super::{
     convert,
     proto::{self, inference_server::Inference},
     trace,
+    traced::{TracedEvents, submit},
 };
 use crate::{
-    engine::{self, Event, EventStream, Finished, Task, Tokens},
+    engine::{self, Event, Finished, Task, Tokens},
     error::{Error, Result},
     moe::policy::LayerChoices,
 };
@@ -32,7 +33,7 @@ pub struct InferenceService {
 /// The engine's events as messages. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct GenerateStream {
-    events: EventStream,
+    events: TracedEvents,
     call: Call,
     /// Choices that have not finished.
     choices: usize,
@@ -70,8 +71,8 @@ impl InferenceService {
         let prompt = context.prompt(input, "prompt").await?;
         let params = convert::generate_params(request.sampling, &context.config.sampling);
         let (choices, trace) = (params.n, request.trace.is_some());
-        let (id, task, priority) = (call.id.clone(), Task::Generate(params), request.priority);
-        let events = context.engine.submit(engine::Request { id, prompt, task, routing, trace, deadline, priority })?;
+        let (id, trace_id, task, priority) = (call.id.clone(), call.trace_id(), Task::Generate(params), request.priority);
+        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace, deadline, priority })?;
         Ok(GenerateStream { events, call: call.clone(), choices, trace: request.trace.unwrap_or_default(), pending: VecDeque::new() })
     }
 
@@ -177,8 +178,10 @@ pub(super) async fn score(context: &Context, call: &Call, scoring: Scoring) -> R
     let Scoring { input, routing, alternatives, priority, timeout_seconds } = scoring;
     let deadline = call.due(timeout_seconds)?;
     let prompt = context.prompt(input, "input").await?;
-    let (id, task) = (call.id.clone(), Task::Score { alternatives: alternatives.unwrap_or(0) as usize });
-    let answer = scored(context.engine.submit(engine::Request { id, prompt, task, routing, trace: false, deadline, priority })?);
+    let task = Task::Score { alternatives: alternatives.unwrap_or(0) as usize };
+    let (id, trace_id) = (call.id.clone(), call.trace_id());
+    let request = engine::Request { id, trace_id, prompt, task, routing, trace: false, deadline, priority };
+    let answer = scored(submit(context, call, request)?);
     match deadline {
         None => answer.await,
         // A step of the engine may take longer than is left.
@@ -189,8 +192,8 @@ pub(super) async fn score(context: &Context, call: &Call, scoring: Scoring) -> R
     }
 }
 
-async fn scored(mut events: EventStream) -> Result<Finished> {
-    while let Some(event) = events.recv().await {
+async fn scored(mut events: TracedEvents) -> Result<Finished> {
+    while let Some(event) = events.next().await {
         match event {
             Event::Tokens(_) => {}
             Event::Finished(finished) => return Ok(*finished),

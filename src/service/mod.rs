@@ -1,7 +1,7 @@
 //! The gRPC face: the services of `hardmax.v1`, the translation between their messages and the engine's types, and
 //! what every RPC goes through. Nothing below this module knows tonic or prost.
 //!
-//! A request passes [`ObserveLayer`] (its outcome is counted, a panic becomes INTERNAL), [`DeadlineLayer`]
+//! A request passes [`ObserveLayer`] (its span begins and ends, its outcome is counted, a panic becomes INTERNAL), [`DeadlineLayer`]
 //! (`grpc-timeout` becomes a [`Deadline`]), [`InferenceService`], and then the engine.
 
 mod call;
@@ -15,6 +15,7 @@ mod playground;
 mod routing;
 mod status;
 mod trace;
+mod traced;
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What every RPC goes through first: its final status is counted, and a panic in its handler becomes INTERNAL.
+//! What every RPC goes through first: its span begins and ends, its final status is counted, and a panic in its handler becomes INTERNAL.
 //!
 //! The status of a stream is in its trailers, so the response body is watched to its end; a body that is dropped
 //! before that was cancelled.
@@ -19,33 +19,42 @@ use tonic::{
 };
 use tower::Layer;
 
-use super::to_status;
+use super::{code_name, to_status};
 use crate::{
     error::Error,
-    telemetry::metrics::{self, Method, Metrics},
+    telemetry::{
+        metrics::{self, Method, Metrics},
+        otel::{RequestSpan, Tracer},
+    },
 };
 
 /// Makes an [`ObserveService`].
 #[derive(Clone, Debug)]
 pub struct ObserveLayer {
     metrics: Arc<Metrics>,
+    tracer: Tracer,
 }
 
-/// Counts the RPCs of `hardmax.v1` by method and final code, and contains panics of all.
+/// Traces the RPCs of `hardmax.v1`, counts them by method and final code, and contains panics of all. The handler finds its [`RequestSpan`] in
+/// the extensions of its request.
 #[derive(Clone, Debug)]
 pub struct ObserveService<S> {
     inner: S,
     metrics: Arc<Metrics>,
+    tracer: Tracer,
 }
 
-/// Counts one RPC when it is dropped.
+/// Counts one RPC, and ends its span, when it is dropped.
 #[derive(Debug)]
 struct Outcome {
     metrics: Arc<Metrics>,
-    /// `None` for health and reflection, which are not counted.
+    /// `None` for health and reflection, which are not counted and not traced.
     method: Option<Method>,
     /// `None`: no status was sent, so the client went away.
     code: Option<Code>,
+    /// Why it failed, for a span that is exported.
+    message: String,
+    span: RequestSpan,
 }
 
 /// A response body whose trailers tell the outcome.
@@ -58,9 +67,9 @@ struct ObservedBody {
 // === impl ObserveLayer ===
 
 impl ObserveLayer {
-    /// Counts into `metrics`.
-    pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { metrics }
+    /// Counts into `metrics`, and makes the spans of `tracer`.
+    pub fn new(metrics: Arc<Metrics>, tracer: Tracer) -> Self {
+        Self { metrics, tracer }
     }
 }
 
@@ -68,7 +77,7 @@ impl<S> Layer<S> for ObserveLayer {
     type Service = ObserveService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        ObserveService { inner, metrics: self.metrics.clone() }
+        ObserveService { inner, metrics: self.metrics.clone(), tracer: self.tracer.clone() }
     }
 }
 
@@ -88,17 +97,18 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let method = method(request.uri().path());
-        let mut outcome = Outcome { metrics: self.metrics.clone(), method, code: None };
+        let span = method.map_or_else(RequestSpan::default, |_| begin(&self.tracer, &request));
+        request.extensions_mut().insert(span.clone());
+        let mut outcome = Outcome { metrics: self.metrics.clone(), method, code: None, message: String::new(), span };
         let response = self.inner.call(request);
         Box::pin(async move {
             let response = match contained(response).await {
                 Some(response) => response?,
                 None => panicked().into_http(),
             };
-            outcome.code = code(response.headers());
-            if outcome.code.is_some() {
+            if outcome.see(response.headers()) {
                 return Ok(response);
             }
             let (parts, inner) = response.into_parts();
@@ -125,6 +135,18 @@ fn code(headers: &http::HeaderMap) -> Option<Code> {
     headers.get("grpc-status").map(|status| Code::from_bytes(status.as_bytes()))
 }
 
+/// The span of a request for a method that is known.
+fn begin(tracer: &Tracer, request: &http::Request<Body>) -> RequestSpan {
+    let text = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
+    tracer.begin(request.uri().path().trim_start_matches('/'), text("traceparent"), text("tracestate"))
+}
+
+/// What the conventions for RPC servers call a failure of the server, and a client that went away: a span of either is marked.
+fn fails(code: Code) -> bool {
+    use Code::{Cancelled, DataLoss, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
+    matches!(code, Cancelled | DataLoss | DeadlineExceeded | Internal | Unavailable | Unimplemented | Unknown)
+}
+
 fn method(path: &str) -> Option<Method> {
     match path {
         "/hardmax.v1.Inference/Generate" => Some(Method::Generate),
@@ -134,6 +156,8 @@ fn method(path: &str) -> Option<Method> {
         "/hardmax.v1.Inference/GetModelInfo" => Some(Method::GetModelInfo),
         "/hardmax.v1.Routing/TraceRouting" => Some(Method::TraceRouting),
         "/hardmax.v1.Routing/ReplayRouting" => Some(Method::ReplayRouting),
+        "/hardmax.v1.Routing/GetExpertLoad" => Some(Method::GetExpertLoad),
+        "/hardmax.v1.Routing/ResetStatistics" => Some(Method::ResetStatistics),
         "/hardmax.v1.Routing/GetRoutingPolicy" => Some(Method::GetRoutingPolicy),
         "/hardmax.v1.Routing/SetRoutingPolicy" => Some(Method::SetRoutingPolicy),
         _ => None,
@@ -142,12 +166,29 @@ fn method(path: &str) -> Option<Method> {
 
 // === impl Outcome ===
 
+impl Outcome {
+    /// Reads headers or trailers; `false` if the status is not among them.
+    fn see(&mut self, headers: &http::HeaderMap) -> bool {
+        let Some(code) = code(headers) else { return false };
+        self.code = Some(code);
+        if self.span.is_recorded() && fails(code) {
+            self.message = Status::from_header_map(headers).map(|status| status.message().to_owned()).unwrap_or_default();
+        }
+        true
+    }
+}
+
 impl Drop for Outcome {
     fn drop(&mut self) {
+        let code = self.code.unwrap_or(Code::Cancelled);
         if let Some(method) = self.method {
-            let code = self.code.unwrap_or(Code::Cancelled);
             self.metrics.request(method, metrics::Code::from_number(code.into()));
         }
+        let message = match self.code {
+            Some(_) => std::mem::take(&mut self.message),
+            None => Error::Cancelled.to_string(),
+        };
+        self.span.end(code_name(code), fails(code).then_some(message));
     }
 }
 
@@ -170,8 +211,8 @@ impl HttpBody for ObservedBody {
         };
         match &frame {
             Some(Ok(frame)) => {
-                if let Some(code) = frame.trailers_ref().and_then(code) {
-                    this.outcome.code = Some(code);
+                if let Some(trailers) = frame.trailers_ref() {
+                    this.outcome.see(trailers);
                 }
             }
             Some(Err(status)) => this.outcome.code = Some(status.code()),
@@ -229,7 +270,7 @@ mod tests {
     async fn call(handler: Handler) -> (http::Response<Body>, Arc<Metrics>) {
         let metrics = Arc::new(Metrics::new(&MetricsConfig::default()).unwrap());
         let request = http::Request::post("/hardmax.v1.Inference/Score").body(Body::empty()).unwrap();
-        let response = ObserveLayer::new(metrics.clone()).layer(handler).call(request).await.unwrap();
+        let response = ObserveLayer::new(metrics.clone(), Tracer::default()).layer(handler).call(request).await.unwrap();
         (response, metrics)
     }
 

@@ -91,6 +91,7 @@ impl Playground for EnginePlayground {
 fn request(prompt: Vec<u32>, params: GenerateParams, routing: LayerChoices) -> Request {
     Request {
         id: "live-page".into(),
+        trace_id: None,
         prompt,
         task: Task::Generate(params),
         routing,

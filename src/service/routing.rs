@@ -17,14 +17,16 @@ use super::{
     inference::{Scoring, engine_stopped, score},
     proto::{self, routing_server::Routing},
     trace,
+    traced::{TracedEvents, submit},
 };
 use crate::{
-    engine::{self, Event, EventStream, Finished, Task},
+    engine::{self, Event, Finished, Task},
     error::{Error, Result},
     moe::{
         policy::{LayerChoices, Replay},
         trace::RoutingTrace,
     },
+    telemetry::metrics::Scope,
 };
 
 /// The implementation of [`Routing`] over an engine.
@@ -36,7 +38,7 @@ pub struct RoutingService {
 /// The routing of a text as messages. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct TraceStream {
-    events: EventStream,
+    events: TracedEvents,
     call: Call,
     options: proto::TraceOptions,
     /// The text.
@@ -65,8 +67,8 @@ impl RoutingService {
         let deadline = call.due(request.timeout_seconds)?;
         let prompt = context.prompt(input, "input").await?;
         let tokens = prompt.clone();
-        let (id, task, priority) = (call.id.clone(), Task::Read, request.priority);
-        let events = context.engine.submit(engine::Request { id, prompt, task, routing, trace: true, deadline, priority })?;
+        let (id, trace_id, task, priority) = (call.id.clone(), call.trace_id(), Task::Read, request.priority);
+        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace: true, deadline, priority })?;
         let options = request.options.unwrap_or_default();
         Ok(TraceStream { events, call: call.clone(), options, tokens, pending: VecDeque::new(), done: false })
     }
@@ -114,6 +116,31 @@ impl RoutingService {
         let serving = request.serving.ok_or_else(|| Error::invalid("serving", "it is not set: say which routing to serve"))?;
         let previous = self.context.set_serving(convert::routing_rule(serving, "serving")?)?;
         Ok(proto::SetRoutingPolicyResponse { previous: Some(convert::routing_message(&previous)) })
+    }
+
+    fn expert_load(&self, request: &proto::GetExpertLoadRequest) -> Result<proto::GetExpertLoadResponse> {
+        use proto::get_expert_load_request::Scope as Asked;
+        self.context.check_model(&request.model)?;
+        let scope = match Asked::try_from(request.scope) {
+            Ok(Asked::Window) => Scope::Window,
+            Ok(Asked::Total) => Scope::Total,
+            Err(_) => {
+                return Err(Error::invalid("scope", format!("{} is not a value of hardmax.v1.GetExpertLoadRequest.Scope", request.scope)));
+            }
+        };
+        let engine = &self.context.engine;
+        let load = engine.metrics().expert_load(scope);
+        Ok(proto::GetExpertLoadResponse {
+            layers: load.layers.iter().map(convert::layer_load).collect(),
+            seconds: load.seconds,
+            generation: engine.status().generation,
+        })
+    }
+
+    fn reset_statistics(&self, request: &proto::ResetStatisticsRequest) -> Result<proto::ResetStatisticsResponse> {
+        self.context.check_model(&request.model)?;
+        self.context.engine.metrics().reset_statistics();
+        Ok(proto::ResetStatisticsResponse {})
     }
 }
 
@@ -164,6 +191,22 @@ impl Routing for RoutingService {
     ) -> Result<Response<proto::SetRoutingPolicyResponse>, Status> {
         let call = Call::new("", request.metadata(), request.extensions())?;
         self.set_policy(request.into_inner()).map(|answer| call.response(answer)).map_err(|error| call.status(&error))
+    }
+
+    async fn get_expert_load(
+        &self,
+        request: Request<proto::GetExpertLoadRequest>,
+    ) -> Result<Response<proto::GetExpertLoadResponse>, Status> {
+        let call = Call::new("", request.metadata(), request.extensions())?;
+        self.expert_load(request.get_ref()).map(|answer| call.response(answer)).map_err(|error| call.status(&error))
+    }
+
+    async fn reset_statistics(
+        &self,
+        request: Request<proto::ResetStatisticsRequest>,
+    ) -> Result<Response<proto::ResetStatisticsResponse>, Status> {
+        let call = Call::new("", request.metadata(), request.extensions())?;
+        RoutingService::reset_statistics(self, request.get_ref()).map(|answer| call.response(answer)).map_err(|error| call.status(&error))
     }
 }
 

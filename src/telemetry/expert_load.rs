@@ -1,14 +1,19 @@
-//! Load per layer and expert: totals since the start, and a sliding window for the ratios.
+//! Load per layer and expert: totals, and a sliding window for the ratios.
 //!
 //! The weight mass is a fractional counter, and the ratios are only worth computing when somebody asks; so these families are kept
-//! here and written at each scrape instead of going through the `metrics` crate, whose counters are integers.
+//! here and written at each scrape instead of going through the `metrics` crate, whose counters are integers. The load is kept
+//! whatever is exported: remote procedures and the live page show it as well.
 
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
 
-use super::exposition::{Exposition, Kind};
+use super::{
+    catalog::{self, EXPERT_BATCH_BUCKETS, Family},
+    config::{Detail, MetricsConfig},
+    exposition::{Exposition, FixedHistogram},
+};
 use crate::moe::{LayerRouting, RoutingStats};
 
 /// Span of the window, which moves in steps of [`BUCKET`].
@@ -17,61 +22,74 @@ const WINDOW: Duration = Duration::from_secs(60);
 /// Granularity of the window.
 const BUCKET: Duration = Duration::from_secs(5);
 
-/// Loads of all MoE layers of one model.
-#[derive(Debug)]
-pub(super) struct ExpertLoad {
-    model: String,
-    start: Instant,
-    layers: Vec<LayerLoad>,
-}
+/// Steps of the window.
+const BUCKETS: u64 = WINDOW.as_secs() / BUCKET.as_secs();
 
-/// What a snapshot covers.
+/// What a load covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// The last 60 seconds, in steps of 5.
+    /// The last 60 s, in steps of 5 s.
     Window,
-    /// Since the start.
+    /// All since the start, or since the statistics were reset.
     Total,
 }
 
-/// The load of all MoE layers.
+/// The load of all MoE layers at one moment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExpertLoadSnapshot {
-    /// What it covers.
+    /// The time that it covers.
     pub seconds: f64,
-    /// In order of depth.
+    /// In the order of the decoder.
     pub layers: Vec<LayerLoadSnapshot>,
 }
 
-/// The load of one layer.
+/// The load of one MoE layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerLoadSnapshot {
     /// Decoder layer, from 0.
     pub layer: usize,
-    /// Its load.
+    /// What was routed.
     pub stats: RoutingStats,
+}
+
+/// Loads of all MoE layers of one model.
+#[derive(Debug)]
+pub(super) struct ExpertLoad {
+    model: String,
+    detail: Detail,
+    start: Instant,
+    /// When [`LayerLoad::since_reset`] began.
+    reset: Instant,
+    layers: Vec<LayerLoad>,
+    batch_tokens: FixedHistogram,
 }
 
 #[derive(Debug)]
 struct LayerLoad {
     layer: usize,
+    /// Of the counters, which never fall.
     total: RoutingStats,
+    since_reset: RoutingStats,
     /// (bucket number since the start, load), ascending; at most the buckets of one window.
     window: VecDeque<(u64, RoutingStats)>,
 }
 
 impl LayerLoad {
+    fn new(layer: usize, experts: usize) -> Self {
+        let none = RoutingStats::new(experts);
+        Self { layer, total: none.clone(), since_reset: none, window: VecDeque::new() }
+    }
+
     fn recent(&self, bucket: u64) -> RoutingStats {
         let mut sum = RoutingStats::new(self.total.expert_tokens.len());
-        let buckets = WINDOW.as_secs() / BUCKET.as_secs();
-        self.window.iter().filter(|(number, _)| number + buckets > bucket).for_each(|(_, stats)| sum.add(stats));
+        self.window.iter().filter(|(number, _)| number + BUCKETS > bucket).for_each(|(_, stats)| sum.add(stats));
         sum
     }
 
     fn add(&mut self, bucket: u64, stats: &RoutingStats) {
         self.total.add(stats);
-        let buckets = WINDOW.as_secs() / BUCKET.as_secs();
-        while self.window.front().is_some_and(|(number, _)| number + buckets <= bucket) {
+        self.since_reset.add(stats);
+        while self.window.front().is_some_and(|(number, _)| number + BUCKETS <= bucket) {
             self.window.pop_front();
         }
         match self.window.back_mut() {
@@ -86,13 +104,11 @@ impl LayerLoad {
 }
 
 impl ExpertLoad {
-    /// No load on `layers`, which are (decoder layer, number of experts).
-    pub(super) fn new(model: &str, layers: &[(usize, usize)], start: Instant) -> Self {
-        let layers = layers
-            .iter()
-            .map(|&(layer, experts)| LayerLoad { layer, total: RoutingStats::new(experts), window: VecDeque::new() })
-            .collect();
-        Self { model: model.to_owned(), start, layers }
+    /// No load on the layers of `config`.
+    pub(super) fn new(config: &MetricsConfig, detail: Detail, start: Instant) -> Self {
+        let layers = config.layers.iter().map(|&(layer, experts)| LayerLoad::new(layer, experts)).collect();
+        let batch_tokens = FixedHistogram::new(EXPERT_BATCH_BUCKETS);
+        Self { model: config.model.clone(), detail, start, reset: start, layers, batch_tokens }
     }
 
     /// Adds what a step routed.
@@ -101,7 +117,32 @@ impl ExpertLoad {
         for routing in routings {
             if let Some(load) = self.layers.iter_mut().find(|load| load.layer == routing.layer) {
                 load.add(bucket, &routing.stats);
+                let batches = routing.stats.expert_tokens.iter().filter(|&&tokens| tokens > 0);
+                batches.for_each(|&tokens| self.batch_tokens.record(tokens as f64));
             }
+        }
+    }
+
+    /// The load as it is now.
+    pub(super) fn snapshot(&self, scope: Scope, now: Instant) -> ExpertLoadSnapshot {
+        let bucket = self.bucket(now);
+        let since = match scope {
+            Scope::Window => self.start + BUCKET * u32::try_from(bucket.saturating_sub(BUCKETS - 1)).unwrap_or(u32::MAX),
+            Scope::Total => self.reset,
+        };
+        let stats = |load: &LayerLoad| match scope {
+            Scope::Window => load.recent(bucket),
+            Scope::Total => load.since_reset.clone(),
+        };
+        let layers = self.layers.iter().map(|load| LayerLoadSnapshot { layer: load.layer, stats: stats(load) }).collect();
+        ExpertLoadSnapshot { seconds: now.saturating_duration_since(since).as_secs_f64(), layers }
+    }
+
+    /// [`Scope::Total`] counts from here. The counters on the page go on.
+    pub(super) fn reset(&mut self, now: Instant) {
+        self.reset = now;
+        for load in &mut self.layers {
+            load.since_reset = RoutingStats::new(load.total.expert_tokens.len());
         }
     }
 
@@ -109,71 +150,46 @@ impl ExpertLoad {
         now.saturating_duration_since(self.start).as_secs() / BUCKET.as_secs()
     }
 
-    /// The load of a scope.
-    pub(super) fn snapshot(&self, scope: Scope, now: Instant) -> ExpertLoadSnapshot {
-        let (bucket, age) = (self.bucket(now), now.saturating_duration_since(self.start));
-        let stats = |load: &LayerLoad| match scope {
-            Scope::Window => load.recent(bucket),
-            Scope::Total => load.total.clone(),
-        };
-        let layers = self.layers.iter().map(|load| LayerLoadSnapshot { layer: load.layer, stats: stats(load) }).collect();
-        let covered = if scope == Scope::Window { age.min(WINDOW) } else { age };
-        ExpertLoadSnapshot { seconds: covered.as_secs_f64(), layers }
-    }
-
-    /// Writes every family.
+    /// Writes every family that is exported.
     pub(super) fn write(&self, page: &mut Exposition, now: Instant) {
+        page.family(&catalog::EXPERT_BATCH_TOKENS);
+        page.histogram(&catalog::EXPERT_BATCH_TOKENS, &[&self.model], &self.batch_tokens);
         let bucket = self.bucket(now);
         let recent: Vec<RoutingStats> = self.layers.iter().map(|load| load.recent(bucket)).collect();
-        let totals: Vec<&RoutingStats> = self.layers.iter().map(|load| &load.total).collect();
         let recent: Vec<&RoutingStats> = recent.iter().collect();
+        let totals: Vec<&RoutingStats> = self.layers.iter().map(|load| &load.total).collect();
 
-        let name = "hardmax_expert_tokens_total";
-        page.family(name, Kind::Counter, "Tokens routed to the expert. A token counts once for each expert that it is routed to.");
-        self.experts(page, name, &totals, |stats| stats.expert_tokens.iter().map(|&n| n as f64).collect());
-        let name = "hardmax_expert_weight_sum_total";
-        page.family(name, Kind::Counter, "Sum of the routing weights given to the expert.");
-        self.experts(page, name, &totals, |stats| stats.expert_weights.clone());
-        let name = "hardmax_expert_utilization_ratio";
-        page.family(
-            name,
-            Kind::Gauge,
-            "Tokens of the expert over its fair share in the last 60 s (in steps of 5 s): 1 is fair, 0 is dead. 0 without traffic.",
-        );
-        self.experts(page, name, &recent, RoutingStats::utilization);
+        self.experts(page, &catalog::EXPERT_TOKENS, &totals, |stats| stats.expert_tokens.iter().map(|&n| n as f64).collect());
+        self.experts(page, &catalog::EXPERT_WEIGHT_SUM, &totals, |stats| stats.expert_weights.clone());
+        self.experts(page, &catalog::EXPERT_UTILIZATION, &recent, RoutingStats::utilization);
 
-        let name = "hardmax_layer_balancedness_ratio";
-        page.family(name, Kind::Gauge, "Mean over largest load of the layer's experts in the last 60 s: 1 is even. 0 without traffic.");
-        self.layer_family(page, name, &recent, RoutingStats::balancedness);
-        let name = "hardmax_layer_load_cv";
-        page.family(name, Kind::Gauge, "Coefficient of variation of the load of the layer's experts in the last 60 s: 0 is even.");
-        self.layer_family(page, name, &recent, RoutingStats::load_cv);
-        let name = "hardmax_dead_experts";
-        page.family(name, Kind::Gauge, "Experts of the layer without a token in the last 60 s. 0 without traffic.");
-        self.layer_family(page, name, &recent, |stats| if stats.routes == 0 { 0.0 } else { stats.dead() as f64 });
-        let name = "hardmax_router_entropy_nats";
-        page.family(
-            name,
-            Kind::Gauge,
-            "Entropy of the softmax of the router logits, mean over the tokens of the last 60 s. 0 without traffic.",
-        );
-        self.layer_family(page, name, &recent, |stats| if stats.tokens == 0 { 0.0 } else { stats.entropy_sum / stats.tokens as f64 });
-        let name = "hardmax_router_non_finite_tokens_total";
-        page.family(name, Kind::Counter, "Tokens whose router logits were not finite; their requests failed.");
-        self.layer_family(page, name, &totals, |stats| stats.non_finite as f64);
+        self.layers(page, &catalog::LAYER_BALANCEDNESS, &recent, RoutingStats::balancedness);
+        self.layers(page, &catalog::LAYER_LOAD_CV, &recent, RoutingStats::load_cv);
+        self.layers(page, &catalog::DEAD_EXPERTS, &recent, |stats| if stats.routes == 0 { 0.0 } else { stats.dead() as f64 });
+        self.layers(page, &catalog::ROUTER_ENTROPY, &recent, RoutingStats::router_entropy);
+        self.layers(page, &catalog::ROUTER_NEAR_TIES, &totals, |stats| stats.near_ties as f64);
+        self.layers(page, &catalog::ROUTER_NON_FINITE, &totals, |stats| stats.non_finite as f64);
     }
 
-    fn experts(&self, page: &mut Exposition, name: &str, stats: &[&RoutingStats], values: impl Fn(&RoutingStats) -> Vec<f64>) {
+    fn experts(&self, page: &mut Exposition, family: &Family, stats: &[&RoutingStats], values: impl Fn(&RoutingStats) -> Vec<f64>) {
+        if !self.detail.shows(family.presence) {
+            return;
+        }
+        page.family(family);
         for (load, stats) in self.layers.iter().zip(stats) {
             for (expert, value) in values(stats).into_iter().enumerate() {
-                page.sample(name, &[("model", &self.model), ("layer", &load.layer), ("expert", &expert)], value);
+                page.sample(family, &[&self.model, &load.layer, &expert], value);
             }
         }
     }
 
-    fn layer_family(&self, page: &mut Exposition, name: &str, stats: &[&RoutingStats], value: impl Fn(&RoutingStats) -> f64) {
+    fn layers(&self, page: &mut Exposition, family: &Family, stats: &[&RoutingStats], value: impl Fn(&RoutingStats) -> f64) {
+        if !self.detail.shows(family.presence) {
+            return;
+        }
+        page.family(family);
         for (load, stats) in self.layers.iter().zip(stats) {
-            page.sample(name, &[("model", &self.model), ("layer", &load.layer)], value(stats));
+            page.sample(family, &[&self.model, &load.layer], value(stats));
         }
     }
 }
@@ -198,9 +214,15 @@ mod tests {
                 expert_weights: expert_tokens.iter().map(|&n| n as f64 / 2.0).collect(),
                 entropy_sum: routes as f64 * 0.25,
                 executed: routes,
+                near_ties: routes / 2,
                 ..RoutingStats::new(expert_tokens.len())
             },
         }
+    }
+
+    fn load(layers: &[(usize, usize)], start: Instant) -> ExpertLoad {
+        let config = MetricsConfig { model: "m".into(), layers: layers.to_vec(), ..MetricsConfig::default() };
+        ExpertLoad::new(&config, Detail::PerExpert, start)
     }
 
     fn value(load: &ExpertLoad, now: Instant, sample: &str) -> f64 {
@@ -215,7 +237,7 @@ mod tests {
     fn totals_stay_and_the_window_moves() {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
-        let mut load = ExpertLoad::new("m", &[(1, 2), (3, 4)], start);
+        let mut load = load(&[(1, 2), (3, 4)], start);
         load.add(&[routing(1, &[3, 1]), routing(3, &[2, 2, 0, 0]), routing(9, &[1])], after(2));
         load.add(&[routing(1, &[1, 1])], after(40));
 
@@ -232,12 +254,40 @@ mod tests {
         assert_eq!(value(&load, after(41), "hardmax_layer_balancedness_ratio{model=\"m\",layer=\"3\"}"), 0.5);
         assert_eq!(value(&load, after(41), "hardmax_layer_load_cv{model=\"m\",layer=\"3\"}"), 1.0);
         assert_eq!(value(&load, after(41), "hardmax_router_entropy_nats{model=\"m\",layer=\"3\"}"), 0.25);
+        assert_eq!(value(&load, after(200), "hardmax_router_near_tie_total{model=\"m\",layer=\"1\"}"), 3.0);
+        // Batches of 3, 1, 2, 2, 1 and 1 tokens; the layer that the model does not have is left out.
+        assert_eq!(value(&load, after(41), "hardmax_expert_batch_tokens_bucket{model=\"m\",le=\"2\"}"), 5.0);
+        assert_eq!(value(&load, after(41), "hardmax_expert_batch_tokens_sum{model=\"m\"}"), 10.0);
+    }
+
+    #[test]
+    fn snapshots_cover_a_window_or_all_since_the_reset() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut load = load(&[(1, 2)], start);
+        load.add(&[routing(1, &[3, 1])], after(2));
+        let seen = |load: &ExpertLoad, scope, now| {
+            let ExpertLoadSnapshot { seconds, layers } = load.snapshot(scope, now);
+            assert_eq!((layers.len(), layers[0].layer), (1, 1));
+            (seconds, layers[0].stats.expert_tokens.clone())
+        };
+        assert_eq!(seen(&load, Scope::Window, after(3)), (3.0, vec![3, 1]));
+        load.add(&[routing(1, &[0, 1])], after(70));
+        assert_eq!(seen(&load, Scope::Window, after(72)), (57.0, vec![0, 1]));
+        assert_eq!(seen(&load, Scope::Total, after(72)), (72.0, vec![3, 2]));
+
+        load.reset(after(80));
+        assert_eq!(seen(&load, Scope::Total, after(81)), (1.0, vec![0, 0]));
+        assert_eq!(seen(&load, Scope::Window, after(81)), (56.0, vec![0, 1]), "a window ends by itself");
+        load.add(&[routing(1, &[5, 0])], after(82));
+        assert_eq!(seen(&load, Scope::Total, after(84)), (4.0, vec![5, 0]));
+        assert_eq!(value(&load, after(84), "hardmax_expert_tokens_total{model=\"m\",layer=\"1\",expert=\"0\"}"), 8.0);
     }
 
     #[test]
     fn memory_is_bounded() {
         let start = Instant::now();
-        let mut load = ExpertLoad::new("m", &[(0, 2)], start);
+        let mut load = load(&[(0, 2)], start);
         for second in 0..1000 {
             load.add(&[routing(0, &[1, 0])], start + Duration::from_secs(second));
         }

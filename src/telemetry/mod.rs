@@ -1,7 +1,15 @@
 //! What operators see of a running server.
 
+pub mod catalog;
+mod config;
 mod expert_load;
 mod exposition;
 pub mod http;
+mod info;
+mod labels;
 pub mod metrics;
+pub mod otel;
 pub mod page;
+mod register;
+#[cfg(test)]
+mod tests;

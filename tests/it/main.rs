@@ -9,6 +9,8 @@ mod compare;
 mod demo;
 mod fidelity;
 mod fuzz;
+mod metrics;
+mod otlp;
 mod page;
 mod parity;
 mod policy;

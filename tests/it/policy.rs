@@ -29,7 +29,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("service", &["checkpoint::GenerationDefaults", "engine", "error", "model", "moe", "telemetry"]),
     ("server", &["engine", "error", "model", "moe", "service", "telemetry"]),
     // Measures all of the above.
-    ("bench", &["engine", "error", "model", "moe", "ops", "server", "service"]),
+    ("bench", &["engine", "error", "model", "moe", "ops", "server", "service", "telemetry::otel"]),
     // The laboratory: estimators against each other, on small tasks of its own and on the decoder.
     ("compare", &["error", "model", "moe", "ops", "plot", "schedule", "train"]),
     // The command line may name everything.
@@ -60,6 +60,7 @@ const KNOWN_TO: &[(&str, &[&str])] = &[
     ("tonic", &["bench", "service", "server", "cli"]),
     ("prost", &["service", "server", "cli"]),
     ("axum", &["telemetry"]),
+    ("opentelemetry", &["telemetry"]),
     ("plotters", &["plot"]),
     ("tokio", &["bench", "engine", "service", "server", "cli", "telemetry"]),
 ];

@@ -13,10 +13,14 @@ use hardmax::service::proto::{
     inference_client::InferenceClient,
     routing_policy::{Native, Policy},
 };
+use opentelemetry_proto::tonic::common::v1::any_value::Value as Attribute;
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 
-use crate::support::{collect, soon};
+use crate::{
+    otlp::Collector,
+    support::{collect, soon},
+};
 
 /// A random-weight Mixtral, with what another implementation says to it.
 const GOLDEN: &str = "tests/goldens/mixtral_gqa";
@@ -33,13 +37,19 @@ struct Server {
 impl Server {
     /// Starts and waits until it serves.
     async fn start(model: PathBuf, flags: &'static [&str]) -> Self {
-        soon(spawn_blocking(move || Self::spawn(&model, flags))).await.unwrap()
+        Self::start_with(model, flags, &[]).await
     }
 
-    fn spawn(model: &Path, flags: &[&str]) -> Self {
+    /// The same, with more in its environment.
+    async fn start_with(model: PathBuf, flags: &'static [&str], variables: &[(&'static str, &str)]) -> Self {
+        let variables: Vec<_> = variables.iter().map(|&(name, value)| (name, value.to_owned())).collect();
+        soon(spawn_blocking(move || Self::spawn(&model, flags, variables))).await.unwrap()
+    }
+
+    fn spawn(model: &Path, flags: &[&str], variables: Vec<(&str, String)>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hardmax"));
         command.args(["serve", "--log-format", "json", "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--model"]).arg(model);
-        let mut child = command.args(flags).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command.args(flags).envs(variables).stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let mut until = |message: &str| loop {
             let mut line = String::new();
@@ -161,4 +171,19 @@ async fn a_second_signal_ends_at_once() {
     let (status, log) = server.ended().await;
     assert_eq!(status.code(), Some(1));
     assert!(log.contains("exiting at once"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_standard_variables_turn_traces_on() {
+    let (_folder, model) = checkpoint();
+    let collector = Collector::start().await;
+    let variables = [("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint.as_str()), ("OTEL_SERVICE_NAME", "named")];
+    let server = Server::start_with(model, &[], &variables).await;
+    let mut client = soon(InferenceClient::connect(format!("http://{}", server.grpc))).await.unwrap();
+    client.get_model_info(GetModelInfoRequest::default()).await.unwrap();
+    server.signal("TERM");
+    let (status, log) = server.ended().await;
+    assert!(status.success(), "{log}");
+    assert_eq!(collector.server().name, "hardmax.v1.Inference/GetModelInfo");
+    assert_eq!(collector.service_name(), Some(Attribute::StringValue("named".into())));
 }

@@ -4,9 +4,10 @@ use hardmax::{
     moe::policy::{RoutingChoice, RoutingRule},
     service::{
         proto::{
-            self, GenerateRequest, GetModelInfoRequest, GetRoutingPolicyRequest, ReplayRoutingRequest, RoutingPolicy, ScoreRequest,
-            SetRoutingPolicyRequest, TokenIds, TraceOptions, TraceRoutingRequest, TraceRoutingResponse, generate_request::Prompt,
-            replay_routing_request, routing_client::RoutingClient, score_request, trace_routing_request::Input,
+            self, GenerateRequest, GetExpertLoadRequest, GetModelInfoRequest, GetRoutingPolicyRequest, ReplayRoutingRequest,
+            ResetStatisticsRequest, RoutingPolicy, ScoreRequest, SetRoutingPolicyRequest, TokenIds, TraceOptions, TraceRoutingRequest,
+            TraceRoutingResponse, generate_request::Prompt, get_expert_load_request::Scope, replay_routing_request,
+            routing_client::RoutingClient, score_request, trace_routing_request::Input,
         },
         routing_message,
     },
@@ -138,6 +139,7 @@ async fn the_routing_in_force_is_changed_while_it_serves() {
         let set = SetRoutingPolicyRequest { serving: Some(rule(text)), ..SetRoutingPolicyRequest::default() };
         let previous = soon(client.set_routing_policy(set)).await.unwrap().into_inner().previous;
         assert!(previous.is_some());
+        assert_eq!(server.metric("hardmax_routing_info", &[("serving", text)]).await, Some(1.0));
         assert_eq!(soon(client.get_routing_policy(get())).await.unwrap().into_inner().serving, Some(rule(text)));
         // What says nothing is served as what asks for it.
         let silent = soon(inference.score(score())).await.unwrap().into_inner();
@@ -153,9 +155,9 @@ async fn the_routing_in_force_is_changed_while_it_serves() {
     for (serving, name) in [
         (None, "serving"),
         (Some(RoutingPolicy { policy: None }), "serving.policy"),
-        (Some(rule("top-1,2,1,2,1,2,1,2,1,2,1,2,1,2,1,2,1")), "serving"),
-        (Some(rule("top-99")), "routing.top_k.k"),
-        (Some(rule("mass-1.5")), "routing.mass.threshold"),
+        (Some(rule("top-1,2,1,2,1,2,1,2,1,2,1,2,1,2,1,2,1")), "serving.layer_top_k.k"),
+        (Some(rule("top-99")), "serving.top_k.k"),
+        (Some(rule("mass-1.5")), "serving.mass.threshold"),
     ] {
         let status = soon(client.set_routing_policy(SetRoutingPolicyRequest { serving, ..Default::default() })).await.unwrap_err();
         assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, name.to_owned()));
@@ -172,4 +174,47 @@ async fn a_fixed_routing_stays() {
     let status = soon(client.set_routing_policy(set)).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     assert!(status.message().contains("--runtime-routing"), "{}", status.message());
+}
+
+/// Whatever was asked for, in whatever company: every layer gives each token to as many experts as its routing says.
+#[tokio::test]
+async fn every_route_is_counted_once() {
+    let server = TestServer::start(Options::demo()).await;
+    let mut client = client(&server).await;
+    let asked = [("top-1", 1), ("top-2", 2), ("top-3:raw", 3), ("soft", 8)];
+    let mut calls = Vec::new();
+    for (routing, k) in asked.into_iter().cycle().take(12) {
+        let mut inference = server.client().await;
+        let request = GenerateRequest { routing: Some(rule(routing)), prompt: Some(Prompt::Text(TEXT.into())), ..generate("", 9) };
+        calls.push(tokio::spawn(async move {
+            let (messages, end) = collect(inference.generate(request).await.unwrap().into_inner()).await;
+            assert!(end.is_none());
+            let usage = messages.last().unwrap().finish.as_ref().unwrap().usage.unwrap();
+            // Neither what was in the cache nor the last token is read.
+            let read = usage.prompt_tokens - usage.cached_prompt_tokens + usage.generated_tokens - 1;
+            (u64::from(read), u64::from(read) * k)
+        }));
+    }
+    let (mut tokens, mut routes) = (0, 0);
+    for call in calls {
+        let (read, routed) = soon(call).await.unwrap();
+        (tokens, routes) = (tokens + read, routes + routed);
+    }
+    let load = |scope: Scope| GetExpertLoadRequest { scope: scope.into(), ..GetExpertLoadRequest::default() };
+    for scope in [Scope::Window, Scope::Total] {
+        let load = soon(client.get_expert_load(load(scope))).await.unwrap().into_inner();
+        assert!(load.generation == 1 && load.layers.len() >= 4 && load.seconds > 0.0);
+        for layer in &load.layers {
+            assert_eq!((layer.tokens, layer.expert_tokens.iter().sum::<u64>()), (tokens, routes), "layer {}", layer.layer);
+            let mean = layer.utilization.iter().sum::<f64>() / layer.utilization.len() as f64;
+            assert!((mean - 1.0).abs() < 1e-9 && layer.router_entropy > 0.0 && layer.load_cv > 0.0 && layer.balancedness <= 1.0);
+        }
+    }
+    soon(client.reset_statistics(ResetStatisticsRequest::default())).await.unwrap();
+    let total = soon(client.get_expert_load(load(Scope::Total))).await.unwrap().into_inner();
+    assert!(total.layers.iter().all(|layer| layer.tokens == 0 && layer.dead_experts == 0), "no traffic is no dead expert");
+    let counted = server.metric("hardmax_expert_tokens_total", &[("layer", "0"), ("expert", "0")]).await.unwrap();
+    assert!(counted > 0.0, "counters go on");
+    let status = soon(client.get_expert_load(GetExpertLoadRequest { scope: 9, ..Default::default() })).await.unwrap_err();
+    assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, "scope".to_owned()));
 }

@@ -30,7 +30,11 @@ use hardmax::{
         SamplingDefaults, ServiceConfig,
         proto::{self, generate_request::Prompt, inference_client::InferenceClient},
     },
-    telemetry::page::PageConfig,
+    telemetry::{
+        metrics::SeriesOptions,
+        otel::{OtlpConfig, Tracer},
+        page::PageConfig,
+    },
 };
 use tokenizers::{
     Tokenizer, decoders,
@@ -107,6 +111,7 @@ impl Gate {
 
 struct FakeModel {
     spec: ModelSpec,
+    cache_blocks: usize,
     gate: Arc<Gate>,
 }
 
@@ -116,7 +121,7 @@ impl LanguageModel for FakeModel {
     }
 
     fn cache(&self) -> CacheShape {
-        CacheShape { block_tokens: 16, num_blocks: 1 << 23 }
+        CacheShape { block_tokens: 16, num_blocks: self.cache_blocks }
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
@@ -141,15 +146,18 @@ impl LanguageModel for FakeModel {
         let rows = logits.len() / VOCAB;
         Ok(Forward {
             logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?,
-            layers: vec![routing(batch.tokens.len())?],
+            layers: vec![routing(&batch.tokens)?],
             time: ForwardTime::default(),
         })
     }
 }
 
-/// Every token takes expert 0 of layer 0.
-fn routing(tokens: usize) -> Result<LayerRouting> {
+/// Every token takes expert 0 of layer 0, after some doubt; a poisoned one has no logits that are numbers.
+fn routing(tokens: &[u32]) -> Result<LayerRouting> {
     let mut stats = RoutingStats::new(4);
+    stats.non_finite = tokens.iter().filter(|&&token| token == POISON).count() as u64;
+    let tokens = tokens.len();
+    (stats.entropy_sum, stats.near_ties) = (0.5 * tokens as f64, tokens as u64);
     (stats.tokens, stats.routes) = (tokens as u64, tokens as u64);
     (stats.expert_tokens[0], stats.expert_weights[0]) = (tokens as u64, tokens as f64);
     let routing = SparseRouting { offsets: (0..=tokens as u32).collect(), expert_ids: vec![0; tokens], weights: vec![1.0; tokens] };
@@ -214,10 +222,14 @@ fn byte_characters() -> Vec<char> {
 pub struct Options {
     pub engine: EngineConfig,
     pub max_context: usize,
+    /// Of 16 tokens.
+    pub cache_blocks: usize,
     pub max_receive_bytes: usize,
     pub routing: RoutingRule,
     pub runtime_routing: bool,
+    pub series: SeriesOptions,
     pub drain: DrainConfig,
+    pub otlp: Option<OtlpConfig>,
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
@@ -240,10 +252,13 @@ impl Default for Options {
                 ..EngineConfig::default()
             },
             max_context: 256,
+            cache_blocks: 1 << 23,
             max_receive_bytes: 4 << 20,
             routing: RoutingRule::default(),
             runtime_routing: true,
+            series: SeriesOptions::default(),
             drain: DrainConfig { grace: Duration::ZERO, timeout: PATIENCE },
+            otlp: None,
             gate_open: true,
             load_fails: false,
             live_page: PageConfig::default(),
@@ -280,10 +295,11 @@ impl TestServer {
         let (grpc_address, observers_address) = (grpc.local_addr().unwrap(), observers.local_addr().unwrap());
         let gate = Gate::new(options.gate_open);
         let (shutdown, stopped) = oneshot::channel();
+        let tracer = options.otlp.as_ref().map_or_else(Tracer::default, |config| Tracer::start(config).unwrap());
         let (drain, model_gate) = (options.drain, gate.clone());
         let listeners = Listeners { grpc, metrics: Some(observers), live_page: options.live_page.clone() };
         let load = move || load(options, model_gate);
-        let running = tokio::spawn(server::run(listeners, drain, load, async {
+        let running = tokio::spawn(server::run(listeners, drain, tracer, load, async {
             let _ = stopped.await;
         }));
         Self { grpc: grpc_address, observers: observers_address, gate, shutdown: Some(shutdown), running }
@@ -366,11 +382,12 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         max_receive_bytes: options.max_receive_bytes,
         max_tokenize_bytes: MAX_TOKENIZE,
         max_send_bytes: 64 << 20,
+        series: options.series,
     };
     if options.demo {
         return load_demo(options.engine, service);
     }
-    let model = Box::new(FakeModel { spec: spec(options.max_context), gate });
+    let model = Box::new(FakeModel { spec: spec(options.max_context), cache_blocks: options.cache_blocks, gate });
     Ok(Loaded { model, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
 }
 

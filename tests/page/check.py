@@ -103,7 +103,8 @@ def functions(page):
 
 
 def contrast(page):
-    """Every text against what is behind it, as WCAG counts it: 4.5 for text of this size."""
+    """Every text against what is behind it, as WCAG counts it: 4.5 for text of this size. Once colours have settled."""
+    time.sleep(0.7)
     bad = page.eval("""(() => {
       const parse = (c) => { const m = c.match(/[\\d.]+/g).map(Number); return c.startsWith('color(') ? [m[0] * 255, m[1] * 255, m[2] * 255, m[3] ?? 1] : [m[0], m[1], m[2], m[3] ?? 1]; };
       const back = (e) => { for (; e; e = e.parentElement) { const s = getComputedStyle(e); const c = parse(s.backgroundColor); if (c[3] > 0.99) return c; } return [255, 255, 255, 1]; };

@@ -125,6 +125,7 @@ fn agrees_with_the_tensors() {
             assert_eq!(found.layers.len(), wanted.layers.len());
             for (a, b) in found.layers.iter().zip(&wanted.layers) {
                 assert_eq!((a.layer, &a.stats.expert_tokens, a.stats.routes), (b.layer, &b.stats.expert_tokens, b.stats.routes));
+                assert_eq!(a.stats.near_ties, b.stats.near_ties);
                 let (Routing::Sparse(a), Routing::Sparse(b)) = (&a.routing, &b.routing) else { panic!("dense") };
                 assert_eq!((&a.offsets, &a.expert_ids), (&b.offsets, &b.expert_ids));
             }

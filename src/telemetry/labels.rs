@@ -1,0 +1,182 @@
+//! Labels with a fixed set of values, as enums: each value has its series from the start.
+
+use crate::error::ErrorKind;
+
+/// Labels of one kind, with the texts that they are exported as.
+macro_rules! label {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name {
+            $($(#[$variant_doc])* $variant,)+
+        }
+
+        impl $name {
+            /// All of them: each has its series from the start.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The texts of all of them.
+            pub const LABELS: &[&'static str] = &[$($text,)+];
+
+            /// The text of the label.
+            pub fn label(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text,)+
+                }
+            }
+        }
+    };
+}
+
+label! {
+    /// Methods of the service.
+    Method {
+        /// Streaming continuation.
+        Generate = "Generate",
+        /// Log-probabilities.
+        Score = "Score",
+        /// Text to tokens.
+        Tokenize = "Tokenize",
+        /// Tokens to text.
+        Detokenize = "Detokenize",
+        /// Description of the model.
+        GetModelInfo = "GetModelInfo",
+        /// Experts of each token of a text.
+        TraceRouting = "TraceRouting",
+        /// Log-probabilities under given experts.
+        ReplayRouting = "ReplayRouting",
+        /// What each expert was given.
+        GetExpertLoad = "GetExpertLoad",
+        /// The statistics begin anew.
+        ResetStatistics = "ResetStatistics",
+        /// The routing in force.
+        GetRoutingPolicy = "GetRoutingPolicy",
+        /// Another routing from now on.
+        SetRoutingPolicy = "SetRoutingPolicy",
+    }
+}
+
+label! {
+    /// Outcomes of a call, named as in gRPC. Those that this server never gives by itself are `Unknown`.
+    Code {
+        /// Success.
+        Ok = "OK",
+        /// The client went away.
+        Cancelled = "CANCELLED",
+        /// Anything else.
+        Unknown = "UNKNOWN",
+        /// A field can never be right.
+        InvalidArgument = "INVALID_ARGUMENT",
+        /// The deadline passed.
+        DeadlineExceeded = "DEADLINE_EXCEEDED",
+        /// Another model was asked for.
+        NotFound = "NOT_FOUND",
+        /// The queue was full.
+        ResourceExhausted = "RESOURCE_EXHAUSTED",
+        /// Refused in this mode.
+        FailedPrecondition = "FAILED_PRECONDITION",
+        /// Too large.
+        OutOfRange = "OUT_OF_RANGE",
+        /// The server has no such method, or does not read the encoding of the message.
+        Unimplemented = "UNIMPLEMENTED",
+        /// A bug.
+        Internal = "INTERNAL",
+        /// Draining.
+        Unavailable = "UNAVAILABLE",
+    }
+}
+
+label! {
+    /// How a request that was let in ended.
+    Outcome {
+        /// Stop token or stop string.
+        Stop = "stop",
+        /// Limit of tokens; end of a score.
+        Length = "length",
+        /// The client went away.
+        Cancelled = "cancelled",
+        /// The deadline passed.
+        Deadline = "deadline",
+        /// Anything else.
+        Error = "error",
+    }
+}
+
+label! {
+    /// Why a well-formed request was not let in.
+    Rejection {
+        /// Too many wait.
+        QueueFull = "queue_full",
+        /// It came too late.
+        Deadline = "deadline",
+        /// The server is stopping.
+        Draining = "draining",
+        /// The prompt does not fit into the context.
+        TooLong = "too_long",
+    }
+}
+
+label! {
+    /// Where the time of a step goes.
+    Part {
+        /// Attention of all layers.
+        Attention = "attention",
+        /// Feed-forward parts of all layers.
+        Experts = "experts",
+        /// The rest of the forward: embedding, norms, head.
+        Rest = "rest",
+        /// Scheduling, sampling, sending.
+        Engine = "engine",
+    }
+}
+
+impl Code {
+    /// From the number that gRPC gives a code.
+    pub fn from_number(number: i32) -> Self {
+        match number {
+            0 => Self::Ok,
+            1 => Self::Cancelled,
+            3 => Self::InvalidArgument,
+            4 => Self::DeadlineExceeded,
+            5 => Self::NotFound,
+            8 => Self::ResourceExhausted,
+            9 => Self::FailedPrecondition,
+            11 => Self::OutOfRange,
+            12 => Self::Unimplemented,
+            13 => Self::Internal,
+            14 => Self::Unavailable,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+impl From<ErrorKind> for Code {
+    fn from(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::InvalidArgument => Self::InvalidArgument,
+            ErrorKind::OutOfRange => Self::OutOfRange,
+            ErrorKind::NotFound => Self::NotFound,
+            ErrorKind::FailedPrecondition => Self::FailedPrecondition,
+            ErrorKind::ResourceExhausted => Self::ResourceExhausted,
+            ErrorKind::Unavailable => Self::Unavailable,
+            ErrorKind::DeadlineExceeded => Self::DeadlineExceeded,
+            ErrorKind::Cancelled => Self::Cancelled,
+            ErrorKind::Internal => Self::Internal,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_have_the_numbers_of_grpc() {
+        assert_eq!(Code::from_number(0), Code::Ok);
+        assert_eq!(Code::from_number(8), Code::ResourceExhausted);
+        assert_eq!(Code::from_number(14), Code::Unavailable);
+        assert_eq!(Code::from_number(12), Code::Unimplemented);
+        assert_eq!([2, 99, -1].map(Code::from_number), [Code::Unknown; 3]);
+        assert_eq!(Code::from(ErrorKind::OutOfRange), Code::OutOfRange);
+    }
+}
