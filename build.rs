@@ -1,7 +1,13 @@
 //! Compiles `proto/` without protoc: protox parses, tonic-prost-build generates into `OUT_DIR`. Takes plotly.js for the live page out of
 //! the crate that carries it, and compresses it, so that the program has a third of it and no code around it.
 
-use std::{env, error::Error, fs, io::Write as _, path::{Path, PathBuf}};
+use std::{
+    env,
+    error::Error,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
 use flate2::{Compression, write::GzEncoder};
 use prost::Message as _;
@@ -31,7 +37,8 @@ fn plotly(out: &Path) -> Result<(), Box<dyn Error>> {
         script.contains("plotly.js v").then_some(script)
     });
     let script = script.ok_or("the crate plotly has no plotly.js")?;
-    let version = script.split_once("plotly.js v").and_then(|(_, rest)| rest.split_whitespace().next()).ok_or("plotly.js has no version")?;
+    let version =
+        script.split_once("plotly.js v").and_then(|(_, rest)| rest.split_whitespace().next()).ok_or("plotly.js has no version")?;
     println!("cargo:rustc-env=HARDMAX_PLOTLY={version}");
     let mut file = GzEncoder::new(fs::File::create(out.join("plotly.js.gz"))?, Compression::default());
     file.write_all(script.as_bytes())?;

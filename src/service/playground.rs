@@ -165,7 +165,8 @@ fn token_routes(trace: &RoutingTrace, token: usize) -> TokenRoutes {
     let rows = token * layers..(token + 1) * layers;
     let of_rows = |values: &[f32]| values.get(rows.clone()).unwrap_or_default().iter().map(|&value| short(value)).collect();
     let routes = trace.layers.iter().filter_map(|&layer| trace.row(trace.first_position + token, layer));
-    let routes = routes.map(|row| row.experts.iter().copied().zip(row.weights.iter().map(|&weight| short(weight))).take(MAX_ROUTES).collect());
+    let routes =
+        routes.map(|row| row.experts.iter().copied().zip(row.weights.iter().map(|&weight| short(weight))).take(MAX_ROUTES).collect());
     TokenRoutes { routes: routes.collect(), entropy: of_rows(&trace.entropy), margin: of_rows(&trace.margin) }
 }
 

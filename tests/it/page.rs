@@ -51,7 +51,8 @@ async fn send(to: SocketAddr, line: &str, headers: &[(&str, &str)], body: &[u8])
     let end = response.windows(4).position(|four| four == b"\r\n\r\n").expect("a head");
     let head = String::from_utf8(response[..end].to_vec()).unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    let names = head.lines().map(|line| line.split_once(": ").map_or(line.into(), |(name, value)| format!("{}: {value}", name.to_lowercase())));
+    let names =
+        head.lines().map(|line| line.split_once(": ").map_or(line.into(), |(name, value)| format!("{}: {value}", name.to_lowercase())));
     Answer { status, head: names.collect::<Vec<_>>().join("\n"), body: response[end + 4..].to_vec() }
 }
 
@@ -73,6 +74,18 @@ async fn get(server: &TestServer, path: &str) -> Answer {
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
+/// A server whose model is loaded.
+async fn serving(options: Options) -> TestServer {
+    let server = TestServer::start(options).await;
+    let loaded = async {
+        while get(&server, "/healthz").await.status != 200 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(loaded).await;
+    server
+}
+
 async fn try_prompt(server: &TestServer, trial: &Value) -> Answer {
     send(server.observers, "POST /try", &[JSON], trial.to_string().as_bytes()).await
 }
@@ -83,11 +96,17 @@ fn with_page(mode: PageMode) -> Options {
 
 #[tokio::test]
 async fn the_document_loads_nothing_from_elsewhere() {
-    let server = TestServer::start(Options::default()).await;
+    let server = serving(Options::default()).await;
     let (one, two) = (get(&server, "/").await, get(&server, "/").await);
-    assert_eq!((one.status, one.header("content-type"), one.header("cache-control")), (200, Some("text/html; charset=utf-8"), Some("no-store")));
+    assert_eq!(
+        (one.status, one.header("content-type"), one.header("cache-control")),
+        (200, Some("text/html; charset=utf-8"), Some("no-store"))
+    );
     let policy = one.header("content-security-policy").unwrap();
-    assert!(policy.starts_with("default-src 'none'") && policy.contains("frame-ancestors 'none'") && !policy.contains("unsafe-eval"), "{policy}");
+    assert!(
+        policy.starts_with("default-src 'none'") && policy.contains("frame-ancestors 'none'") && !policy.contains("unsafe-eval"),
+        "{policy}"
+    );
     let nonce = policy.split_once("script-src 'nonce-").unwrap().1.split_once('\'').unwrap().0;
     let scripts: Vec<_> = one.text().match_indices("<script").map(|(at, _)| &one.text()[at..]).collect();
     assert_eq!(scripts.len(), 2);
@@ -108,7 +127,7 @@ async fn the_document_loads_nothing_from_elsewhere() {
 
 #[tokio::test]
 async fn the_library_is_sent_once() {
-    let server = TestServer::start(Options::default()).await;
+    let server = serving(Options::default()).await;
     let document = get(&server, "/").await;
     let path = document.text().split_once("src=\"/assets/").unwrap().1.split_once('"').unwrap().0;
     let library = get(&server, &format!("/assets/{path}")).await;
@@ -123,37 +142,45 @@ async fn the_library_is_sent_once() {
 
 #[tokio::test]
 async fn the_state_follows_the_traffic() {
-    let server = TestServer::start(Options::default()).await;
+    let server = serving(Options::default()).await;
     let mut client = server.client().await;
     collect(client.generate(generate("abc", 5)).await.unwrap().into_inner()).await;
     server.metric_reaches("hardmax_request_finished_total", &[("reason", "length")], 1.0).await;
     let answer = get(&server, "/live.json").await;
     assert_eq!((answer.header("content-type"), answer.header("cache-control")), (Some("application/json"), Some("no-store")));
     let live = answer.json();
-    assert_eq!((&live["readiness"], &live["facts"]["model"], &live["facts"]["reference"]), (&json!("serving"), &json!("fake"), &json!("soft:0.5")));
+    assert_eq!(
+        (&live["readiness"], &live["facts"]["model"], &live["facts"]["reference"]),
+        (&json!("serving"), &json!("fake"), &json!("soft:0.5"))
+    );
     assert_eq!((&live["counters"]["prompt_tokens"], &live["counters"]["generated_tokens"]), (&json!(3.0), &json!(5.0)));
     assert_eq!(live["time_to_first_token"]["count"].as_array().unwrap().last(), Some(&json!(1.0)));
     assert_eq!(live["inter_token_latency"]["count"].as_array().unwrap().last(), Some(&json!(4.0)));
     for scope in ["window", "total"] {
         let layer = &live["expert_load"][scope]["layers"][0];
-        assert_eq!((&layer["layer"], &layer["expert_tokens"], &layer["dead_experts"]), (&json!(0), &json!([7, 0, 0, 0]), &json!(3)), "{scope}");
+        assert_eq!(
+            (&layer["layer"], &layer["expert_tokens"], &layer["dead_experts"]),
+            (&json!(0), &json!([7, 0, 0, 0]), &json!(3)),
+            "{scope}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_prompt_comes_back_with_its_experts() {
-    let server = TestServer::start(Options::default()).await;
-    let answer = try_prompt(&server, &json!({ "prompt": "abc", "max_new_tokens": 8 })).await;
+    let server = serving(Options::default()).await;
+    let answer = try_prompt(&server, &json!({ "prompt": "abc", "max_new_tokens": 10 })).await;
     assert_eq!((answer.status, answer.header("cache-control")), (200, Some("no-store")), "{}", answer.text());
     let answer = answer.json();
     assert_eq!((&answer["routing"], &answer["finish"], &answer["layers"]), (&json!("native"), &json!("length"), &json!([0])));
     let tokens = answer["tokens"].as_array().unwrap();
     let text: String = tokens.iter().map(|token| token["text"].as_str().unwrap()).collect();
-    assert_eq!(text, format!("abc{}", str::from_utf8(&said(3, 8)).unwrap()));
+    assert_eq!(text, format!("abc{}", str::from_utf8(&said(3, 10)).unwrap()));
     let generated: Vec<_> = tokens.iter().map(|token| token["generated"].as_bool().unwrap()).collect();
-    assert_eq!(generated, [[false; 3].as_slice(), &[true; 8]].concat());
+    assert_eq!(generated, [[false; 3].as_slice(), &[true; 10]].concat());
+    assert_eq!([&tokens[3]["text"], &tokens[4]["text"]], ["", "ö"], "half a character is no text");
     for (at, token) in tokens.iter().enumerate() {
-        let expected = if at == 10 { Value::Null } else { json!([[[0, 1.0]]]) };
+        let expected = if at == 12 { Value::Null } else { json!([[[0, 1.0]]]) };
         assert_eq!(token["routes"], expected, "token {at}: all but the last, which nobody reads");
     }
     let soft = try_prompt(&server, &json!({ "prompt": "a", "max_new_tokens": 1, "routing": "soft:0.25" })).await;
@@ -162,7 +189,7 @@ async fn a_prompt_comes_back_with_its_experts() {
 
 #[tokio::test]
 async fn what_is_wrong_is_named() {
-    let server = TestServer::start(with_page(PageMode::Full)).await;
+    let server = serving(with_page(PageMode::Full)).await;
     let trial = |prompt: &str, tokens: u32| json!({ "prompt": prompt, "max_new_tokens": tokens });
     let long = "x".repeat(300);
     let wrong = [
@@ -206,7 +233,7 @@ async fn what_is_wrong_is_named() {
 
 #[tokio::test]
 async fn one_prompt_at_a_time_and_none_for_who_left() {
-    let server = TestServer::start(Options { gate_open: false, ..Options::default() }).await;
+    let server = serving(Options { gate_open: false, ..Options::default() }).await;
     let trial = json!({ "prompt": "a", "max_new_tokens": 200 });
     let mut first = TcpStream::connect(server.observers).unwrap();
     first.write_all(&request(server.observers, "POST /try", &[JSON], trial.to_string().as_bytes())).unwrap();
@@ -237,12 +264,12 @@ async fn while_loading_there_is_a_page_and_no_prompt() {
 
 #[tokio::test]
 async fn the_page_can_be_less() {
-    let server = TestServer::start(with_page(PageMode::ReadOnly)).await;
+    let server = serving(with_page(PageMode::ReadOnly)).await;
     assert!(get(&server, "/").await.text().contains("data-page=\"read-only\""));
     assert_eq!(get(&server, "/live.json").await.status, 200);
     assert_eq!(try_prompt(&server, &json!({ "prompt": "a", "max_new_tokens": 2 })).await.status, 404);
 
-    let server = TestServer::start(with_page(PageMode::Off)).await;
+    let server = serving(with_page(PageMode::Off)).await;
     for path in ["/", "/live.json", "/assets/plotly.js", "/try"] {
         assert_eq!(get(&server, path).await.status, 404, "{path}");
     }
