@@ -88,6 +88,8 @@ pub enum QueueLimit {
     Requests(usize),
     /// Requests with so many prompt tokens together.
     Tokens(usize),
+    /// So many measurements.
+    Measurements(usize),
 }
 
 /// What a caller can do about an [`Error`]; the basis of status and exit codes.
@@ -118,6 +120,7 @@ impl fmt::Display for QueueLimit {
         match self {
             Self::Requests(n) => write!(f, "{n} requests"),
             Self::Tokens(n) => write!(f, "requests with {n} prompt tokens"),
+            Self::Measurements(n) => write!(f, "{n} measurements"),
         }
     }
 }

@@ -21,7 +21,7 @@ use tonic::{
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    engine::{Engine, EngineConfig, EngineParts},
+    engine::{Engine, EngineConfig, EngineParts, ObservableSource},
     error::{Error, Result},
     model::LanguageModel,
     service::{
@@ -66,6 +66,8 @@ pub struct Listeners {
 pub struct Loaded {
     /// Goes to the engine.
     pub model: Box<dyn LanguageModel>,
+    /// Goes to the engine. `None`: the fidelity gap is not measured.
+    pub background: Option<Box<dyn ObservableSource>>,
     /// Its tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// Tokens that end a generation.
@@ -119,10 +121,12 @@ pub async fn run(
     };
     let cache = loaded.model.cache();
     let config = loaded.service.metrics(loaded.model.spec())?;
-    let config = MetricsConfig { cache_block_tokens: cache.block_tokens, cache_blocks: cache.num_blocks, ..config };
+    let shadow = loaded.background.is_some() && loaded.engine.shadow.is_on();
+    let config = MetricsConfig { cache_block_tokens: cache.block_tokens, cache_blocks: cache.num_blocks, shadow, ..config };
     let metrics = Arc::new(Metrics::new(&config)?);
     let engine = Engine::start(EngineParts {
         model: loaded.model,
+        background: loaded.background,
         tokenizer: loaded.tokenizer,
         eos_token_ids: loaded.eos_token_ids,
         config: loaded.engine,

@@ -41,6 +41,8 @@ pub enum Experiment {
     Soft,
     /// Time to first token of a second request that shares a prefix with the first, through gRPC.
     Prefix,
+    /// Throughput of an engine with a full batch while it is watched, against the same engine unwatched.
+    Overhead,
 }
 
 /// Models that differ in their number of experts.

@@ -1,7 +1,7 @@
 //! `hardmax bench`: how fast is a model here, what does serving add, and how near is it to what the machine can do.
 //!
 //! A [`Subject`] is a folder or a shape with random weights. [`steps`] drives it without a server, [`grpc`] through a real one, [`soak`]
-//! for a long time and with bad manners, [`experiment`] to answer one question each. [`limits`] are read between the runs, since a shared
+//! for a long time and with bad manners, [`experiment`] to answer one question each, [`overhead`] another. [`limits`] are read between the runs, since a shared
 //! machine is not the same from minute to minute; for that reason results are medians, and ratios of neighbours in time. [`cost`] says
 //! what a forward has to read and to compute. A [`Report`] has it all.
 
@@ -12,6 +12,7 @@ pub mod experiment;
 pub mod grpc;
 pub mod limits;
 pub mod micro;
+pub mod overhead;
 pub mod report;
 pub mod soak;
 pub mod stats;
@@ -35,7 +36,10 @@ pub use self::{
     report::Report,
     subject::{Placement, Source, Subject},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    moe::policy::RoutingChoice,
+};
 
 /// The server to load.
 #[derive(Debug)]
@@ -108,6 +112,14 @@ pub fn run_prefix(subject: &Subject, limits: ServerLimits, config: &ExperimentCo
     report.prefix = Some(block_on(experiment::prefix(warm.target(), cold.target(), config))?);
     warm.stop()?;
     cold.stop()?;
+    Ok(report)
+}
+
+/// The experiment with what watching costs, under `routing`.
+pub fn run_overhead(subject: &Subject, routing: RoutingChoice, config: &ExperimentConfig) -> Result<Report> {
+    let mut report = Report::new();
+    report.subject(subject);
+    report.overhead = Some(block_on(overhead::measure(subject, routing, config))?);
     Ok(report)
 }
 

@@ -9,6 +9,7 @@ use super::{
     experiment::{ExpertsReport, PrefixReport, SoftRow},
     grpc::GrpcMeasurement,
     limits::{Limits, Readings, last_level_cache},
+    overhead::OverheadReport,
     soak::SoakReport,
     stats::Latency,
     steps::{Measurement, Work},
@@ -51,6 +52,9 @@ pub struct Report {
     /// The experiment with a shared prefix.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefix: Option<PrefixReport>,
+    /// The experiment with what watching costs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overhead: Option<OverheadReport>,
 }
 
 #[derive(Debug, Serialize)]
@@ -107,6 +111,7 @@ impl Report {
             experts: None,
             soft: Vec::new(),
             prefix: None,
+            overhead: None,
         }
     }
 
@@ -347,8 +352,28 @@ impl Report {
                 prefix.different
             )?;
         }
-        Ok(())
+        self.overhead.as_ref().map_or(Ok(()), |overhead| write_overhead(f, overhead))
     }
+}
+
+fn write_overhead(f: &mut fmt::Formatter<'_>, report: &OverheadReport) -> fmt::Result {
+    let title = format!(
+        "What watching costs: {} requests at once under {}, prompts of {} tokens, {} generated; medians over {} turns.",
+        report.clients, report.routing, report.prompt_tokens, report.generate, report.turns
+    );
+    let mut table = Table::new(title, &["watched", "tok/s", "slower by", "least", "most", "samples", "dropped"]);
+    for row in &report.rows {
+        table.row([
+            row.arm.to_owned(),
+            number(row.tokens_per_second),
+            percent(row.overhead),
+            percent(row.least),
+            percent(row.most),
+            row.samples.to_string(),
+            row.dropped.to_string(),
+        ]);
+    }
+    writeln!(f, "{table}")
 }
 
 fn write_soak(f: &mut fmt::Formatter<'_>, soak: &SoakReport) -> fmt::Result {

@@ -10,6 +10,7 @@ use super::{
     synthetic::{self, SyntheticSpec},
 };
 use crate::{
+    engine::ObservableSource,
     error::{Error, Result},
     model::{
         CacheShape, LanguageModel, ModelSpec,
@@ -109,6 +110,11 @@ impl Subject {
             tokenizer: Arc::new(tokenizer),
             weights,
         }
+    }
+
+    /// Where an engine gets models to measure the fidelity gap with.
+    pub fn observables(&self) -> Box<dyn ObservableSource> {
+        Box::new(self.weights.clone())
     }
 
     /// A model over the weights, with an empty cache. The only place that decides which implementation is measured.

@@ -170,6 +170,7 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
     };
     Ok(Loaded {
         model: subject.model(limits.cache)?,
+        background: None,
         tokenizer: Arc::clone(&subject.tokenizer),
         eos_token_ids: Vec::new(),
         engine,

@@ -135,7 +135,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "SECONDS", value_parser = super::serve::seconds)]
     pub soak: Option<Duration>,
     /// Answer one question: does time per token depend on the number of all experts, is soft routing as dear as its experts, what is a
-    /// cached prefix worth.
+    /// cached prefix worth, what does watching cost (a full batch of the largest --batch).
     #[arg(long, value_enum)]
     pub experiment: Option<Experiment>,
     /// Concurrent clients. Default: 1, 8 and 16; for a soak 200.
@@ -220,6 +220,13 @@ impl BenchArgs {
                 let (subject, config) = self.experiment_subject()?;
                 let limits = self.server_limits(1, subject.spec.max_context);
                 bench::run_prefix(&subject, limits, &config)
+            }
+            Some(Experiment::Overhead) => {
+                let [routing] = self.routing[..] else {
+                    return Err(Error::invalid("--routing", "this experiment has one routing"));
+                };
+                let (subject, config) = self.experiment_subject()?;
+                bench::run_overhead(&subject, routing, &config)
             }
         }
     }

@@ -21,7 +21,7 @@ use tokio::{
 use super::{cache::CacheArgs, compute::ComputeArgs, otlp::OtlpArgs, series::SeriesArgs};
 use crate::{
     checkpoint::Checkpoint,
-    engine::EngineConfig,
+    engine::{EngineConfig, MeasureConfig, ShadowConfig},
     error::{Error, Result},
     model::{ModelSpec, kv_cache::KvCache, load::load_to_serve},
     moe::policy::{RoutingChoice, RoutingRule},
@@ -139,6 +139,40 @@ pub struct ServeArgs {
     /// Threads that compute. Default: one for each core.
     #[arg(long, env = "HARDMAX_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Measuring the fidelity gap.
+    #[command(flatten)]
+    pub fidelity: FidelityArgs,
+}
+
+/// Measuring the fidelity gap: of live traffic, and of texts on request.
+#[derive(Args, Clone, Debug)]
+pub struct FidelityArgs {
+    /// Share of the requests that are measured against the reference routing, from 0 to 1, after they have ended and below all others.
+    #[arg(long, env = "HARDMAX_SHADOW_RATE", value_name = "SHARE", default_value = "0.01", value_parser = share)]
+    pub shadow_rate: f64,
+    /// Share of the time in which requests are worked on that may be spent on that beside it; while there are none it is not limited.
+    /// 0 turns it off, series and all.
+    #[arg(long, env = "HARDMAX_SHADOW_BUDGET", value_name = "SHARE", default_value = "0.01", value_parser = share)]
+    pub shadow_budget: f64,
+    /// Requests that may wait to be measured. More are dropped and counted, and so is what has waited for a minute.
+    #[arg(long, env = "HARDMAX_SHADOW_QUEUE", value_name = "N", default_value_t = ShadowConfig::default().queue)]
+    pub shadow_queue: usize,
+    /// Tokens of such a request that are measured: the first ones, prompt and continuation.
+    #[arg(long, env = "HARDMAX_SHADOW_MAX_TOKENS", value_name = "N", default_value = "512", value_parser = clap::value_parser!(u32).range(2..=8192))]
+    pub shadow_max_tokens: u32,
+    /// A request whose mean KL(reference || serving) is above this is told in the log, with its id.
+    #[arg(long, env = "HARDMAX_SHADOW_OUTLIER_KL", value_name = "NATS", default_value_t = ShadowConfig::default().outlier_kl)]
+    pub shadow_outlier_kl: f64,
+    /// Share of the time in which requests are worked on that MeasureFidelity may take beside it. 0: it runs only while there are none.
+    #[arg(long, env = "HARDMAX_MEASURE_BUDGET", value_name = "SHARE", default_value = "0.1", value_parser = share)]
+    pub measure_budget: f64,
+    /// Calls of MeasureFidelity at once, of which one runs. One more is refused with RESOURCE_EXHAUSTED. 0 refuses all with
+    /// FAILED_PRECONDITION.
+    #[arg(long, env = "HARDMAX_MAX_MEASURE_REQUESTS", value_name = "N", default_value_t = MeasureConfig::default().max_requests)]
+    pub max_measure_requests: usize,
+    /// Tokens of one text of MeasureFidelity. More are refused with OUT_OF_RANGE.
+    #[arg(long, env = "HARDMAX_MAX_MEASURE_TOKENS", value_name = "N", default_value = "65536", value_parser = clap::value_parser!(u32).range(2..))]
+    pub max_measure_tokens: u32,
 }
 
 /// The observer's port.
@@ -246,6 +280,12 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     preferred.copied().ok_or_else(|| "the name has no address".into())
 }
 
+/// A number from 0 to 1.
+fn share(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.0..=1.0).contains(&value) { Ok(value) } else { Err("not from 0 to 1".into()) }
+}
+
 /// Seconds as a number, with or without a fraction.
 pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let value: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
@@ -284,7 +324,27 @@ impl ServeArgs {
             max_queue_tokens: self.max_queue_tokens,
             prefix_cache: self.cache.prefix_cache,
             priority_step: self.priority_step,
+            shadow: self.fidelity.shadow(),
+            measure: self.fidelity.measure(),
         }
+    }
+}
+
+// === impl FidelityArgs ===
+
+impl FidelityArgs {
+    fn shadow(&self) -> ShadowConfig {
+        ShadowConfig {
+            rate: self.shadow_rate,
+            budget: self.shadow_budget,
+            queue: self.shadow_queue,
+            max_tokens: self.shadow_max_tokens as usize,
+            outlier_kl: self.shadow_outlier_kl,
+        }
+    }
+
+    fn measure(&self) -> MeasureConfig {
+        MeasureConfig { max_requests: self.max_measure_requests, max_tokens: self.max_measure_tokens as usize, budget: self.measure_budget }
     }
 }
 
@@ -363,8 +423,18 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         prefix_cache = ?engine.prefix_cache,
         "key-value cache"
     );
+    tracing::info!(
+        shadow_rate = engine.shadow.rate,
+        shadow_budget = engine.shadow.budget,
+        shadow_queue = engine.shadow.queue,
+        shadow_max_tokens = engine.shadow.max_tokens,
+        measure_budget = engine.measure.budget,
+        max_measure_requests = engine.measure.max_requests,
+        max_measure_tokens = engine.measure.max_tokens,
+        "fidelity"
+    );
     let model = weights.start(cache)?;
-    Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
+    Ok(Loaded { model, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service })
 }
 
 /// The tokenizer, without the truncation and padding that training may have left in its file: a prompt that is too long
@@ -423,6 +493,10 @@ mod tests {
             ["--listen", "50051"],
             ["--metrics-listen", "no"],
             ["--drain-grace", "-1"],
+            ["--shadow-rate", "1.1"],
+            ["--shadow-budget", "-0.1"],
+            ["--measure-budget", "nan"],
+            ["--shadow-max-tokens", "1"],
         ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }

@@ -10,7 +10,7 @@ use std::{
 use candle_core::{Device, Tensor};
 use tokenizers::{AddedToken, Tokenizer, models::bpe::BPE, pre_tokenizers::byte_level::ByteLevel};
 
-use super::{EngineConfig, GenerateParams, Request, Task};
+use super::{EngineConfig, GenerateParams, Request, ShadowChoice, Task};
 use crate::{
     error::{Error, Result},
     model::{
@@ -99,6 +99,7 @@ pub(super) fn request(prompt: &[u32]) -> Request {
         trace: false,
         deadline: None,
         priority: 0,
+        shadow: ShadowChoice::Sampled,
     }
 }
 

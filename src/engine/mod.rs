@@ -2,10 +2,13 @@
 //!
 //! [`Engine`] is the handle of the async side. It checks a request, counts it in, and passes it to the thread ([`worker`]), which
 //! repeats: take commands, let the [`scheduler`] divide a step, run the model on a ragged batch, let each [`sequence`] make
-//! tokens of its logits ([`sampler`]) and text of its tokens ([`text`]), send events. The two sides share channels and one
-//! status; the async side never touches a tensor.
+//! tokens of its logits ([`sampler`]) and text of its tokens ([`text`]), send events. Below that it measures the fidelity gap
+//! ([`background`]), of what it served and of what it is asked to ([`measure`]). The two sides share channels and one status; the async
+//! side never touches a tensor.
 
+mod background;
 mod blocks;
+mod measure;
 mod request;
 mod sampler;
 mod scheduler;
@@ -24,7 +27,7 @@ mod tests;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
     thread::JoinHandle,
@@ -33,17 +36,22 @@ use std::{
 
 use tokenizers::Tokenizer;
 
+use self::{
+    background::Background,
+    measure::{Measurement, Slot},
+    sequence::Submission,
+    status::Shared,
+    worker::{Clock, Command, Worker},
+};
 pub use self::{
+    background::ObservableSource,
+    measure::{LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
     request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
     validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
 };
-use self::{
-    sequence::Submission,
-    status::Shared,
-    worker::{Clock, Command, Worker},
-};
+pub use crate::fidelity::shadow::{ShadowChoice, ShadowConfig};
 use crate::{
     error::{Error, Result},
     model::{CacheShape, LanguageModel, ModelSpec},
@@ -54,7 +62,7 @@ use crate::{
 pub const THREAD_NAME: &str = "hardmax-engine";
 
 /// Limits of an engine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {
     /// Requests in one batch, each choice being one. At least 1.
     pub max_batch_requests: usize,
@@ -77,6 +85,10 @@ pub struct EngineConfig {
     pub prefix_cache: PrefixCache,
     /// The head start that a step of priority gives over requests that came earlier.
     pub priority_step: Duration,
+    /// How much of the traffic is measured against the reference routing.
+    pub shadow: ShadowConfig,
+    /// Limits of what [`Engine::measure`] takes.
+    pub measure: MeasureConfig,
 }
 
 /// What happens to computed blocks that nobody holds any more.
@@ -103,6 +115,8 @@ impl Default for EngineConfig {
             reader_timeout: Duration::from_secs(60),
             prefix_cache: PrefixCache::On,
             priority_step: Duration::from_secs(10),
+            shadow: ShadowConfig::default(),
+            measure: MeasureConfig::default(),
         }
     }
 }
@@ -111,6 +125,8 @@ impl Default for EngineConfig {
 pub struct EngineParts {
     /// Goes to the engine's thread, and is used and dropped there.
     pub model: Box<dyn LanguageModel>,
+    /// Where [`EngineConfig::shadow`] and [`EngineConfig::measure`] get models over the same weights. `None`: nothing is measured.
+    pub background: Option<Box<dyn ObservableSource>>,
     /// Decodes what the model generates.
     pub tokenizer: Arc<Tokenizer>,
     /// Tokens that end a generation.
@@ -145,6 +161,8 @@ struct Inner {
     cache: CacheShape,
     /// Of the next sequence.
     next_id: AtomicU64,
+    /// Measurements inside; `None`: none is taken.
+    measuring: Option<Arc<AtomicUsize>>,
 }
 
 impl EngineConfig {
@@ -155,9 +173,15 @@ impl EngineConfig {
             ("max_new_tokens", self.max_new_tokens, 1),
             ("max_choices", self.max_choices, 1),
             ("event_buffer", self.event_buffer, 2),
+            ("shadow.max_tokens", self.shadow.max_tokens, 2),
+            ("measure.max_tokens", self.measure.max_tokens, 2),
         ];
-        match minima.into_iter().find(|&(_, value, least)| value < least) {
-            Some((field, value, least)) => Err(Error::invalid(field, format!("{value} is below {least}"))),
+        if let Some((field, value, least)) = minima.into_iter().find(|&(_, value, least)| value < least) {
+            return Err(Error::invalid(field, format!("{value} is below {least}")));
+        }
+        let shares = [("shadow.rate", self.shadow.rate), ("shadow.budget", self.shadow.budget), ("measure.budget", self.measure.budget)];
+        match shares.into_iter().find(|(_, share)| !(0.0..=1.0).contains(share)) {
+            Some((field, share)) => Err(Error::invalid(field, format!("{share} is not from 0 to 1"))),
             None => Ok(()),
         }
     }
@@ -170,7 +194,7 @@ impl Engine {
     }
 
     fn start_with_clock(parts: EngineParts, clock: Clock) -> Result<Self> {
-        let EngineParts { model, tokenizer, eos_token_ids, config, metrics } = parts;
+        let EngineParts { model, background, tokenizer, eos_token_ids, config, metrics } = parts;
         config.check()?;
         let spec = model.spec().clone();
         let cache = model.cache();
@@ -178,7 +202,10 @@ impl Engine {
             return Err(Error::invalid("kv_cache", format!("{} blocks of {} tokens", cache.num_blocks, cache.block_tokens)));
         }
         let shared = Arc::new(Shared::new(worker::FIRST_GENERATION, metrics));
-        #[expect(clippy::disallowed_methods, reason = "bounded by `count_in`: a request sends two commands at most")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "bounded by `count_in` and `Slot`: a request sends two commands at most, a measurement one"
+        )]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
             tokenizer: tokenizer.clone(),
@@ -190,11 +217,14 @@ impl Engine {
             moe_layers: spec.moe_layers().map(|(layer, _)| layer).collect(),
             generation: worker::FIRST_GENERATION,
         };
-        let worker = Worker::new(model, clock, surroundings, &config, shared.clone(), inbox);
+        let measuring = (background.is_some() && config.measure.max_requests > 0).then(Arc::default);
+        let background = Background::new(background, spec.clone(), &config, shared.clone());
+        let worker = Worker::new(model, clock, surroundings, &config, background, shared.clone(), inbox);
         let thread = worker.spawn()?;
         let thread = Mutex::new(Some(thread));
         let next_id = AtomicU64::new(1);
-        Ok(Self { inner: Arc::new(Inner { shared, commands, thread, spec, tokenizer, eos_token_ids, config, cache, next_id }) })
+        let inner = Inner { shared, commands, thread, spec, tokenizer, eos_token_ids, config, cache, next_id, measuring };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Checks a request and puts it in the queue.
@@ -227,6 +257,30 @@ impl Engine {
         let submission = Box::new(Submission { request, events, milestones: milestones.clone(), ids: ids.clone(), tickets });
         inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
         Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids, milestones))
+    }
+
+    /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].
+    ///
+    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded`, `QueueFull`, `Draining`, or
+    /// `FailedPrecondition` where this server measures nothing.
+    pub fn measure(&self, request: MeasureRequest) -> Result<MeasureStream> {
+        let inner = &*self.inner;
+        let Some(measuring) = &inner.measuring else {
+            let message = "this server takes no measurements: start it with --max-measure-requests above 0";
+            return Err(Error::FailedPrecondition(message.into()));
+        };
+        let checked = request.check(&inner.spec, inner.cache, &inner.config.measure)?;
+        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(Error::DeadlineExceeded { phase: "queued" });
+        }
+        let status = self.status();
+        if status.draining || !status.alive {
+            return Err(inner.shared.why_stopped());
+        }
+        let slot = Slot::take(measuring, inner.config.measure.max_requests)?;
+        let (measurement, stream) = Measurement::new(request, checked, slot, inner.shared.clone());
+        inner.commands.send(Command::Measure(Box::new(measurement))).map_err(|_| inner.shared.why_stopped())?;
+        Ok(stream)
     }
 
     /// Refuses a prompt that was found too long before all its tokens were known, as [`Engine::submit`] would.

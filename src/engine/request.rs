@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     error::Error,
+    fidelity::shadow::ShadowChoice,
     moe::{policy::LayerChoices, trace::RoutingTrace},
 };
 
@@ -29,6 +30,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Larger goes first; 0 is ordinary.
     pub priority: i32,
+    /// Whether it is measured against the reference routing when it has ended well.
+    pub shadow: ShadowChoice,
 }
 
 /// What to do with a prompt.
@@ -162,7 +165,8 @@ pub struct Tokens {
     pub logprobs: Vec<TokenLogprob>,
     /// What the step read, if asked for: a stretch of the prompt, or the token before `ids`. The stretches of a choice follow on each
     /// other from position 0 on. While the prompt is read they come alone, without `ids`. The last token is never read.
-    pub trace: Option<RoutingTrace>,
+    /// Boxed: most have none.
+    pub trace: Option<Box<RoutingTrace>>,
 }
 
 /// The last word on a choice.

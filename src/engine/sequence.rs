@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fidelity::shadow::ShadowChoice,
     model::LogitRows,
     moe::{LayerRouting, policy::LayerChoices, trace::RoutingTrace},
 };
@@ -65,6 +66,7 @@ pub(super) struct Sequence {
     pub(super) events: mpsc::Sender<Event>,
     pub(super) ticket: Ticket,
     pub(super) routing: LayerChoices,
+    pub(super) shadow: ShadowChoice,
     pub(super) deadline: Option<Instant>,
     pub(super) submitted: Instant,
     /// Start of the first step that worked on it.
@@ -146,6 +148,7 @@ impl Sequence {
                 events: events.clone(),
                 ticket,
                 routing: request.routing.clone(),
+                shadow: request.shadow,
                 deadline: request.deadline,
                 submitted: milestones.submitted(),
                 first_step: None,
@@ -220,10 +223,10 @@ impl Sequence {
     }
 
     /// What was noted since the last time. `None` without a word to say.
-    fn take_trace(&mut self) -> Option<RoutingTrace> {
+    fn take_trace(&mut self) -> Option<Box<RoutingTrace>> {
         let trace = self.trace.as_mut().filter(|trace| trace.num_tokens() > 0)?;
         let next = RoutingTrace::new(trace.first_position + trace.num_tokens(), Arc::clone(&trace.layers));
-        Some(std::mem::replace(trace, next))
+        Some(Box::new(std::mem::replace(trace, next)))
     }
 
     /// Nothing but what was noted.

@@ -21,6 +21,7 @@ use crate::{
     telemetry::metrics::{Metrics, MetricsConfig},
 };
 
+mod background;
 mod cache;
 mod decoder;
 mod faults;
@@ -33,7 +34,8 @@ fn metrics() -> Arc<Metrics> {
 }
 
 fn start_with(model: FakeModel, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
-    let parts = EngineParts { model: Box::new(model), tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
+    let parts =
+        EngineParts { model: Box::new(model), background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
     Engine::start(parts).unwrap()
 }
 
@@ -96,10 +98,10 @@ async fn collect(mut stream: EventStream) -> Answer {
 }
 
 /// Adds a stretch to those before it, on which it follows.
-fn follow(trace: &mut Option<RoutingTrace>, next: Option<RoutingTrace>) {
+fn follow(trace: &mut Option<RoutingTrace>, next: Option<Box<RoutingTrace>>) {
     let Some(next) = next else { return };
     match trace {
-        None => *trace = Some(next),
+        None => *trace = Some(*next),
         Some(trace) => {
             assert_eq!(next.first_position, trace.first_position + trace.num_tokens(), "a stretch is missing, or came twice");
             trace.append(&next);
@@ -397,7 +399,8 @@ fn start_with_jumps(model: FakeModel, config: EngineConfig, metrics: Arc<Metrics
         }
     };
     let clock = Box::new(move || Instant::now() + HOUR * jumps.load(Ordering::SeqCst));
-    let parts = EngineParts { model: Box::new(model), tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
+    let parts =
+        EngineParts { model: Box::new(model), background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
     (Engine::start_with_clock(parts, clock).unwrap(), jump)
 }
 
@@ -577,7 +580,14 @@ async fn bad_requests_and_configurations_are_refused() {
         EngineConfig { event_buffer: 1, ..fake::config() },
     ] {
         let model = Box::new(FakeModel::sum());
-        let parts = EngineParts { model, tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics: metrics.clone() };
+        let parts = EngineParts {
+            model,
+            background: None,
+            tokenizer: fake::tokenizer(),
+            eos_token_ids: vec![EOS],
+            config,
+            metrics: metrics.clone(),
+        };
         assert_eq!(Engine::start(parts).unwrap_err().kind(), ErrorKind::InvalidArgument);
     }
 }

@@ -92,7 +92,7 @@ fn check_prompt(request: &Request, spec: &ModelSpec) -> Result<()> {
     check_ids("token_ids", &request.prompt, spec)
 }
 
-fn check_ids(field: &str, ids: &[u32], spec: &ModelSpec) -> Result<()> {
+pub(super) fn check_ids(field: &str, ids: &[u32], spec: &ModelSpec) -> Result<()> {
     ids.iter()
         .enumerate()
         .try_for_each(|(index, &id)| if (id as usize) < spec.vocab_size { Ok(()) } else { check_id(format!("{field}[{index}]"), id, spec) })

@@ -16,7 +16,9 @@ use std::{
 
 use super::{
     EngineConfig, Event, FinishReason, Finished, PrefixCache, THREAD_NAME, Task, Timing,
+    background::{Background, Load, panic_message},
     blocks::{RoutingKeys, Salt},
+    measure::Measurement,
     scheduler::{Admitted, Arrival, Limits, Scheduler, SequenceId, Share},
     sequence::{Progress, Rows, Sequence, Submission, Surroundings},
     status::Shared,
@@ -49,6 +51,7 @@ pub(super) enum Command {
     Submit(Box<Submission>),
     /// Nobody reads the events of these any more.
     Cancel(Range<SequenceId>),
+    Measure(Box<Measurement>),
     Shutdown,
 }
 
@@ -87,6 +90,7 @@ pub(super) struct Worker {
     /// Most tokens per second that a full step has computed lately; 0 before the first.
     speed: f64,
     routing_keys: RoutingKeys,
+    background: Background,
     /// Kept from step to step for their memory.
     batch: Batch,
     shares: Vec<Share>,
@@ -117,6 +121,7 @@ impl Worker {
         clock: Clock,
         surroundings: Surroundings,
         config: &EngineConfig,
+        background: Background,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Command>,
     ) -> Self {
@@ -140,6 +145,7 @@ impl Worker {
             streaming: BTreeSet::new(),
             speed: 0.0,
             routing_keys: RoutingKeys::default(),
+            background,
             batch: Batch::default(),
             shares: Vec::new(),
         }
@@ -179,6 +185,10 @@ impl Worker {
             } else {
                 Pace::Blocked
             };
+            let load = if let Pace::Busy = pace { Load::Busy(begun.elapsed()) } else { Load::Idle };
+            if self.background.turn(load, &self.clock) {
+                pace = Pace::Busy;
+            }
         }
         self.stopping = true;
         self.end_all();
@@ -186,6 +196,7 @@ impl Worker {
 
     /// After a panic no count can be trusted: fails everything that is inside, and starts with empty blocks.
     fn start_anew(&mut self) {
+        self.background.end();
         self.scheduler = Scheduler::new(self.limits, self.model.cache());
         self.deadlines.clear();
         self.streaming.clear();
@@ -217,6 +228,7 @@ impl Worker {
             match command {
                 Ok(Command::Submit(submission)) => self.enqueue(*submission),
                 Ok(Command::Cancel(ids)) => ids.for_each(|id| self.leave(id)),
+                Ok(Command::Measure(measurement)) => self.background.measure(*measurement),
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
                 Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
             }
@@ -417,8 +429,7 @@ impl Worker {
     }
 
     fn report_panic(&self, panic: &(dyn Any + Send), place: &'static str) {
-        let message = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-        tracing::error!(place, message = message.unwrap_or("no message"), "panic in the engine; its requests fail, the engine goes on");
+        tracing::error!(place, message = panic_message(panic), "panic in the engine; its requests fail, the engine goes on");
         self.shared.metrics.engine_panicked();
     }
 
@@ -481,6 +492,7 @@ impl Worker {
         }
         if let Ending::Finished(finished) = &ending {
             self.shared.metrics.completed(&completed(&sequence, finished));
+            self.background.offer(&sequence, finished.generation, (self.clock)());
         }
         if let Ending::Shed = ending {
             self.shared.metrics.rejected(Rejection::Deadline);
@@ -514,6 +526,7 @@ impl Worker {
     /// Ends everything that is left, and whatever was sent before the handle said so.
     fn end_all(&mut self) {
         self.shared.update(|status| status.draining = true);
+        self.background.end();
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submission) = command {
                 self.enqueue(*submission);

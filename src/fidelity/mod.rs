@@ -3,7 +3,8 @@
 //! [`measure`] has the measures, one token at a time, and [`summary`] makes few numbers of many: both are pure, and whoever has two
 //! outputs can use them. [`probe`] looks into the layers of a forward in which several routings ([`case`]) run side by side, [`run`]
 //! drives such forwards over windows of text, [`floor`] measures the noise. [`verdict`] and [`advice`] decide, [`study`] puts all of it
-//! together for `hardmax fidelity`, and [`report`] shows it.
+//! together for `hardmax fidelity`, and [`report`] shows it. [`shadow`] and [`pacing`] decide what is measured while requests are served,
+//! and when: the engine does it.
 //!
 //! **Local and free-running.** Local: every layer gets the hidden state of the reference run, and both forms are computed from it, so
 //! the gap is that layer's own. Free-running: each routing keeps its own hidden state, and gaps compound; that is what a client sees.
@@ -19,9 +20,11 @@ pub mod corpus;
 pub mod experts;
 pub mod floor;
 pub mod measure;
+pub mod pacing;
 pub mod probe;
 pub mod report;
 pub mod run;
+pub mod shadow;
 pub mod study;
 pub mod summary;
 pub mod verdict;

@@ -56,11 +56,11 @@ pub struct LayerProbe {
     pub pair: (f64, f64),
     /// Of each case, the reference first.
     pub loads: Vec<Load>,
-    /// Which experts go together, and which tokens each takes, under the case that was asked for.
+    /// Which experts go together, and which tokens each takes, under the case that was asked for; of none in [`Probe::of_gaps`].
     pub usage: ExpertUse,
     policies: Vec<RoutingPolicy>,
     weight_form: WeightForm,
-    watched: usize,
+    watched: Option<usize>,
 }
 
 /// The gap of one served case in one layer.
@@ -103,6 +103,15 @@ impl Probe {
     /// For forwards whose spans are `cases`, the reference first. `ladder`: the largest k of [`LayerProbe::ladder`]. `watched`: the
     /// case whose use of experts is told, with the tokens that are followed one by one.
     pub fn new(spec: &ModelSpec, cases: &[Case], ladder: usize, watched: usize, followed: &[u32]) -> Result<Self> {
+        Self::build(spec, cases, ladder, Some((watched, followed)))
+    }
+
+    /// Of gaps and loads only: as little as can be while requests are served.
+    pub fn of_gaps(spec: &ModelSpec, cases: &[Case]) -> Result<Self> {
+        Self::build(spec, cases, 0, None)
+    }
+
+    fn build(spec: &ModelSpec, cases: &[Case], ladder: usize, watched: Option<(usize, &[u32])>) -> Result<Self> {
         let policies: Vec<Vec<RoutingPolicy>> = cases.iter().map(|case| case.policies(spec)).collect::<Result<_>>()?;
         let served = cases.len().saturating_sub(1);
         let layers = spec.moe_layers().enumerate().map(|(index, (layer, moe))| LayerProbe {
@@ -112,10 +121,10 @@ impl Probe {
             ladder: vec![OutputGap::default(); ladder.min(moe.num_experts)],
             pair: (0.0, 0.0),
             loads: vec![Load { tokens: vec![0; moe.num_experts], weights: vec![0.0; moe.num_experts] }; cases.len()],
-            usage: ExpertUse::new(moe.num_experts, followed),
+            usage: watched.map_or_else(|| ExpertUse::new(0, &[]), |(_, followed)| ExpertUse::new(moe.num_experts, followed)),
             policies: policies.iter().map(|policies| policies[index]).collect(),
             weight_form: moe.weight_form,
-            watched,
+            watched: watched.map(|(case, _)| case),
         });
         let layers = layers.collect();
         Ok(Self { layers, flipped: vec![0; served], tokens: 0, cases: cases.len(), current: Vec::new(), parted: Vec::new(), seen: 0 })
@@ -248,8 +257,9 @@ impl LayerProbe {
                 load.weights[expert] += f64::from(seen.routing.weights[route]);
             }
         }
+        let Some(watched) = self.watched else { return };
         for (place, &token) in tokens.iter().enumerate() {
-            let row = self.watched * n + place;
+            let row = watched * n + place;
             let logits = &seen.router_logits[row * self.experts..(row + 1) * self.experts];
             self.usage.add(token, &seen.routing.expert_ids[seen.routing.routes(row)], logits);
         }

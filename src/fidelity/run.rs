@@ -1,5 +1,7 @@
 //! Runs several routings of one model over the same windows of text, side by side, and compares their logits with the first.
 
+use std::fmt;
+
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -73,40 +75,93 @@ pub fn run(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<OutputGaps>> {
     let longest = windows.iter().map(|window| window.len()).max().unwrap_or(1);
-    let blocks = longest.div_ceil(BLOCK_TOKENS);
-    let mut lanes = Lanes {
-        model: model.start_observable(CacheShape { block_tokens: BLOCK_TOKENS, num_blocks: blocks * cases.len() })?,
-        cases,
-        blocks,
-    };
-    let vocabulary = model.spec().vocab_size;
-    let chunk = (LOGIT_BYTES / (4 * vocabulary * cases.len())).clamp(1, CHUNK);
-    let mut values = vec![OutputValues::default(); cases.len().saturating_sub(1)];
+    let mut sides = SideBySide::new(model.start_observable(SideBySide::cache(cases.len(), longest))?, cases.to_vec());
     for window in windows {
-        for start in (0..window.len()).step_by(chunk) {
-            let tokens = &window[start..window.len().min(start + chunk)];
-            let forward = lanes.forward(tokens, start, probe.as_deref_mut())?;
-            let following = &window[start + 1..window.len().min(start + 1 + tokens.len())];
-            let compared = forward.read_logits(|logits| compare(logits, vocabulary, tokens.len(), following))?;
-            for (values, compared) in values.iter_mut().zip(compared.chunks(tokens.len())) {
-                compared.iter().for_each(|compared| values.add(compared.as_ref()));
+        loop {
+            let chunk = sides.step(window, CHUNK, probe.as_deref_mut())?;
+            progress(chunk.tokens);
+            if chunk.done {
+                break;
             }
-            lanes.model.recycle(forward);
-            progress(tokens.len());
         }
     }
-    Ok(values.iter().map(OutputValues::gaps).collect())
+    Ok(sides.values().iter().map(OutputValues::gaps).collect())
 }
 
-/// One sequence for each case, in blocks of its own.
-struct Lanes<'a> {
+/// Several routings of one model, each with a hidden state and cache blocks of its own, driven chunk by chunk. It can rest between two
+/// chunks for as long as it likes.
+pub struct SideBySide {
     model: Box<dyn Observable>,
-    cases: &'a [Case],
-    /// Of one case.
+    /// The reference first.
+    cases: Vec<Case>,
+    /// Cache blocks of one case.
     blocks: usize,
+    /// Most new tokens of a case in one forward.
+    most: usize,
+    /// Tokens of the window that were read.
+    past: usize,
+    /// Of each served case.
+    values: Vec<OutputValues>,
 }
 
-impl Lanes<'_> {
+impl fmt::Debug for SideBySide {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SideBySide").field("cases", &self.cases).field("past", &self.past).finish_non_exhaustive()
+    }
+}
+
+/// What one forward of a [`SideBySide`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Tokens of the window that it read, in every case.
+    pub tokens: usize,
+    /// They were the last ones.
+    pub done: bool,
+}
+
+impl SideBySide {
+    /// The cache for so many cases and windows of at most `longest` tokens.
+    pub fn cache(cases: usize, longest: usize) -> CacheShape {
+        CacheShape { block_tokens: BLOCK_TOKENS, num_blocks: longest.div_ceil(BLOCK_TOKENS).max(1) * cases.max(1) }
+    }
+
+    /// Runs `cases`, the reference first, on a model whose cache is [`SideBySide::cache`] or larger.
+    pub fn new(model: Box<dyn Observable>, cases: Vec<Case>) -> Self {
+        let vocabulary = model.spec().vocab_size;
+        Self {
+            blocks: model.cache().num_blocks / cases.len().max(1),
+            most: (LOGIT_BYTES / (4 * vocabulary * cases.len()).max(1)).max(1),
+            past: 0,
+            values: vec![OutputValues::default(); cases.len().saturating_sub(1)],
+            model,
+            cases,
+        }
+    }
+
+    /// The next tokens of `window`, at most `most` of them, in every case. After the last ones the next window begins, from an empty
+    /// context; until then the window must stay the same.
+    ///
+    /// Fails where the model does; what was measured until then stays, and the next step begins a window.
+    pub fn step(&mut self, window: &[u32], most: usize, probe: Option<&mut Probe>) -> Result<Chunk> {
+        let start = std::mem::take(&mut self.past).min(window.len());
+        let tokens = &window[start..window.len().min(start + most.clamp(1, self.most))];
+        if tokens.is_empty() {
+            return Ok(Chunk { tokens: 0, done: true });
+        }
+        let forward = self.forward(tokens, start, probe)?;
+        let end = start + tokens.len();
+        let following = &window[start + 1..window.len().min(end + 1)];
+        let vocabulary = self.model.spec().vocab_size;
+        let compared = forward.read_logits(|logits| compare(logits, vocabulary, tokens.len(), following))?;
+        for (values, compared) in self.values.iter_mut().zip(compared.chunks(tokens.len())) {
+            compared.iter().for_each(|compared| values.add(compared.as_ref()));
+        }
+        self.model.recycle(forward);
+        let done = end == window.len();
+        self.past = if done { 0 } else { end };
+        Ok(Chunk { tokens: tokens.len(), done })
+    }
+
     fn forward(&mut self, tokens: &[u32], past: usize, probe: Option<&mut Probe>) -> Result<Forward> {
         let mut batch = Batch::default();
         for (lane, case) in self.cases.iter().enumerate() {
@@ -118,6 +173,16 @@ impl Lanes<'_> {
         let forward = self.model.forward_observed(&batch, probe)?;
         probe.end();
         Ok(forward)
+    }
+
+    /// The gap of each served case so far.
+    pub fn values(&self) -> &[OutputValues] {
+        &self.values
+    }
+
+    /// The model, for other cases.
+    pub fn into_model(self) -> Box<dyn Observable> {
+        self.model
     }
 }
 
@@ -155,8 +220,47 @@ impl OutputValues {
         }
     }
 
+    /// Compared tokens.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// [`LogitGap::kl`] per token.
+    pub fn kl(&self) -> &Values {
+        &self.kl
+    }
+
+    /// [`LogitGap::js`] per token.
+    pub fn js(&self) -> &Values {
+        &self.js
+    }
+
+    /// [`LogitGap::logit_l2`] per token.
+    pub fn logit_l2(&self) -> &Values {
+        &self.logit_l2
+    }
+
+    /// Tokens whose likeliest next token is another.
+    pub fn top1_disagreements(&self) -> u64 {
+        self.tokens - self.top1_agree
+    }
+
+    /// Negative log-likelihoods of the tokens that follow.
+    pub fn paired(&self) -> &Paired {
+        &self.paired
+    }
+
     /// What they come to.
     pub fn gaps(&self) -> OutputGaps {
+        self.told(self.paired.gap())
+    }
+
+    /// The same without the interval of the perplexity gap, which takes a while: for whoever asks often.
+    pub fn gaps_so_far(&self) -> OutputGaps {
+        self.told(self.paired.gap_so_far())
+    }
+
+    fn told(&self, perplexity: PerplexityGap) -> OutputGaps {
         let share = |sum: f64| if self.tokens == 0 { 1.0 } else { sum / self.tokens as f64 };
         OutputGaps {
             tokens: self.tokens,
@@ -166,7 +270,7 @@ impl OutputValues {
             logit_l2: self.logit_l2.summary(),
             top1_agree: share(self.top1_agree as f64),
             top5_overlap: share(self.top5_overlap),
-            perplexity: self.paired.gap(),
+            perplexity,
         }
     }
 }

@@ -77,10 +77,32 @@ impl Values {
         if self.count == 0 {
             return Summary::default();
         }
-        let mut sorted = self.kept.clone();
-        sorted.sort_by(f32::total_cmp);
-        let rank = |share: f64| f64::from(sorted[((share * sorted.len() as f64).ceil() as usize).clamp(1, sorted.len()) - 1]);
-        Summary { count: self.count, mean: self.mean(), p50: rank(0.5), p95: rank(0.95), p99: rank(0.99), max: self.max }
+        let mut kept = self.kept.clone();
+        let (all, mut below) = (kept.len(), kept.len());
+        // From the largest rank down: each is looked for among those below the one before.
+        let mut rank = |share: f64| {
+            let place = ((share * all as f64).ceil() as usize).clamp(1, all) - 1;
+            let (_, value, _) = kept[..below].select_nth_unstable_by(place, f32::total_cmp);
+            below = place + 1;
+            f64::from(*value)
+        };
+        let [p99, p95, p50] = [0.99, 0.95, 0.5].map(&mut rank);
+        Summary { count: self.count, mean: self.mean(), p50, p95, p99, max: self.max }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Sum of all.
+    pub fn sum(&self) -> f64 {
+        self.sum
+    }
+
+    /// All of them, in order, where they are at most [`KEPT`]; else so many, each with the same probability.
+    pub fn kept(&self) -> &[f32] {
+        &self.kept
     }
 }
 
@@ -161,15 +183,31 @@ impl Paired {
 
     /// What they come to.
     pub fn gap(&self) -> PerplexityGap {
+        PerplexityGap { interval: self.interval(), ..self.gap_so_far() }
+    }
+
+    /// Predicted tokens, and the sums over them in nats: (tokens, reference, served).
+    pub fn sums(&self) -> (usize, f64, f64) {
+        let all = self.all();
+        (all.tokens, all.reference, all.served)
+    }
+
+    fn all(&self) -> Block {
         let mut all = Block::default();
         self.blocks.iter().for_each(|block| all.add(*block));
+        all
+    }
+
+    /// The same without an interval.
+    pub fn gap_so_far(&self) -> PerplexityGap {
+        let all = self.all();
         let perplexity = |sum: f64| (sum / all.tokens.max(1) as f64).exp();
         PerplexityGap {
             tokens: all.tokens,
             reference: perplexity(all.reference),
             served: perplexity(all.served),
             gap: all.gap(),
-            interval: self.interval(),
+            interval: None,
         }
     }
 

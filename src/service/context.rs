@@ -103,13 +103,34 @@ impl Context {
         task.await.map_err(|error| Error::Internal(format!("tokenising failed: {error}")))
     }
 
+    /// The tokens of what a model reads as a whole.
     pub(super) async fn prompt(&self, input: Option<Input>, field: &'static str) -> Result<Vec<u32>> {
+        let engine = self.engine.clone();
+        // A cut changes the tokens beside it; those of another whole context are beyond doubt.
+        self.tokens(input, field, 2 * engine.spec().max_context, move || engine.refuse_too_long(field)).await
+    }
+
+    /// The tokens of what is read window by window.
+    pub(super) async fn long_text(&self, input: Option<Input>, field: &'static str) -> Result<Vec<u32>> {
+        let limit = self.engine.config().measure.max_tokens;
+        let refuse = move || Error::out_of_range(field, format!("more than {limit} tokens, the limit of this server"));
+        self.tokens(input, field, limit + self.engine.spec().max_context, refuse).await
+    }
+
+    /// A text whose beginning has more tokens than `beyond` is refused with it: tokenising megabytes takes many seconds.
+    async fn tokens(
+        &self,
+        input: Option<Input>,
+        field: &'static str,
+        beyond: usize,
+        refuse: impl FnOnce() -> Error + Send + 'static,
+    ) -> Result<Vec<u32>> {
         match input {
             None => Err(Error::invalid(field, "neither text nor token_ids is set")),
             Some(Input::Ids(ids)) => Ok(ids),
             Some(Input::Text(text)) => {
-                let engine = self.engine.clone();
-                self.work(text.len(), move || encode_prompt(&engine, &text, field)).await?
+                let (engine, bytes) = (self.engine.clone(), text.len());
+                self.work(bytes, move || encode_up_to(&engine, &text, field, beyond)?.ok_or_else(refuse)).await?
             }
         }
     }
@@ -121,16 +142,15 @@ pub(super) fn encode(engine: &Engine, text: &str, add_special: bool, field: &str
     encoding.map_err(|error| Error::invalid(field, format!("cannot be tokenised: {error}")))
 }
 
-/// The tokens of a prompt. One that is far too long is refused after its beginning: tokenising megabytes takes many seconds.
-fn encode_prompt(engine: &Engine, text: &str, field: &str) -> Result<Vec<u32>> {
+/// The tokens of a text; `None` if its beginning already has more than `beyond`.
+fn encode_up_to(engine: &Engine, text: &str, field: &str, beyond: usize) -> Result<Option<Vec<u32>>> {
     let mut part = INLINE_TEXT;
     while part < text.len() {
-        // A cut changes the tokens beside it; those of another whole context are beyond doubt.
         let beginning = &text[..text.floor_char_boundary(part)];
-        if encode(engine, beginning, true, field)?.len() > 2 * engine.spec().max_context {
-            return Err(engine.refuse_too_long(field));
+        if encode(engine, beginning, true, field)?.len() > beyond {
+            return Ok(None);
         }
         part = part.saturating_mul(PART_GROWTH);
     }
-    Ok(encode(engine, text, true, field)?.get_ids().to_vec())
+    Ok(Some(encode(engine, text, true, field)?.get_ids().to_vec()))
 }

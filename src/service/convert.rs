@@ -3,7 +3,7 @@
 
 use super::{SamplingDefaults, proto};
 use crate::{
-    engine::{FinishReason, Finished, GenerateParams, Timing, TokenLogprob},
+    engine::{FinishReason, Finished, GenerateParams, ShadowChoice, Timing, TokenLogprob},
     error::{Error, Result},
     model::{FeedForwardSpec, ModelSpec},
     moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy, RoutingRule, WeightForm},
@@ -49,6 +49,16 @@ fn weight_form_message(form: WeightForm) -> i32 {
         WeightForm::Unit => proto::WeightForm::Unit,
     }
     .into()
+}
+
+/// Whether a request is measured against the reference routing.
+pub(super) fn shadow(value: i32) -> Result<ShadowChoice> {
+    match proto::Shadow::try_from(value) {
+        Ok(proto::Shadow::Sampled) => Ok(ShadowChoice::Sampled),
+        Ok(proto::Shadow::Always) => Ok(ShadowChoice::Always),
+        Ok(proto::Shadow::Never) => Ok(ShadowChoice::Never),
+        Err(_) => Err(Error::invalid("shadow", format!("{value} is not a value of hardmax.v1.Shadow"))),
+    }
 }
 
 /// What a layer does, as a message.

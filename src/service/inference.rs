@@ -19,7 +19,7 @@ use super::{
     traced::{TracedEvents, submit},
 };
 use crate::{
-    engine::{self, Event, Finished, Task, Tokens},
+    engine::{self, Event, Finished, ShadowChoice, Task, Tokens},
     error::{Error, Result},
     moe::policy::LayerChoices,
 };
@@ -47,6 +47,7 @@ pub(super) struct Scoring {
     pub(super) input: Option<Input>,
     pub(super) routing: LayerChoices,
     pub(super) alternatives: Option<u32>,
+    pub(super) shadow: ShadowChoice,
     pub(super) priority: i32,
     pub(super) timeout_seconds: Option<f64>,
 }
@@ -72,8 +73,11 @@ impl InferenceService {
         let params = convert::generate_params(request.sampling, &context.config.sampling);
         let (choices, trace) = (params.n, request.trace.is_some());
         let (id, trace_id, task, priority) = (call.id.clone(), call.trace_id(), Task::Generate(params), request.priority);
-        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace, deadline, priority })?;
-        Ok(GenerateStream { events, call: call.clone(), choices, trace: request.trace.unwrap_or_default(), pending: VecDeque::new() })
+        let shadow = convert::shadow(request.shadow)?;
+        let request_options = request.trace;
+        let request = engine::Request { id, trace_id, prompt, task, routing, trace, shadow, deadline, priority };
+        let events = submit(context, call, request)?;
+        Ok(GenerateStream { events, call: call.clone(), choices, trace: request_options.unwrap_or_default(), pending: VecDeque::new() })
     }
 
     async fn score_request(&self, call: &Call, request: proto::ScoreRequest) -> Result<Finished> {
@@ -87,6 +91,7 @@ impl InferenceService {
             input,
             routing: self.context.routing(request.routing)?,
             alternatives: request.alternatives,
+            shadow: convert::shadow(request.shadow)?,
             priority: request.priority,
             timeout_seconds: request.timeout_seconds,
         };
@@ -175,12 +180,12 @@ impl InferenceService {
 
 /// The log-probabilities of a text.
 pub(super) async fn score(context: &Context, call: &Call, scoring: Scoring) -> Result<Finished> {
-    let Scoring { input, routing, alternatives, priority, timeout_seconds } = scoring;
+    let Scoring { input, routing, alternatives, shadow, priority, timeout_seconds } = scoring;
     let deadline = call.due(timeout_seconds)?;
     let prompt = context.prompt(input, "input").await?;
     let task = Task::Score { alternatives: alternatives.unwrap_or(0) as usize };
     let (id, trace_id) = (call.id.clone(), call.trace_id());
-    let request = engine::Request { id, trace_id, prompt, task, routing, trace: false, deadline, priority };
+    let request = engine::Request { id, trace_id, prompt, task, routing, trace: false, shadow, deadline, priority };
     let answer = scored(submit(context, call, request)?);
     match deadline {
         None => answer.await,

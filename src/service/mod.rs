@@ -9,6 +9,7 @@ mod config;
 mod context;
 mod convert;
 mod deadline;
+mod fidelity;
 mod inference;
 mod observe;
 mod playground;
@@ -26,6 +27,7 @@ pub use self::{
     config::{SamplingDefaults, ServiceConfig},
     convert::routing_message,
     deadline::{Deadline, DeadlineLayer, DeadlineService},
+    fidelity::FidelityStream,
     inference::{GenerateStream, InferenceService},
     observe::{ObserveLayer, ObserveService},
     playground::EnginePlayground,

@@ -154,6 +154,7 @@ fn method(path: &str) -> Option<Method> {
         "/hardmax.v1.Inference/Tokenize" => Some(Method::Tokenize),
         "/hardmax.v1.Inference/Detokenize" => Some(Method::Detokenize),
         "/hardmax.v1.Inference/GetModelInfo" => Some(Method::GetModelInfo),
+        "/hardmax.v1.Routing/MeasureFidelity" => Some(Method::MeasureFidelity),
         "/hardmax.v1.Routing/TraceRouting" => Some(Method::TraceRouting),
         "/hardmax.v1.Routing/ReplayRouting" => Some(Method::ReplayRouting),
         "/hardmax.v1.Routing/GetExpertLoad" => Some(Method::GetExpertLoad),

@@ -11,7 +11,7 @@ use super::{
     inference::engine_stopped,
 };
 use crate::{
-    engine::{Engine, Event, EventStream, FinishReason, Finished, GenerateParams, Request, Task, Tokens},
+    engine::{Engine, Event, EventStream, FinishReason, Finished, GenerateParams, Request, ShadowChoice, Task, Tokens},
     error::{Error, Result},
     moe::{
         policy::{LayerChoices, RoutingRule},
@@ -98,6 +98,8 @@ fn request(prompt: Vec<u32>, params: GenerateParams, routing: LayerChoices) -> R
         trace: true,
         deadline: Some(Instant::now() + TIMEOUT),
         priority: PRIORITY,
+        // Nobody is served it.
+        shadow: ShadowChoice::Never,
     }
 }
 
@@ -203,7 +205,7 @@ mod tests {
     #[test]
     fn traces_become_rows_of_tokens() {
         let mut record = Record::new(vec![7; 6]);
-        record.add(&Tokens { ids: vec![8, 9], trace: Some(trace()), ..Tokens::default() });
+        record.add(&Tokens { ids: vec![8, 9], trace: Some(Box::new(trace())), ..Tokens::default() });
         assert_eq!((record.ids.len(), record.routed.len(), record.prompt_tokens), (8, 7, 6));
         assert!(record.routed[..5].iter().all(Option::is_none), "nothing was said of them");
         let token = record.routed[6].as_ref().unwrap();

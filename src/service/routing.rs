@@ -14,13 +14,14 @@ use super::{
     call::Call,
     context::{Context, Input},
     convert,
+    fidelity::FidelityStream,
     inference::{Scoring, engine_stopped, score},
     proto::{self, routing_server::Routing},
     trace,
     traced::{TracedEvents, submit},
 };
 use crate::{
-    engine::{self, Event, Finished, Task},
+    engine::{self, Event, Finished, ShadowChoice, Task},
     error::{Error, Result},
     moe::{
         policy::{LayerChoices, Replay},
@@ -68,7 +69,8 @@ impl RoutingService {
         let prompt = context.prompt(input, "input").await?;
         let tokens = prompt.clone();
         let (id, trace_id, task, priority) = (call.id.clone(), call.trace_id(), Task::Read, request.priority);
-        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace: true, deadline, priority })?;
+        let (trace, shadow) = (true, ShadowChoice::Never);
+        let events = submit(context, call, engine::Request { id, trace_id, prompt, task, routing, trace, shadow, deadline, priority })?;
         let options = request.options.unwrap_or_default();
         Ok(TraceStream { events, call: call.clone(), options, tokens, pending: VecDeque::new(), done: false })
     }
@@ -87,6 +89,8 @@ impl RoutingService {
             input,
             routing: LayerChoices::Replay { replay: Arc::new(replay), first: 0 },
             alternatives: request.alternatives,
+            // It says nothing about the routing of anyone else.
+            shadow: ShadowChoice::Never,
             priority: request.priority,
             timeout_seconds: request.timeout_seconds,
         };
@@ -158,7 +162,15 @@ fn replay_response(request_id: String, finished: Finished) -> proto::ReplayRouti
 
 #[tonic::async_trait]
 impl Routing for RoutingService {
+    type MeasureFidelityStream = FidelityStream;
     type TraceRoutingStream = TraceStream;
+
+    async fn measure_fidelity(&self, request: Request<proto::MeasureFidelityRequest>) -> Result<Response<FidelityStream>, Status> {
+        let (metadata, extensions, message) = request.into_parts();
+        let call = Call::new(&message.request_id, &metadata, &extensions)?;
+        let stream = FidelityStream::start(&self.context, &call, message).await;
+        stream.map(|stream| call.response(stream)).map_err(|error| call.status(&error))
+    }
 
     async fn trace_routing(&self, request: Request<proto::TraceRoutingRequest>) -> Result<Response<TraceStream>, Status> {
         let (metadata, extensions, message) = request.into_parts();
@@ -213,7 +225,7 @@ impl Routing for RoutingService {
 // === impl TraceStream ===
 
 impl TraceStream {
-    fn push(&mut self, trace: Option<RoutingTrace>, generation: Option<u64>) {
+    fn push(&mut self, trace: Option<Box<RoutingTrace>>, generation: Option<u64>) {
         for part in trace.iter().flat_map(|trace| trace::messages(trace, self.options)) {
             let tokens = part.first_position as usize..(part.first_position + part.num_tokens) as usize;
             self.pending.push_back(proto::TraceRoutingResponse {

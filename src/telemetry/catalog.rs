@@ -1,7 +1,7 @@
 //! Every series that the server can export, as data. What registers and writes them takes names, labels, buckets and HELP from here,
 //! and `docs/metrics.md` is this list in print.
 
-use super::labels::{Code, Method, Outcome, Part, Rejection};
+use super::labels::{Code, LayerMeasure, Method, Outcome, OutputMeasure, Part, Rejection, SampleOutcome, Side};
 
 /// Series that belong together.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,6 +73,10 @@ pub enum Presence {
     PerLayer,
     /// There is one series for each expert of each MoE layer.
     PerExpert,
+    /// Requests are measured against the reference routing.
+    Shadow,
+    /// The same, and there is one series for each MoE layer.
+    ShadowPerLayer,
     /// It is known to others by this name.
     VllmAlias,
 }
@@ -115,6 +119,12 @@ const STEP_BUCKETS: &[f64] = &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 
 /// Of the tokens that one expert gets in one step.
 pub(super) const EXPERT_BATCH_BUCKETS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0];
 
+/// Of the gap of a layer: distances and shares, from rounding to another function.
+pub(super) const LAYER_GAP_BUCKETS: &[f64] = &[0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0];
+
+/// Of the gap at the logits: nats, but for the relative distance.
+pub(super) const OUTPUT_GAP_BUCKETS: &[f64] = &[0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
+
 const MODEL: Label = Label { name: "model", values: Values::Fact("name of the served model") };
 const LAYER: Label = Label { name: "layer", values: Values::Fact("decoder layer, from 0") };
 const EXPERT: Label = Label { name: "expert", values: Values::Fact("expert of the layer, from 0") };
@@ -123,6 +133,10 @@ const CODE: Label = Label { name: "code", values: Values::OneOf(Code::LABELS) };
 const OUTCOME: Label = Label { name: "reason", values: Values::OneOf(Outcome::LABELS) };
 const REJECTION: Label = Label { name: "reason", values: Values::OneOf(Rejection::LABELS) };
 const PART: Label = Label { name: "part", values: Values::OneOf(Part::LABELS) };
+const LAYER_MEASURE: Label = Label { name: "measure", values: Values::OneOf(LayerMeasure::LABELS) };
+const OUTPUT_MEASURE: Label = Label { name: "measure", values: Values::OneOf(OutputMeasure::LABELS) };
+const SAMPLE_OUTCOME: Label = Label { name: "outcome", values: Values::OneOf(SampleOutcome::LABELS) };
+const SIDE: Label = Label { name: "routing", values: Values::OneOf(Side::LABELS) };
 /// As vLLM names [`MODEL`].
 const MODEL_NAME: Label = Label { name: "model_name", values: MODEL.values };
 
@@ -328,6 +342,77 @@ catalog! {
             fact("estimator", "`train.estimator` of the checkpoint"),
         ]);
     }
+    "Fidelity of the traffic" {
+        ROUTING_GAP = histogram(
+            "hardmax_routing_fidelity_gap",
+            "ratio",
+            "Gap of a layer per token of shadow samples, reference against serving routing. For equal input: l2_rel and cosine_distance of \
+             the layer's output, and missed_mass, the reference weight outside the served experts. Each on its own hidden state: \
+             expert_disagree, the share of served experts that the reference would not have taken, and argmax_disagree, 1 where the first \
+             expert is another.",
+            Buckets::Fixed(LAYER_GAP_BUCKETS),
+        )
+        .shadow()
+        .per_layer_measure()
+        .moves("a sample is measured");
+        OUTPUT_GAP = histogram(
+            "hardmax_output_fidelity_gap",
+            "nats or ratio",
+            "Gap at the logits per token of shadow samples: kl is the divergence of the serving from the reference distribution and js \
+             that of Jensen and Shannon, in nats; logit_l2 is the relative distance of the centred logits.",
+            Buckets::Fixed(OUTPUT_GAP_BUCKETS),
+        )
+        .shadow()
+        .by(&[MODEL, OUTPUT_MEASURE])
+        .moves("a sample is measured");
+        FIDELITY_SAMPLES = counter(
+            "hardmax_fidelity_samples_total",
+            "requests",
+            "Requests that were to be measured, by outcome: done; same, served under the reference routing, so without a gap and not in \
+             the histograms; dropped for a full queue, for want of time within --shadow-budget, as too short, or because the server \
+             stops; failed. With --shadow-rate 0 only those that ask for it themselves.",
+        )
+        .shadow()
+        .by(&[MODEL, SAMPLE_OUTCOME])
+        .moves("a sample has come to an end");
+        FIDELITY_PENDING =
+            gauge("hardmax_fidelity_samples_pending", "requests", "Shadow samples that wait or are being measured now.")
+                .shadow()
+                .moves("a request that was taken as a sample has ended, or a sample is done");
+        FIDELITY_TOKENS =
+            counter("hardmax_fidelity_tokens_total", "tokens", "Tokens of shadow samples whose logits were compared.")
+                .shadow()
+                .moves("a sample is measured");
+        OUTPUT_TOP1_DISAGREEMENTS = counter(
+            "hardmax_output_top1_disagreements_total",
+            "tokens",
+            "Of those, tokens whose likeliest next token is another under the serving routing.",
+        )
+        .shadow()
+        .moves("a sample is measured that has such a token");
+        FIDELITY_PREDICTED_TOKENS = counter(
+            "hardmax_fidelity_predicted_tokens_total",
+            "tokens",
+            "Tokens of shadow samples that were predicted from those before.",
+        )
+        .shadow()
+        .moves("a sample is measured");
+        FIDELITY_NLL = counter(
+            "hardmax_fidelity_nll_nats_total",
+            "nats",
+            "Negative log-likelihood of the predicted tokens under each routing.",
+        )
+        .shadow()
+        .by(&[MODEL, SIDE])
+        .moves("a sample is measured");
+        SHADOW_SECONDS = counter(
+            "hardmax_shadow_seconds_total",
+            "seconds",
+            "Time that the engine spent on shadow samples, between the steps of requests.",
+        )
+        .shadow()
+        .moves("a piece of a sample has run");
+    }
     "Server" {
         BUILD_INFO = info("hardmax_build_info", "The server; always 1.").by(&[
             fact("version", "of hardmax"),
@@ -416,6 +501,16 @@ impl Family {
     const fn per_expert(mut self) -> Self {
         self.presence = Presence::PerExpert;
         self.by(&[MODEL, LAYER, EXPERT])
+    }
+
+    const fn shadow(mut self) -> Self {
+        self.presence = Presence::Shadow;
+        self
+    }
+
+    const fn per_layer_measure(mut self) -> Self {
+        self.presence = Presence::ShadowPerLayer;
+        self.by(&[MODEL, LAYER, LAYER_MEASURE])
     }
 
     const fn vllm_alias(mut self) -> Self {

@@ -39,6 +39,8 @@ pub struct MetricsConfig {
     pub cache_block_tokens: usize,
     /// Blocks of the cache.
     pub cache_blocks: usize,
+    /// Requests can be measured against the reference routing.
+    pub shadow: bool,
     /// Which of the optional series there are.
     pub series: SeriesOptions,
 }
@@ -123,12 +125,12 @@ fn per_expert_series(layers: &[(usize, usize)]) -> usize {
 }
 
 impl Detail {
-    /// Whether a family of this presence is on the page.
+    /// Whether a family of this presence is on the page, where it is at all.
     pub(super) fn shows(self, presence: Presence) -> bool {
         match presence {
             Presence::PerExpert => self >= Self::PerExpert,
-            Presence::PerLayer => self >= Self::PerLayer,
-            Presence::Always | Presence::VllmAlias => true,
+            Presence::PerLayer | Presence::ShadowPerLayer => self >= Self::PerLayer,
+            Presence::Always | Presence::Shadow | Presence::VllmAlias => true,
         }
     }
 }

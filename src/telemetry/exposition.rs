@@ -11,7 +11,7 @@ pub(super) struct Exposition {
 }
 
 /// A histogram with fixed buckets. Unlike those of the `metrics` crate it keeps no observation, so that thousands a step cost little.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct FixedHistogram {
     bounds: &'static [f64],
     /// One more than `bounds`: the last is what is above all.
@@ -79,6 +79,23 @@ impl FixedHistogram {
     pub(super) fn record(&mut self, value: f64) {
         self.sum += value;
         self.counts[self.bounds.partition_point(|&bound| bound < value)] += 1;
+    }
+
+    /// Observations with a sum that is known more exactly than they are.
+    pub(super) fn record_all(&mut self, values: impl Iterator<Item = f64>, sum: f64) {
+        let sum = self.sum + sum;
+        values.for_each(|value| self.record(value));
+        self.sum = sum;
+    }
+
+    /// Observations.
+    pub(super) fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Of all of them.
+    pub(super) fn sum(&self) -> f64 {
+        self.sum
     }
 }
 

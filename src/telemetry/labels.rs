@@ -41,6 +41,8 @@ label! {
         Detokenize = "Detokenize",
         /// Description of the model.
         GetModelInfo = "GetModelInfo",
+        /// The fidelity gap of a text.
+        MeasureFidelity = "MeasureFidelity",
         /// Experts of each token of a text.
         TraceRouting = "TraceRouting",
         /// Log-probabilities under given experts.
@@ -127,6 +129,64 @@ label! {
         Rest = "rest",
         /// Scheduling, sampling, sending.
         Engine = "engine",
+    }
+}
+
+label! {
+    /// What became of a request that was to be measured against the reference routing.
+    SampleOutcome {
+        /// It was measured.
+        Done = "done",
+        /// It was served under the reference routing: there is no gap.
+        Same = "same",
+        /// Too many waited.
+        DroppedQueue = "dropped_queue",
+        /// There was no time for it.
+        DroppedBudget = "dropped_budget",
+        /// It has fewer than two tokens.
+        DroppedShort = "dropped_short",
+        /// The server stops.
+        DroppedDraining = "dropped_draining",
+        /// An error or a panic.
+        Failed = "failed",
+    }
+}
+
+label! {
+    /// What a layer of a shadow sample is measured by.
+    LayerMeasure {
+        /// For equal input: relative L2 distance of the outputs.
+        L2Rel = "l2_rel",
+        /// For equal input: 1 - cosine of the outputs.
+        CosineDistance = "cosine_distance",
+        /// Reference weight outside the served experts.
+        MissedMass = "missed_mass",
+        /// Share of the served experts that the reference would not have taken.
+        ExpertDisagree = "expert_disagree",
+        /// 1 where the first expert is another.
+        ArgmaxDisagree = "argmax_disagree",
+    }
+}
+
+label! {
+    /// What the logits of a shadow sample are measured by.
+    OutputMeasure {
+        /// Divergence of the served from the reference distribution.
+        Kl = "kl",
+        /// Jensen-Shannon divergence.
+        Js = "js",
+        /// Relative distance of the centred logits.
+        LogitL2 = "logit_l2",
+    }
+}
+
+label! {
+    /// A side of a shadow sample.
+    Side {
+        /// What the checkpoint was trained under.
+        Reference = "reference",
+        /// What the request was served under.
+        Serving = "serving",
     }
 }
 

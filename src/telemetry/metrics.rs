@@ -13,13 +13,14 @@ use super::{
     catalog,
     expert_load::ExpertLoad,
     exposition::Exposition,
+    fidelity::{Fidelity, FidelitySample, FidelitySnapshot},
     info,
     register::{self, counter, gauge, histogram},
 };
 pub use super::{
     config::{ExpertMetrics, MetricsAliases, MetricsConfig, SeriesOptions},
     expert_load::{ExpertLoadSnapshot, LayerLoadSnapshot, Scope},
-    labels::{Code, Method, Outcome, Part, Rejection},
+    labels::{Code, LayerMeasure, Method, Outcome, OutputMeasure, Part, Rejection, SampleOutcome, Side},
 };
 use crate::{
     error::{Error, Result},
@@ -81,6 +82,8 @@ pub struct Metrics {
     /// When the histograms' buffers were last emptied.
     last_upkeep: Mutex<Instant>,
     expert_load: Mutex<ExpertLoad>,
+    /// `None`: it is not measured.
+    fidelity: Option<Mutex<Fidelity>>,
     /// Of each [`Method`], of each [`Code`].
     requests: Vec<Vec<Counter>>,
     finished: Vec<Counter>,
@@ -122,6 +125,8 @@ impl Metrics {
         let now = Instant::now();
         let load = ExpertLoad::new(config, detail, now);
         let metrics = ::metrics::with_local_recorder(&recorder, || Self::register(config, recorder.handle(), load, now));
+        let fidelity = config.shadow.then(|| Mutex::new(Fidelity::new(config, detail)));
+        let metrics = Self { fidelity, ..metrics };
         tracing::info!(series = num_series(&metrics.render()), experts = %detail, "metrics");
         Ok(metrics)
     }
@@ -139,6 +144,7 @@ impl Metrics {
             facts: Mutex::new(config.clone()),
             last_upkeep: Mutex::new(now),
             expert_load: Mutex::new(expert_load),
+            fidelity: None,
             requests: Method::ALL.iter().map(by_method).collect(),
             finished: Outcome::LABELS.iter().map(|reason| counter(&catalog::FINISHED, &[reason])).collect(),
             rejections: Rejection::LABELS.iter().map(|reason| counter(&catalog::REJECTIONS, &[reason])).collect(),
@@ -276,15 +282,48 @@ impl Metrics {
         lock(&self.expert_load).snapshot(scope, Instant::now())
     }
 
-    /// [`Scope::Total`] counts from here. The series of the page go on: counters do not fall.
+    /// [`Scope::Total`] and [`Metrics::fidelity_snapshot`] count from here. The series of the page go on: counters do not fall.
     pub fn reset_statistics(&self) {
         lock(&self.expert_load).reset(Instant::now());
+        self.with_fidelity(Fidelity::reset);
+    }
+
+    /// A shadow sample was measured.
+    pub fn fidelity_sample(&self, sample: &FidelitySample) {
+        self.with_fidelity(|fidelity| fidelity.add(sample));
+    }
+
+    /// A shadow sample ended in another way.
+    pub fn fidelity_outcome(&self, outcome: SampleOutcome) {
+        self.with_fidelity(|fidelity| fidelity.count(outcome));
+    }
+
+    /// Time went into shadow samples.
+    pub fn fidelity_spent(&self, spent: Duration) {
+        self.with_fidelity(|fidelity| fidelity.spend(spent));
+    }
+
+    /// So many shadow samples wait or are being measured.
+    pub fn set_fidelity_pending(&self, samples: usize) {
+        self.with_fidelity(|fidelity| fidelity.set_pending(samples));
+    }
+
+    /// The gap of the traffic since the start, or since the statistics were reset.
+    pub fn fidelity_snapshot(&self) -> FidelitySnapshot {
+        self.fidelity.as_ref().map(|fidelity| lock(fidelity).snapshot()).unwrap_or_default()
+    }
+
+    fn with_fidelity(&self, change: impl FnOnce(&mut Fidelity)) {
+        if let Some(fidelity) = &self.fidelity {
+            change(&mut lock(fidelity));
+        }
     }
 
     /// Every series in the Prometheus text format.
     pub fn render(&self) -> String {
         let mut experts = Exposition::default();
         lock(&self.expert_load).write(&mut experts, Instant::now());
+        self.with_fidelity(|fidelity| fidelity.write(&mut experts));
         let mut page = self.render_common() + &experts.finish();
         let mut size = Exposition::default();
         size.single(&catalog::METRICS_SERIES, &[], num_series(&page) as f64 + 1.0);
@@ -292,7 +331,7 @@ impl Metrics {
         page
     }
 
-    /// The same without the series of experts.
+    /// The same without the series of experts and of the gap.
     pub(super) fn render_common(&self) -> String {
         let mut facts = Exposition::default();
         info::write(&lock(&self.facts), &mut facts);

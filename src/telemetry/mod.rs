@@ -4,6 +4,7 @@ pub mod catalog;
 mod config;
 mod expert_load;
 mod exposition;
+pub mod fidelity;
 pub mod http;
 mod info;
 mod labels;

@@ -27,6 +27,7 @@ fn metrics_with(series: SeriesOptions) -> Metrics {
         num_layers: 3,
         top_k: 1,
         max_context: 128,
+        shadow: true,
         ..MetricsConfig::default()
     };
     Metrics::new(&config).unwrap()
@@ -154,12 +155,14 @@ fn options_decide_which_series_there_are() {
         catalog::families().filter(|family| !hidden.contains(&family.presence)).map(|family| family.name.to_owned()).collect()
     };
     use MetricsAliases::{None, Vllm};
-    use Presence::{PerExpert, PerLayer, VllmAlias};
+    use Presence::{PerExpert, PerLayer, Shadow, ShadowPerLayer, VllmAlias};
     assert_eq!(names(&page(ExpertMetrics::PerExpert, 0, Vllm)), expected(&[]));
     assert_eq!(names(&page(ExpertMetrics::Auto, 36, None)), expected(&[VllmAlias]));
     assert_eq!(names(&page(ExpertMetrics::Auto, 35, None)), expected(&[VllmAlias, PerExpert]));
     assert_eq!(names(&page(ExpertMetrics::PerLayer, 36, None)), expected(&[VllmAlias, PerExpert]));
-    assert_eq!(names(&page(ExpertMetrics::Off, 36, Vllm)), expected(&[PerLayer, PerExpert]));
+    assert_eq!(names(&page(ExpertMetrics::Off, 36, Vllm)), expected(&[PerLayer, PerExpert, ShadowPerLayer]));
+    let unmeasured = Metrics::new(&MetricsConfig::default()).unwrap();
+    assert_eq!(names(&unmeasured.render()), expected(&[VllmAlias, Shadow, ShadowPerLayer]));
 }
 
 #[test]

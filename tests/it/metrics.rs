@@ -8,9 +8,11 @@ use std::{
 };
 
 use hardmax::{
-    engine::EngineConfig,
+    engine::{EngineConfig, ShadowConfig},
     service::proto::{
-        DetokenizeRequest, GenerateRequest, GetModelInfoRequest, ScoreRequest, TokenIds, TokenizeRequest, generate_request::Prompt,
+        DetokenizeRequest, GenerateRequest, GetModelInfoRequest, RoutingPolicy, ScoreRequest, TokenIds, TokenizeRequest,
+        generate_request::Prompt,
+        routing_policy::{Policy, TopK},
         score_request::Input,
     },
     telemetry::{
@@ -23,6 +25,9 @@ use crate::support::{Options, PANIC, POISON, TestServer, collect, generate, soon
 
 /// Series that a driven server does not move.
 const STILL: &[(&str, &str)] = &[("hardmax_metrics_series", "the number of series is that of the start")];
+
+/// Series of the shadow that are as they were when a sample is done.
+const STILL_SHADOW: &[(&str, &str)] = &[("hardmax_fidelity_samples_pending", "none waits any more")];
 
 /// Files whose expressions ask for series.
 const ASKING: &[&str] = &["docs/metrics.md", "docker/prometheus/rules/hardmax.yml", "docker/grafana/dashboards/hardmax.json"];
@@ -68,17 +73,23 @@ async fn drive(server: &TestServer) -> [Page; 3] {
     let mut client = server.client().await;
     client.get_model_info(GetModelInfoRequest::default()).await.unwrap();
     let before = Page::of(server).await;
-    // Two requests that outgrow the cache together, and one that is not let in.
+    // Two requests that outgrow the cache together, one that waits for them, and one that is not let in.
     let long = |letter: &str| generate(&letter.repeat(20), 30);
     let running = client.generate(long("a")).await.unwrap();
     server.gate.step(1).await;
     let waiting = client.generate(long("b")).await.unwrap();
-    client.generate(long("c")).await.unwrap_err();
+    let queued = client.generate(long("c")).await.unwrap();
+    client.generate(long("d")).await.unwrap_err();
+    server.gate.allow(1);
+    server.gate.step(2).await;
     let during = Page::of(server).await;
     server.gate.open();
-    let (first, second) = tokio::join!(collect(running.into_inner()), collect(waiting.into_inner()));
-    assert!(first.1.is_none() && second.1.is_none(), "{:?} {:?}", first.1, second.1);
-    collect(client.generate(long("a")).await.unwrap().into_inner()).await;
+    for stream in [running, waiting, queued] {
+        assert!(collect(stream.into_inner()).await.1.is_none());
+    }
+    for _ in 0..2 {
+        collect(client.generate(long("a")).await.unwrap().into_inner()).await;
+    }
     client.score(ScoreRequest { input: Some(Input::Text("ab".into())), ..Default::default() }).await.unwrap();
     client.tokenize(TokenizeRequest { text: "a".into(), ..Default::default() }).await.unwrap();
     client.detokenize(DetokenizeRequest { token_ids: vec![97], ..Default::default() }).await.unwrap();
@@ -95,18 +106,49 @@ async fn drive(server: &TestServer) -> [Page; 3] {
 async fn a_driven_server_moves_every_series_of_the_catalogue() {
     let engine = EngineConfig { max_batch_requests: 2, max_queue_requests: 1, ..Options::default().engine };
     let series = SeriesOptions { aliases: MetricsAliases::Vllm, ..SeriesOptions::default() };
-    // 64 tokens: one of the requests fits, two do not.
-    let server = TestServer::start(Options { engine, series, cache_blocks: 4, gate_open: false, ..Options::default() }).await;
+    // 80 tokens: two of the requests can begin together, and cannot end together.
+    let server = TestServer::start(Options { engine, series, cache_blocks: 5, gate_open: false, ..Options::default() }).await;
     let [before, during, after] = drive(&server).await;
-    let expected: BTreeMap<String, String> =
-        catalog::families().map(|family| (family.name.to_owned(), family.kind.exported().to_owned())).collect();
+    // A model that cannot be watched has no shadow: see the next test.
+    let expected: BTreeMap<String, String> = catalog::families()
+        .filter(|family| !of_the_shadow(family))
+        .map(|family| (family.name.to_owned(), family.kind.exported().to_owned()))
+        .collect();
     for page in [&before, &during, &after] {
         assert_eq!(page.types, expected);
         assert_eq!(page.values["hardmax_metrics_series"], page.values.len() as f64);
     }
     let moves = |family: &Family| before.differs(&during, family) || before.differs(&after, family);
-    let still: Vec<&str> = catalog::families().filter(|family| family.kind != Kind::Info && !moves(family)).map(|f| f.name).collect();
+    let fed = catalog::families().filter(|family| family.kind != Kind::Info && !of_the_shadow(family));
+    let still: Vec<&str> = fed.filter(|family| !moves(family)).map(|f| f.name).collect();
     assert_eq!(still, STILL.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+}
+
+fn of_the_shadow(family: &Family) -> bool {
+    matches!(family.presence, Presence::Shadow | Presence::ShadowPerLayer)
+}
+
+#[tokio::test]
+async fn a_measured_request_moves_every_series_of_the_shadow() {
+    let shadow = ShadowConfig { rate: 1.0, budget: 1.0, ..ShadowConfig::default() };
+    let engine = EngineConfig { shadow, ..Options::default().engine };
+    let server = TestServer::start(Options { engine, ..Options::demo() }).await;
+    let before = Page::of(&server).await;
+    let text = "In the beginning was the Word, and no one knew where the experts had gone; so they were asked. ".repeat(3);
+    let request = ScoreRequest { input: Some(Input::Text(text)), routing: Some(top_1()), ..Default::default() };
+    server.client().await.score(request).await.unwrap();
+    server.metric_reaches("hardmax_fidelity_samples_total", &[("outcome", "done")], 1.0).await;
+    let after = Page::of(&server).await;
+    let shadow: Vec<&Family> = catalog::families().filter(|family| of_the_shadow(family)).collect();
+    for page in [&before, &after] {
+        assert!(shadow.iter().all(|family| page.types.get(family.name).is_some_and(|kind| *kind == family.kind.exported())));
+    }
+    let still: Vec<&str> = shadow.iter().filter(|family| !before.differs(&after, family)).map(|family| family.name).collect();
+    assert_eq!(still, STILL_SHADOW.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+}
+
+fn top_1() -> RoutingPolicy {
+    RoutingPolicy { policy: Some(Policy::TopK(TopK { k: 1, weight_form: None })) }
 }
 
 // === the page about it ===
@@ -137,6 +179,8 @@ fn there(presence: Presence) -> &'static str {
         Presence::Always => "",
         Presence::PerLayer => "; not with `--expert-metrics off`",
         Presence::PerExpert => "; only with `--expert-metrics per-expert`",
+        Presence::Shadow => "; not with `--shadow-budget 0`",
+        Presence::ShadowPerLayer => "; not with `--shadow-budget 0` or `--expert-metrics off`",
         Presence::VllmAlias => "; only with `--metrics-aliases vllm`",
     }
 }

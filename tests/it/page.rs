@@ -36,8 +36,11 @@ impl Answer {
     }
 }
 
+/// Names and values.
+type Headers<'a> = &'a [(&'a str, &'a str)];
+
 /// A request with `headers` beside Host, and its answer.
-async fn send(to: SocketAddr, line: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+async fn send(to: SocketAddr, line: &str, headers: Headers<'_>, body: &[u8]) -> Answer {
     let request = request(to, line, headers, body);
     let work = spawn_blocking(move || {
         let mut socket = TcpStream::connect(to).unwrap();
@@ -56,7 +59,7 @@ async fn send(to: SocketAddr, line: &str, headers: &[(&str, &str)], body: &[u8])
     Answer { status, head: names.collect::<Vec<_>>().join("\n"), body: response[end + 4..].to_vec() }
 }
 
-fn request(to: SocketAddr, line: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+fn request(to: SocketAddr, line: &str, headers: Headers<'_>, body: &[u8]) -> Vec<u8> {
     let mut head = format!("{line} HTTP/1.1\r\nConnection: close\r\n");
     if !headers.iter().any(|(name, _)| *name == "Host") {
         head += &format!("Host: {to}\r\n");
@@ -212,7 +215,7 @@ async fn what_is_wrong_is_named() {
     let good = trial("a", 1).to_string();
     let large = trial(&"x".repeat(70_000), 1).to_string();
     let text = ("Content-Type", "text/plain");
-    let cases: [(u16, &[(&str, &str)], &str); 8] = [
+    let cases: [(u16, Headers<'_>, &str); 8] = [
         (400, &[JSON], "{\"prompt\": "),
         (413, &[JSON], &large),
         (415, &[text], &good),

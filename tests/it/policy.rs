@@ -25,11 +25,11 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     // Compares routings of one model, for the command line and beside the engine.
     ("fidelity", &["error", "model", "moe", "plot"]),
     // Serving.
-    ("engine", &["error", "model", "moe", "telemetry"]),
+    ("engine", &["error", "fidelity", "model", "moe", "telemetry"]),
     ("service", &["checkpoint::GenerationDefaults", "engine", "error", "model", "moe", "telemetry"]),
     ("server", &["engine", "error", "model", "moe", "service", "telemetry"]),
     // Measures all of the above.
-    ("bench", &["engine", "error", "model", "moe", "ops", "server", "service", "telemetry::otel"]),
+    ("bench", &["engine", "error", "model", "moe", "ops", "server", "service", "telemetry"]),
     // The laboratory: estimators against each other, on small tasks of its own and on the decoder.
     ("compare", &["error", "model", "moe", "ops", "plot", "schedule", "train"]),
     // The command line may name everything.

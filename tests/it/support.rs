@@ -80,19 +80,26 @@ pub async fn soon<T>(future: impl Future<Output = T>) -> T {
 /// Holds the model's steps back while it is closed.
 #[derive(Debug)]
 pub struct Gate {
-    open: Mutex<bool>,
+    /// Steps that may pass, counted from the start.
+    allowed: Mutex<usize>,
     opened: Condvar,
     steps: watch::Sender<usize>,
 }
 
 impl Gate {
     fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self { open: Mutex::new(open), opened: Condvar::new(), steps: watch::Sender::new(0) })
+        let allowed = if open { usize::MAX } else { 0 };
+        Arc::new(Self { allowed: Mutex::new(allowed), opened: Condvar::new(), steps: watch::Sender::new(0) })
     }
 
     /// Lets all steps pass from now on.
     pub fn open(&self) {
-        *self.open.lock().unwrap() = true;
+        self.allow(usize::MAX);
+    }
+
+    /// Lets the first `n` steps pass.
+    pub fn allow(&self, n: usize) {
+        *self.allowed.lock().unwrap() = n;
         self.opened.notify_all();
     }
 
@@ -103,9 +110,10 @@ impl Gate {
 
     fn pass(&self) {
         self.steps.send_modify(|steps| *steps += 1);
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let step = *self.steps.borrow();
+        let allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
         // A test that failed does not leave the engine's thread behind.
-        let _ = self.opened.wait_timeout_while(open, PATIENCE, |open| !*open);
+        let _ = self.opened.wait_timeout_while(allowed, PATIENCE, |allowed| *allowed < step);
     }
 }
 
@@ -388,7 +396,7 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         return load_demo(options.engine, service);
     }
     let model = Box::new(FakeModel { spec: spec(options.max_context), cache_blocks: options.cache_blocks, gate });
-    Ok(Loaded { model, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
+    Ok(Loaded { model, background: None, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
 }
 
 /// The shipped model, whose sums do not depend on who else is there.
@@ -399,7 +407,7 @@ fn load_demo(engine: EngineConfig, service: ServiceConfig) -> Result<Loaded> {
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
     let model = weights.start(CacheShape { block_tokens: 16, num_blocks: 256 })?;
-    Ok(Loaded { model, tokenizer, eos_token_ids, engine, service })
+    Ok(Loaded { model, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service })
 }
 
 // === requests ===

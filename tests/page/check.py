@@ -223,6 +223,10 @@ def desktop(page, server, traffic, shots):
     page.key("ArrowDown")
     assert "Layer 1, expert 0" in page.eval("$('heat-said').textContent")
 
+    assert page.eval("$('gap-plot').hidden === $('gap-legend').hidden")
+    page.until("fidelity !== null && document.querySelector('#gap-plot .bars')", timeout=60)
+    assert page.eval("$('gap-empty').hidden && document.querySelectorAll('#gap-table tbody tr').length") == 4, "a row for each layer"
+
     prompts(page)
     no_noise(page, server.url)
     # Refused prompts are answers with an error status, which the browser logs; nothing else may be said.
@@ -298,7 +302,7 @@ def main():
     parser.add_argument("--screenshots", metavar="DIR")
     arguments = parser.parse_args()
     shots, traffic = Shots(arguments.screenshots), []
-    server = Server(arguments.binary, [])
+    server = Server(arguments.binary, ["--shadow-rate", "1", "--shadow-budget", "0.5"])
     server.binary = arguments.binary
     page = Browser(arguments.browser)
     try:

@@ -38,7 +38,7 @@ pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, con
             load_to_serve(&folder, options, false).unwrap().1.start(cache).unwrap()
         }
     };
-    Engine::start(EngineParts { model, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics }).unwrap()
+    Engine::start(EngineParts { model, background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics }).unwrap()
 }
 
 /// Every routing, prompts of all lengths that begin alike in pairs, one of them with several sampled choices.

@@ -16,8 +16,14 @@ async fn a_panic_of_the_engine_itself_starts_it_anew() {
     let (model, control) = FakeModel::sum().gated();
     let metrics = metrics();
     let config = EngineConfig { max_batch_requests: 2, ..fake::config() };
-    let parts =
-        EngineParts { model: Box::new(model), tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics: metrics.clone() };
+    let parts = EngineParts {
+        model: Box::new(model),
+        background: None,
+        tokenizer: fake::tokenizer(),
+        eos_token_ids: vec![EOS],
+        config,
+        metrics: metrics.clone(),
+    };
     let engine = Engine::start_with_clock(parts, clock).unwrap();
     let running = engine.submit(generate(&[1; 9], |p| p.n = 2)).unwrap();
     control.step();
@@ -100,8 +106,14 @@ async fn what_cannot_be_in_time_is_not_begun() {
     let clock = now.clone();
     let metrics = metrics();
     let config = EngineConfig { max_step_tokens: 8, prefix_cache: PrefixCache::Off, ..fake::config() };
-    let parts =
-        EngineParts { model: Box::new(model), tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics: metrics.clone() };
+    let parts = EngineParts {
+        model: Box::new(model),
+        background: None,
+        tokenizer: fake::tokenizer(),
+        eos_token_ids: vec![EOS],
+        config,
+        metrics: metrics.clone(),
+    };
     let engine = Engine::start_with_clock(parts, Box::new(clock)).unwrap();
     let within = |seconds| Request { deadline: Some(now() + Duration::from_secs(seconds)), ..tokens(&[1; 40], 1) };
 

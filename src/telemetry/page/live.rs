@@ -8,6 +8,7 @@ use super::samples::{Buckets, Sample, samples};
 use crate::{
     moe::RoutingStats,
     telemetry::{
+        fidelity::FidelitySnapshot,
         http::Readiness,
         metrics::{ExpertLoadSnapshot, Metrics, Scope},
     },
@@ -37,6 +38,7 @@ pub(super) struct ModelState {
     time_to_first_token: Buckets,
     inter_token_latency: Buckets,
     expert_load: ExpertLoad,
+    fidelity: FidelitySnapshot,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -95,7 +97,7 @@ impl ModelState {
     fn new(metrics: &Metrics) -> Self {
         let load = |scope| Load::from(metrics.expert_load(scope));
         let expert_load = ExpertLoad { window: load(Scope::Window), total: load(Scope::Total) };
-        let mut state = Self { expert_load, ..Self::default() };
+        let mut state = Self { expert_load, fidelity: metrics.fidelity_snapshot(), ..Self::default() };
         samples(&metrics.render_common()).for_each(|sample| state.take(sample));
         state
     }
@@ -191,6 +193,7 @@ mod tests {
             assert_eq!([&count[place], &count[place + 1], count.last().unwrap()], [0.0, 1.0, 1.0], "{histogram}");
             assert_eq!(*le.as_array().unwrap().last().unwrap(), Value::Null);
         }
+        assert_eq!((&live["fidelity"]["enabled"], &live["fidelity"]["samples"]), (&json!(false), &json!(0)));
         let layer = &live["expert_load"]["total"]["layers"][0];
         assert_eq!((&layer["layer"], &layer["expert_tokens"], &layer["dead_experts"]), (&json!(1), &json!([0, 0, 0, 0]), &json!(0)));
     }

@@ -298,14 +298,15 @@ chart("gap-plot", () => {
 });
 
 function drawGap(live) {
-  fidelity = live.fidelity && live.fidelity.samples > 0 ? live.fidelity : null;
+  fidelity = live.fidelity.tokens > 0 ? live.fidelity : null;
   ["gap-plot", "gap-legend", "gap-details"].forEach((id) => { $(id).hidden = !fidelity; });
   $("gap-empty").hidden = Boolean(fidelity);
   if (!fidelity) {
-    const on = Boolean(live.fidelity);
-    $("gap-empty").replaceChildren(...(on
-      ? ["No request has been sampled yet. Figures appear here as traffic flows."]
-      : ["Live shadow evaluation is off. ", make("code", "--shadow-rate 0.01"), " compares one request in a hundred with the reference routing."]));
+    const { enabled, same, dropped } = live.fidelity;
+    $("gap-empty").replaceChildren(...(enabled
+      ? [same ? `${figure(same, 9)} samples were served as the reference says, so they have no gap.`
+        : `No request has been measured yet${dropped ? `; ${figure(dropped, 9)} were dropped` : ""}. Figures appear here as traffic flows.`]
+      : ["Shadow evaluation is off: the server was started with ", make("code", "--shadow-budget 0"), "."]));
     $("gap-stats").replaceChildren();
     return;
   }

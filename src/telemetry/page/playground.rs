@@ -95,49 +95,54 @@ pub struct TokenRoutes {
 /// Experts of a token and layer that an [`Answer`] names. Soft routing takes all, and nobody looks at a hundred.
 pub const MAX_ROUTES: usize = 8;
 
-/// What was wrong, for the page: `field` is one of [`Trial`], or empty.
+/// Why there is no answer.
 #[derive(Debug, Serialize)]
-struct Refusal<'a> {
-    field: &'a str,
-    message: &'a str,
+struct Refused {
+    #[serde(skip)]
+    status: StatusCode,
+    /// One of [`Trial`] or a header; empty where neither is wrong.
+    field: String,
+    message: String,
 }
 
 pub(super) async fn try_prompt(State(port): State<Port>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
-    answer(&port, &headers, body).await.unwrap_or_else(|refused| refused)
-}
-
-async fn answer(port: &Port, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Response, Response> {
-    check_sender(headers, &port.config.hosts)?;
-    let body = body.map_err(|rejection| refuse(rejection.status(), "", &format!("{}: at most {MAX_BODY} bytes", rejection.body_text())))?;
-    let trial: Trial = serde_json::from_slice(&body).map_err(|error| refuse(StatusCode::BAD_REQUEST, "", &error.to_string()))?;
-    let loading = || refuse(StatusCode::SERVICE_UNAVAILABLE, "", "the model is loading");
-    let playground = port.page.playground().ok_or_else(loading)?;
-    let busy = |_| refuse(StatusCode::TOO_MANY_REQUESTS, "", "another prompt is being tried on this server: wait for its end");
-    let _permit = port.trials.try_acquire().map_err(busy)?;
-    // A client that goes away drops this future, and with it the request.
-    match playground.run(trial).await {
-        Ok(answer) => Ok(json(StatusCode::OK, &answer)),
-        Err(error) => Err(refuse_error(&error)),
+    match answer(&port, &headers, body).await {
+        Ok(answer) => json(StatusCode::OK, &answer),
+        Err(refused) => json(refused.status, &refused),
     }
 }
 
+async fn answer(port: &Port, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Answer, Refused> {
+    check_sender(headers, &port.config.hosts)?;
+    let unread =
+        |rejection: BytesRejection| Refused::new(rejection.status(), "", format!("{}: at most {MAX_BODY} bytes", rejection.body_text()));
+    let body = body.map_err(unread)?;
+    let trial: Trial = serde_json::from_slice(&body).map_err(|error| Refused::new(StatusCode::BAD_REQUEST, "", error.to_string()))?;
+    let loading = || Refused::new(StatusCode::SERVICE_UNAVAILABLE, "", "the model is loading");
+    let playground = port.page.playground().ok_or_else(loading)?;
+    let busy = |_| Refused::new(StatusCode::TOO_MANY_REQUESTS, "", "another prompt is being tried on this server: wait for its end");
+    let _permit = port.trials.try_acquire().map_err(busy)?;
+    // A client that goes away drops this future, and with it the request.
+    playground.run(trial).await.map_err(|error| Refused::from(&error))
+}
+
 /// Refuses what a foreign page could have sent.
-fn check_sender(headers: &HeaderMap, hosts: &[String]) -> Result<(), Response> {
+fn check_sender(headers: &HeaderMap, hosts: &[String]) -> Result<(), Refused> {
     let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
     let host = text(header::HOST).unwrap_or_default();
     if !known_host(host, hosts) {
         let message = format!("'{host}' is neither an address nor localhost: name it in --live-page-hosts");
-        return Err(refuse(StatusCode::FORBIDDEN, "host", &message));
+        return Err(Refused::new(StatusCode::FORBIDDEN, "host", message));
     }
     let own = |origin: &str| ["http://", "https://"].iter().any(|scheme| origin.strip_prefix(scheme) == Some(host));
     if text(header::ORIGIN).is_some_and(|origin| !own(origin)) {
-        return Err(refuse(StatusCode::FORBIDDEN, "origin", "only the page of this server may send prompts"));
+        return Err(Refused::new(StatusCode::FORBIDDEN, "origin", "only the page of this server may send prompts"));
     }
     let kind = text(header::CONTENT_TYPE).unwrap_or_default();
     if kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
         return Ok(());
     }
-    Err(refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content-type", "send application/json"))
+    Err(Refused::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content-type", "send application/json"))
 }
 
 /// An address, `localhost`, or one of `hosts`; with or without a port.
@@ -149,29 +154,33 @@ fn known_host(host: &str, hosts: &[String]) -> bool {
     name.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost") || hosts.iter().any(|known| known.eq_ignore_ascii_case(name))
 }
 
-fn refuse(status: StatusCode, field: &str, message: &str) -> Response {
-    json(status, &Refusal { field, message })
+impl Refused {
+    fn new(status: StatusCode, field: &str, message: impl Into<String>) -> Self {
+        Self { status, field: field.into(), message: message.into() }
+    }
 }
 
-fn refuse_error(error: &Error) -> Response {
-    let status = match error.kind() {
-        ErrorKind::InvalidArgument | ErrorKind::OutOfRange => StatusCode::BAD_REQUEST,
-        ErrorKind::NotFound => StatusCode::NOT_FOUND,
-        ErrorKind::FailedPrecondition => StatusCode::CONFLICT,
-        ErrorKind::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
-        ErrorKind::Unavailable | ErrorKind::Cancelled => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorKind::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-        ErrorKind::Internal => {
-            tracing::error!(?error, "a prompt of the live page failed");
-            StatusCode::INTERNAL_SERVER_ERROR
+impl From<&Error> for Refused {
+    fn from(error: &Error) -> Self {
+        let status = match error.kind() {
+            ErrorKind::InvalidArgument | ErrorKind::OutOfRange => StatusCode::BAD_REQUEST,
+            ErrorKind::NotFound => StatusCode::NOT_FOUND,
+            ErrorKind::FailedPrecondition => StatusCode::CONFLICT,
+            ErrorKind::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+            ErrorKind::Unavailable | ErrorKind::Cancelled => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorKind::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+            ErrorKind::Internal => {
+                tracing::error!(?error, "a prompt of the live page failed");
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
+        };
+        match error {
+            // The page's fields are the last parts of the paths that the engine knows.
+            Error::InvalidArgument { field, message } | Error::OutOfRange { field, message } => {
+                Self::new(status, field.rsplit('.').next().unwrap_or_default(), message)
+            }
+            _ => Self::new(status, "", error.to_string()),
         }
-    };
-    match error {
-        // The page's fields are the last parts of the paths that the engine knows.
-        Error::InvalidArgument { field, message } | Error::OutOfRange { field, message } => {
-            refuse(status, field.rsplit('.').next().unwrap_or_default(), message)
-        }
-        _ => refuse(status, "", &error.to_string()),
     }
 }
 
@@ -181,7 +190,7 @@ mod tests {
 
     fn status(headers: &[(&'static str, &str)]) -> Result<(), StatusCode> {
         let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        check_sender(&headers, &["gpu1.lan".into()]).map_err(|refused| refused.status())
+        check_sender(&headers, &["gpu1.lan".into()]).map_err(|refused| refused.status)
     }
 
     #[test]

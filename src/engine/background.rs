@@ -1,0 +1,420 @@
+//! Work of the engine's thread below requests: shadow samples of what was served, and measurements that somebody asked for.
+//!
+//! Both run several routings side by side over tokens, piece by piece, on models of their own over the weights that are served. The worker
+//! gives them a turn after each of its steps. While requests run, a piece runs only where its share of the time pays for it; while none
+//! does, pieces follow one another, and a request that comes waits for one of them. What goes wrong here ends a sample or a measurement and
+//! nothing else. Nothing is allocated before there is something to measure.
+
+use std::{
+    any::Any,
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{EngineConfig, measure::Measurement, sequence::Sequence, status::Shared, worker::Clock};
+use crate::{
+    error::{Error, Result},
+    fidelity::{
+        case::Case,
+        pacing::{Credit, PieceSize},
+        probe::{LayerProbe, Probe},
+        run::{Chunk, OutputValues, SideBySide},
+        shadow::{Dropped, Shadow, ShadowConfig},
+        summary::{KEPT, Values},
+    },
+    model::{CacheShape, ModelSpec, Observable, load::ServingModel},
+    moe::policy::LayerChoices,
+    telemetry::{
+        fidelity::{FidelitySample, LayerSample, TokenValues},
+        metrics::SampleOutcome,
+    },
+};
+
+/// Makes models over the weights that are served, each with a cache of its own, on the engine's thread.
+pub trait ObservableSource: Send {
+    /// A model with an empty cache of this size.
+    fn start(&self, cache: CacheShape) -> Result<Box<dyn Observable>>;
+}
+
+impl ObservableSource for ServingModel {
+    fn start(&self, cache: CacheShape) -> Result<Box<dyn Observable>> {
+        self.start_observable(cache)
+    }
+}
+
+/// Routings side by side, with what is seen of their layers.
+#[derive(Debug)]
+pub(super) struct Probed {
+    pub(super) sides: SideBySide,
+    pub(super) probe: Probe,
+}
+
+/// What the worker has just done for requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    /// Nothing: there is none that can go on.
+    Idle,
+    /// A step, which took so long.
+    Busy(Duration),
+}
+
+/// All work below requests.
+pub(super) struct Background {
+    source: Option<Box<dyn ObservableSource>>,
+    spec: ModelSpec,
+    shared: Arc<Shared>,
+    shadows: Shadows,
+    measurements: Measurements,
+    /// Whose turn it is where both could have it.
+    shadow_next: bool,
+}
+
+/// Samples of what was served.
+struct Shadows {
+    waiting: Shadow<Sample>,
+    /// The one that is measured.
+    current: Option<(Sample, Probed)>,
+    /// The model between two samples.
+    resting: Option<Box<dyn Observable>>,
+    credit: Credit,
+    size: PieceSize,
+}
+
+/// What was served.
+struct Sample {
+    origin: Origin,
+    tokens: Vec<u32>,
+    /// The reference first.
+    cases: [Case; 2],
+}
+
+/// Where a sample came from, for the log.
+struct Origin {
+    request: Arc<str>,
+    generation: u64,
+}
+
+/// Measurements, of which the first runs.
+struct Measurements {
+    queue: VecDeque<Measurement>,
+    credit: Credit,
+    size: PieceSize,
+    /// Routings of the measurement that `size` was found for.
+    sized_for: usize,
+}
+
+impl Probed {
+    /// On `model` if there is one, else on a new one for windows of at most `longest` tokens.
+    pub(super) fn start(
+        source: &dyn ObservableSource,
+        spec: &ModelSpec,
+        model: Option<Box<dyn Observable>>,
+        cases: &[Case],
+        longest: usize,
+    ) -> Result<Self> {
+        let probe = Probe::of_gaps(spec, cases)?;
+        let model = model.map_or_else(|| source.start(SideBySide::cache(cases.len(), longest)), Ok)?;
+        Ok(Self { sides: SideBySide::new(model, cases.to_vec()), probe })
+    }
+
+    pub(super) fn step(&mut self, window: &[u32], most: usize) -> Result<Chunk> {
+        self.sides.step(window, most, Some(&mut self.probe))
+    }
+}
+
+impl Background {
+    /// Without a source nothing is ever measured.
+    pub(super) fn new(source: Option<Box<dyn ObservableSource>>, spec: ModelSpec, config: &EngineConfig, shared: Arc<Shared>) -> Self {
+        let shadow = if source.is_some() { config.shadow.clone() } else { ShadowConfig::off() };
+        let shadows = Shadows {
+            credit: Credit::new(shadow.budget),
+            waiting: Shadow::new(shadow, rand::random()),
+            current: None,
+            resting: None,
+            size: PieceSize::default(),
+        };
+        let credit = Credit::new(config.measure.budget);
+        let measurements = Measurements { queue: VecDeque::new(), credit, size: PieceSize::default(), sized_for: 0 };
+        Self { source, spec, shared, shadows, measurements, shadow_next: true }
+    }
+
+    /// A sequence has ended well: its tokens may become a sample.
+    pub(super) fn offer(&mut self, sequence: &Sequence, generation: u64, now: Instant) {
+        // Given experts are no routing to be judged.
+        let replayed = matches!(sequence.routing, LayerChoices::Replay { .. });
+        if replayed || !self.shadows.waiting.takes(sequence.shadow) {
+            return;
+        }
+        let reference = Case::from(self.spec.reference.choice());
+        let served = Case { name: "serving".into(), choices: sequence.routing.clone() };
+        let same = matches!((reference.policies(&self.spec), served.policies(&self.spec)), (Ok(a), Ok(b)) if a == b);
+        let most = self.shadows.longest(&self.spec);
+        let tokens = &sequence.tokens()[..sequence.tokens().len().min(most)];
+        let outcome = if same {
+            SampleOutcome::Same
+        } else {
+            let origin = || Origin { request: sequence.name.clone(), generation };
+            let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
+            match self.shadows.waiting.push(tokens.len(), now, sample) {
+                Ok(()) => return self.show_pending(),
+                Err(dropped) => outcome(dropped),
+            }
+        };
+        self.shared.metrics.fidelity_outcome(outcome);
+    }
+
+    pub(super) fn measure(&mut self, measurement: Measurement) {
+        self.measurements.queue.push_back(measurement);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.shadows.is_empty() && self.measurements.queue.is_empty()
+    }
+
+    /// Runs a piece if there is one and it may run now. Whether another one could follow at once.
+    pub(super) fn turn(&mut self, load: Load, clock: &Clock) -> bool {
+        if let Load::Busy(worked) = load {
+            self.shadows.credit.earn(worked, self.shadows.size.cost());
+            self.measurements.credit.earn(worked, self.measurements.size.cost());
+        }
+        if self.is_empty() {
+            return false;
+        }
+        if self.shared.status.borrow().draining {
+            self.end();
+            return false;
+        }
+        self.sweep(clock());
+        let idle = load == Load::Idle;
+        let shadow = !self.shadows.is_empty() && (idle || self.shadows.credit.affords(self.shadows.size.cost()));
+        let measure = !self.measurements.queue.is_empty() && (idle || self.measurements.credit.affords(self.measurements.size.cost()));
+        if shadow && (self.shadow_next || !measure) {
+            self.shadow_next = false;
+            self.shadow_piece(idle);
+        } else if measure {
+            self.shadow_next = true;
+            self.measure_piece(idle);
+        }
+        idle && !self.is_empty()
+    }
+
+    /// Drops what has waited for too long, and what nobody waits for.
+    fn sweep(&mut self, now: Instant) {
+        let late = self.shadows.waiting.expire(now);
+        self.drop_samples(late, SampleOutcome::DroppedBudget);
+        let queue = &mut self.measurements.queue;
+        for _ in 0..queue.len() {
+            let Some(measurement) = queue.pop_front() else { return };
+            if measurement.deadline.is_some_and(|deadline| deadline <= now) {
+                measurement.fail(Error::DeadlineExceeded { phase: "measuring" });
+            } else if !measurement.is_cancelled() {
+                queue.push_back(measurement);
+            }
+        }
+    }
+
+    fn drop_samples(&self, samples: usize, outcome: SampleOutcome) {
+        (0..samples).for_each(|_| self.shared.metrics.fidelity_outcome(outcome));
+        if samples > 0 {
+            self.show_pending();
+        }
+    }
+
+    fn show_pending(&self) {
+        self.shared.metrics.set_fidelity_pending(self.shadows.waiting.len() + usize::from(self.shadows.current.is_some()));
+    }
+
+    fn shadow_piece(&mut self, idle: bool) {
+        let Self { source: Some(source), spec, shared, shadows, .. } = self else { return };
+        let Some((sample, work)) = shadows.next() else { return };
+        let begun = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| shadows.advance(source.as_ref(), spec, &sample, work)));
+        let spent = begun.elapsed();
+        shared.metrics.fidelity_spent(spent);
+        if !idle {
+            shadows.credit.spend(spent);
+        }
+        match result {
+            Ok(Ok((tokens, next))) => {
+                shadows.size.ran(tokens, spent);
+                match next {
+                    Step::Piece(work) => shadows.current = Some((sample, work)),
+                    Step::Done(measured) => {
+                        shared.metrics.fidelity_sample(&measured);
+                        sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
+                    }
+                }
+            }
+            failed => {
+                let reason = reason(failed.map(|result| result.map(drop)));
+                let Origin { request, generation } = &sample.origin;
+                tracing::warn!(request = &**request, generation, reason, "a shadow sample failed; no request is concerned");
+                shared.metrics.fidelity_outcome(SampleOutcome::Failed);
+            }
+        }
+        self.show_pending();
+    }
+
+    fn measure_piece(&mut self, idle: bool) {
+        let Self { source: Some(source), spec, measurements, .. } = self else { return };
+        let Some(mut measurement) = measurements.next() else { return };
+        let most = measurements.size.tokens();
+        let begun = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| measurement.advance(source.as_ref(), spec, most)));
+        let spent = begun.elapsed();
+        if !idle {
+            measurements.credit.spend(spent);
+        }
+        match result {
+            Ok(Ok((tokens, done))) => {
+                measurements.size.ran(tokens, spent);
+                if !done {
+                    measurements.queue.push_front(measurement);
+                }
+            }
+            Ok(Err(error)) => measurement.fail(error),
+            Err(panic) => {
+                let message = reason(Err(panic));
+                tracing::error!(request = measurement.id, message, "a measurement panicked; no other request is concerned");
+                measurement.fail(Error::Internal("measuring panicked".into()));
+            }
+        }
+    }
+
+    /// Ends everything: the server stops, or nothing that was known can be trusted.
+    pub(super) fn end(&mut self) {
+        let samples = self.shadows.waiting.clear() + usize::from(self.shadows.current.take().is_some());
+        self.drop_samples(samples, SampleOutcome::DroppedDraining);
+        self.shadows.resting = None;
+        self.measurements.queue.drain(..).for_each(|measurement| measurement.fail(Error::Draining));
+    }
+}
+
+/// What a piece of a sample led to.
+enum Step {
+    Piece(Probed),
+    Done(FidelitySample),
+}
+
+impl Shadows {
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.current.is_none()
+    }
+
+    /// Tokens of the longest sample. Up to [`KEPT`] every one of them is in the histograms.
+    fn longest(&self, spec: &ModelSpec) -> usize {
+        self.waiting.config().max_tokens.min(spec.max_context).min(KEPT)
+    }
+
+    /// The sample that is at work, else the one that has waited longest.
+    fn next(&mut self) -> Option<(Sample, Option<Probed>)> {
+        match self.current.take() {
+            Some((sample, work)) => Some((sample, Some(work))),
+            None => self.waiting.pop().map(|sample| (sample, None)),
+        }
+    }
+
+    /// One piece. How many tokens it read. After a failure the model is gone with its work, and the next sample has a new one.
+    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<(usize, Step)> {
+        let longest = self.longest(spec);
+        let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, longest);
+        let mut work = work.map_or_else(begin, Ok)?;
+        let chunk = work.step(&sample.tokens, self.size.tokens())?;
+        if !chunk.done {
+            return Ok((chunk.tokens, Step::Piece(work)));
+        }
+        let Probed { sides, probe } = work;
+        let measured = sides.values().first().filter(|values| values.tokens() > 0).map(|values| measured(values, &probe.layers));
+        self.resting = Some(sides.into_model());
+        Ok((chunk.tokens, Step::Done(measured.ok_or(Error::NonFinite)?)))
+    }
+}
+
+impl Measurements {
+    /// The first one.
+    fn next(&mut self) -> Option<Measurement> {
+        let measurement = self.queue.pop_front()?;
+        if self.sized_for != measurement.sides() {
+            (self.sized_for, self.size) = (measurement.sides(), PieceSize::default());
+        }
+        Some(measurement)
+    }
+}
+
+impl Origin {
+    /// What an operator should look at, with all that leads to the request.
+    fn tell_outlier(&self, sample: &FidelitySample, limit: f64) {
+        let kl = sample.kl.sum / sample.tokens.max(1) as f64;
+        if kl <= limit {
+            return;
+        }
+        let mean = |layer: &LayerSample| layer.l2_rel.sum / layer.l2_rel.values.len().max(1) as f64;
+        let worst = sample.layers.iter().max_by(|a, b| mean(a).total_cmp(&mean(b)));
+        let (layer, l2_rel) = worst.map_or((None, None), |layer| (Some(layer.layer), Some(mean(layer))));
+        let (request, generation, tokens) = (&*self.request, self.generation, sample.tokens);
+        tracing::warn!(request, generation, tokens, kl, layer, l2_rel, "the serving routing is far from the reference on this request");
+    }
+}
+
+fn outcome(dropped: Dropped) -> SampleOutcome {
+    match dropped {
+        Dropped::Queue => SampleOutcome::DroppedQueue,
+        Dropped::Short => SampleOutcome::DroppedShort,
+    }
+}
+
+/// What went wrong, in words.
+fn reason(failed: std::thread::Result<Result<()>>) -> String {
+    match failed {
+        Ok(Ok(())) => "nothing".into(),
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => format!("panic: {}", panic_message(&*panic)),
+    }
+}
+
+/// What a panic said.
+pub(super) fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message")
+}
+
+fn measured(output: &OutputValues, layers: &[LayerProbe]) -> FidelitySample {
+    let (predicted_tokens, reference_nats, serving_nats) = output.paired().sums();
+    FidelitySample {
+        tokens: output.tokens(),
+        kl: token_values(output.kl()),
+        js: token_values(output.js()),
+        logit_l2: token_values(output.logit_l2()),
+        top1_disagreements: output.top1_disagreements(),
+        predicted_tokens: predicted_tokens as u64,
+        reference_nats,
+        serving_nats,
+        layers: layers.iter().map(measured_layer).collect(),
+    }
+}
+
+fn measured_layer(layer: &LayerProbe) -> LayerSample {
+    let gap = &layer.gaps[0];
+    let overlap = token_values(&gap.overlap);
+    let (tokens, others) = (overlap.values.len(), gap.argmax_disagree as usize);
+    LayerSample {
+        layer: layer.layer,
+        l2_rel: token_values(&gap.l2_rel),
+        cosine_distance: token_values(&gap.cosine),
+        missed_mass: token_values(&gap.missed_mass),
+        expert_disagree: TokenValues {
+            sum: gap.overlap.count() as f64 - overlap.sum,
+            values: overlap.values.iter().map(|overlap| 1.0 - overlap).collect(),
+        },
+        argmax_disagree: TokenValues {
+            sum: others as f64,
+            values: (0..tokens).map(|token| if token < others { 1.0 } else { 0.0 }).collect(),
+        },
+    }
+}
+
+fn token_values(values: &Values) -> TokenValues {
+    TokenValues { sum: values.sum(), values: values.kept().to_vec() }
+}
