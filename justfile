@@ -48,6 +48,10 @@ parity *args: build
     {{ python }} tests/parity/check.py --binary {{ binary }} {{ args }}
     {{ python }} tests/parity/fidelity.py --binary {{ binary }}
 
+# Look at the live page in a headless Chromium; `--screenshots docs/img` takes its pictures.
+page *args: build
+    tests/page/run.sh {{ binary }} {{ args }}
+
 # Write tests/goldens again.
 goldens *cases:
     {{ python }} tests/parity/make_goldens.py {{ cases }}

@@ -32,6 +32,7 @@ use crate::{
         http::{self, Page, Readiness},
         metrics::{Metrics, MetricsConfig},
         otel::Tracer,
+        page::PageConfig,
     },
 };
 
@@ -55,8 +56,10 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Listeners {
     /// gRPC.
     pub grpc: TcpListener,
-    /// `/metrics` and `/healthz`; `None` for neither.
+    /// `/metrics`, `/healthz` and the live page; `None` for neither.
     pub metrics: Option<TcpListener>,
+    /// The live page of that port.
+    pub live_page: PageConfig,
 }
 
 /// A model in memory, with what is needed to serve it.
@@ -105,7 +108,8 @@ pub async fn run(
 ) -> Result<()> {
     let mut shutdown = pin!(shutdown);
     let page = Arc::new(Page::default());
-    let _observers = listeners.metrics.map(|listener| AbortOnDrop(tokio::spawn(http::serve(listener, page.clone()))));
+    let live_page = listeners.live_page;
+    let _observers = listeners.metrics.map(|listener| AbortOnDrop(tokio::spawn(http::serve(listener, page.clone(), live_page))));
 
     let loading = tokio::task::spawn_blocking(load);
     let loaded = tokio::select! {
@@ -130,6 +134,7 @@ pub async fn run(
     })?;
     let services = Services::new(engine.clone(), loaded.service.clone())?;
     page.show(metrics.clone());
+    page.lend(Arc::new(services.playground()));
 
     let (health, health_service) = Health::new().await;
     let (stop, stopped) = oneshot::channel::<()>();

@@ -108,10 +108,10 @@ impl LocalServer {
         let ((grpc, grpc_address), (metrics, metrics_address)) = (bind("gRPC")?, bind("metrics")?);
         let (shutdown, stopped) = oneshot::channel::<()>();
         let drain = DrainConfig { grace: Duration::ZERO, timeout: PATIENCE };
-        let running =
-            runtime.spawn(server::run(Listeners { grpc, metrics: Some(metrics) }, drain, Tracer::default(), move || Ok(loaded), async {
-                let _ = stopped.await;
-            }));
+        let listeners = Listeners { grpc, metrics: Some(metrics), live_page: Default::default() };
+        let running = runtime.spawn(server::run(listeners, drain, Tracer::default(), move || Ok(loaded), async {
+            let _ = stopped.await;
+        }));
         let target = Target { url: format!("http://{grpc_address}"), observers: Some(metrics_address.to_string()) };
         let mut server = Self { target, shutdown: Some(shutdown), running: Some(running), runtime };
         server.wait_until_serving()?;

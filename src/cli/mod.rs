@@ -42,7 +42,7 @@ pub struct Cli {
 #[allow(missing_docs, reason = "a comment on a variant would replace the help of its arguments")]
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     Generate(generate::GenerateArgs),
     Healthcheck(healthcheck::HealthcheckArgs),
     Train(train::TrainArgs),
@@ -67,7 +67,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         init_logging(self.log_format, &self.log_level)?;
         match self.command {
-            Command::Serve(args) => serve::run(args),
+            Command::Serve(args) => serve::run(*args),
             Command::Generate(args) => generate::run(args),
             Command::Healthcheck(args) => healthcheck::run(args),
             Command::Inspect(args) => inspect::run(args),

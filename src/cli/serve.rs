@@ -28,6 +28,7 @@ use crate::{
     ops::start_compute_threads,
     server::{self, DrainConfig, Listeners, Loaded},
     service::{SamplingDefaults, ServiceConfig},
+    telemetry::page::{PageConfig, PageMode},
 };
 
 /// Whether the routing of a running server may be changed.
@@ -55,9 +56,16 @@ pub struct ServeArgs {
     /// Address of the gRPC port. There is no TLS and no authentication: keep it on a trusted network.
     #[arg(long, env = "HARDMAX_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:50051", value_parser = address)]
     pub listen: SocketAddr,
-    /// Address of the port with /metrics and /healthz, or `off`.
+    /// Address of the port with /metrics, /healthz and the live page, or `off`.
     #[arg(long, env = "HARDMAX_METRICS_LISTEN", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
     pub metrics_listen: MetricsListen,
+    /// The live page on that port. `read-only` has no box to try prompts, which costs the time of the model.
+    #[arg(long, env = "HARDMAX_LIVE_PAGE", value_enum, default_value_t)]
+    pub live_page: PageMode,
+    /// Names under which browsers may send prompts to the live page, besides addresses and localhost. Others are refused, so that no
+    /// foreign site can lead a browser here under a name of its own.
+    #[arg(long, env = "HARDMAX_LIVE_PAGE_HOSTS", value_name = "NAME,...", value_delimiter = ',')]
+    pub live_page_hosts: Vec<String>,
     /// What that port exports.
     #[command(flatten)]
     pub series: SeriesArgs,
@@ -197,7 +205,8 @@ async fn serve(args: ServeArgs) -> Result<()> {
     announce(&args, &grpc, metrics.as_ref());
     let tracer = args.otlp.tracer()?;
     let drain = DrainConfig { grace: args.drain_grace, timeout: args.drain_timeout };
-    server::run(Listeners { grpc, metrics }, drain, tracer, move || load_model(&args), shutdown).await
+    let live_page = PageConfig { mode: args.live_page, hosts: args.live_page_hosts.clone() };
+    server::run(Listeners { grpc, metrics, live_page }, drain, tracer, move || load_model(&args), shutdown).await
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener> {

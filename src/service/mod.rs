@@ -12,6 +12,7 @@ mod deadline;
 mod fidelity;
 mod inference;
 mod observe;
+mod playground;
 mod routing;
 mod status;
 mod trace;
@@ -29,6 +30,7 @@ pub use self::{
     fidelity::FidelityStream,
     inference::{GenerateStream, InferenceService},
     observe::{ObserveLayer, ObserveService},
+    playground::EnginePlayground,
     routing::{RoutingService, TraceStream},
     status::{code_name, to_status},
     trace::joined as routing_trace,
@@ -63,5 +65,10 @@ impl Services {
     /// `hardmax.v1.Routing`.
     pub fn routing(&self) -> RoutingService {
         RoutingService::new(Arc::clone(&self.context))
+    }
+
+    /// Prompts of the live page.
+    pub fn playground(&self) -> EnginePlayground {
+        EnginePlayground::new(Arc::clone(&self.context))
     }
 }

@@ -1,4 +1,5 @@
-//! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever sends requests here: 503 while loading and draining.
+//! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever sends requests here: 503 while loading and draining, and the
+//! live page ([`page`](super::page)) for people.
 
 use std::{
     io,
@@ -14,7 +15,10 @@ use axum::{
 };
 use tokio::net::TcpListener;
 
-use super::metrics::Metrics;
+use super::{
+    metrics::Metrics,
+    page::{self, PageConfig, Playground},
+};
 
 /// What the server can do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +39,14 @@ pub struct Page {
     readiness: RwLock<Readiness>,
     /// The series depend on the model, so they exist once it is loaded.
     metrics: OnceLock<Arc<Metrics>>,
+    playground: OnceLock<Arc<dyn Playground>>,
 }
 
 // === impl Page ===
 
 impl Default for Page {
     fn default() -> Self {
-        Self { readiness: RwLock::new(Readiness::Loading), metrics: OnceLock::new() }
+        Self { readiness: RwLock::new(Readiness::Loading), metrics: OnceLock::new(), playground: OnceLock::new() }
     }
 }
 
@@ -51,24 +56,37 @@ impl Page {
         let _ = self.metrics.set(metrics);
     }
 
+    /// From now on the live page tries prompts with `playground`; later calls change nothing.
+    pub fn lend(&self, playground: Arc<dyn Playground>) {
+        let _ = self.playground.set(playground);
+    }
+
     /// From now on `/healthz` answers by `readiness`.
     pub fn set(&self, readiness: Readiness) {
         *self.readiness.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = readiness;
     }
 
-    fn readiness(&self) -> Readiness {
+    pub(super) fn metrics(&self) -> Option<&Metrics> {
+        self.metrics.get().map(Arc::as_ref)
+    }
+
+    pub(super) fn playground(&self) -> Option<&dyn Playground> {
+        self.playground.get().map(Arc::as_ref)
+    }
+
+    pub(super) fn readiness(&self) -> Readiness {
         *self.readiness.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
 /// Serves `page` until the future is dropped.
-pub async fn serve(listener: TcpListener, page: Arc<Page>) -> io::Result<()> {
-    let routes = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(page);
-    axum::serve(listener, routes).await
+pub async fn serve(listener: TcpListener, page: Arc<Page>, config: PageConfig) -> io::Result<()> {
+    let routes = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(page.clone());
+    axum::serve(listener, routes.merge(page::routes(page, config))).await
 }
 
 async fn metrics(State(page): State<Arc<Page>>) -> Response {
-    match page.metrics.get() {
+    match page.metrics() {
         Some(metrics) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response(),
         None => (StatusCode::SERVICE_UNAVAILABLE, "the model is loading\n").into_response(),
     }

@@ -321,15 +321,21 @@ impl Metrics {
 
     /// Every series in the Prometheus text format.
     pub fn render(&self) -> String {
-        let mut rest = Exposition::default();
-        info::write(&lock(&self.facts), &mut rest);
-        lock(&self.expert_load).write(&mut rest, Instant::now());
-        self.with_fidelity(|fidelity| fidelity.write(&mut rest));
-        let mut page = self.page.render() + &rest.finish();
+        let mut experts = Exposition::default();
+        lock(&self.expert_load).write(&mut experts, Instant::now());
+        self.with_fidelity(|fidelity| fidelity.write(&mut experts));
+        let mut page = self.render_common() + &experts.finish();
         let mut size = Exposition::default();
         size.single(&catalog::METRICS_SERIES, &[], num_series(&page) as f64 + 1.0);
         page += &size.finish();
         page
+    }
+
+    /// The same without the series of experts and of the gap.
+    pub(super) fn render_common(&self) -> String {
+        let mut facts = Exposition::default();
+        info::write(&lock(&self.facts), &mut facts);
+        self.page.render() + &facts.finish()
     }
 }
 

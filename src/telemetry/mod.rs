@@ -10,6 +10,7 @@ mod info;
 mod labels;
 pub mod metrics;
 pub mod otel;
+pub mod page;
 mod register;
 #[cfg(test)]
 mod tests;

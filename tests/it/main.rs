@@ -11,6 +11,7 @@ mod fidelity;
 mod fuzz;
 mod metrics;
 mod otlp;
+mod page;
 mod parity;
 mod policy;
 mod process;

@@ -127,7 +127,7 @@ async fn the_observers_port() {
     assert_eq!(server.metric("hardmax_expert_tokens_total", &[("layer", "0"), ("expert", "3")]).await, Some(0.0));
 
     assert_eq!(server.get("/healthz").await, ("HTTP/1.1 200 OK".into(), "ok\n".into()));
-    assert!(server.get("/").await.0.contains("404"));
+    assert!(server.get("/nothing").await.0.contains("404"));
 }
 
 #[tokio::test]

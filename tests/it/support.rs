@@ -33,6 +33,7 @@ use hardmax::{
     telemetry::{
         metrics::SeriesOptions,
         otel::{OtlpConfig, Tracer},
+        page::PageConfig,
     },
 };
 use tokenizers::{
@@ -240,6 +241,7 @@ pub struct Options {
     /// Whether the model may run from the start.
     pub gate_open: bool,
     pub load_fails: bool,
+    pub live_page: PageConfig,
     /// The shipped model instead of the fake.
     pub demo: bool,
 }
@@ -267,6 +269,7 @@ impl Default for Options {
             otlp: None,
             gate_open: true,
             load_fails: false,
+            live_page: PageConfig::default(),
             demo: false,
         }
     }
@@ -302,8 +305,9 @@ impl TestServer {
         let (shutdown, stopped) = oneshot::channel();
         let tracer = options.otlp.as_ref().map_or_else(Tracer::default, |config| Tracer::start(config).unwrap());
         let (drain, model_gate) = (options.drain, gate.clone());
+        let listeners = Listeners { grpc, metrics: Some(observers), live_page: options.live_page.clone() };
         let load = move || load(options, model_gate);
-        let running = tokio::spawn(server::run(Listeners { grpc, metrics: Some(observers) }, drain, tracer, load, async {
+        let running = tokio::spawn(server::run(listeners, drain, tracer, load, async {
             let _ = stopped.await;
         }));
         Self { grpc: grpc_address, observers: observers_address, gate, shutdown: Some(shutdown), running }
