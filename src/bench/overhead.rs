@@ -153,8 +153,8 @@ impl Arm {
                 ..MetricsConfig::default()
             },
             request: Request {
-                trace_id: None,
                 id: self.name.into(),
+                trace_id: None,
                 prompt: Vec::new(),
                 task: Task::Generate(params),
                 routing: routing.into(),

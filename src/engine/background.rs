@@ -93,6 +93,7 @@ struct Sample {
 /// Where a sample came from, for the log.
 struct Origin {
     request: Arc<str>,
+    trace_id: Option<Arc<str>>,
     generation: u64,
 }
 
@@ -155,7 +156,7 @@ impl Background {
         let outcome = if same {
             SampleOutcome::Same
         } else {
-            let origin = || Origin { request: sequence.name.clone(), generation };
+            let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone(), generation };
             let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
             match self.shadows.waiting.push(tokens.len(), now, sample) {
                 Ok(()) => return self.show_pending(),
@@ -249,8 +250,8 @@ impl Background {
             }
             failed => {
                 let reason = reason(failed.map(|result| result.map(drop)));
-                let Origin { request, generation } = &sample.origin;
-                tracing::warn!(request = &**request, generation, reason, "a shadow sample failed; no request is concerned");
+                let (request, trace_id, generation) = sample.origin.told();
+                tracing::warn!(request, trace_id, generation, reason, "a shadow sample failed; no request is concerned");
                 shared.metrics.fidelity_outcome(SampleOutcome::Failed);
             }
         }
@@ -344,6 +345,11 @@ impl Measurements {
 }
 
 impl Origin {
+    /// Request, trace and generation.
+    fn told(&self) -> (&str, Option<&str>, u64) {
+        (&self.request, self.trace_id.as_deref(), self.generation)
+    }
+
     /// What an operator should look at, with all that leads to the request.
     fn tell_outlier(&self, sample: &FidelitySample, limit: f64) {
         let kl = sample.kl.sum / sample.tokens.max(1) as f64;
@@ -353,8 +359,17 @@ impl Origin {
         let mean = |layer: &LayerSample| layer.l2_rel.sum / layer.l2_rel.values.len().max(1) as f64;
         let worst = sample.layers.iter().max_by(|a, b| mean(a).total_cmp(&mean(b)));
         let (layer, l2_rel) = worst.map_or((None, None), |layer| (Some(layer.layer), Some(mean(layer))));
-        let (request, generation, tokens) = (&*self.request, self.generation, sample.tokens);
-        tracing::warn!(request, generation, tokens, kl, layer, l2_rel, "the serving routing is far from the reference on this request");
+        let ((request, trace_id, generation), tokens) = (self.told(), sample.tokens);
+        tracing::warn!(
+            request,
+            trace_id,
+            generation,
+            tokens,
+            kl,
+            layer,
+            l2_rel,
+            "the serving routing is far from the reference on this request"
+        );
     }
 }
 

@@ -175,9 +175,9 @@ impl MeasureRequest {
             return Err(Error::out_of_range("policies", format!("{policies} are above {MAX_MEASURE_POLICIES}, the limit")));
         }
         let reference = self.reference.clone().unwrap_or_else(|| spec.reference.choice().into());
-        reference.policies(spec).map_err(|error| on_field(error, "reference"))?;
+        reference.policies(spec).map_err(|error| error.rooted("routing", "reference"))?;
         for (index, case) in self.cases.iter().enumerate() {
-            case.policies(spec).map_err(|error| on_field(error, &format!("policies[{index}]")))?;
+            case.policies(spec).map_err(|error| error.rooted("routing", &format!("policies[{index}]")))?;
         }
         Ok(std::iter::once(reference).chain(self.cases.iter().cloned()).collect())
     }
@@ -199,17 +199,6 @@ impl MeasureRequest {
             return Err(Error::out_of_range(field, message));
         }
         Ok(window)
-    }
-}
-
-/// An error about a routing, told of the field that it came in.
-fn on_field(error: Error, to: &str) -> Error {
-    match error {
-        Error::InvalidArgument { field, message } => {
-            let rest = field.strip_prefix("routing").unwrap_or_default();
-            Error::InvalidArgument { field: format!("{to}{rest}"), message }
-        }
-        other => other,
     }
 }
 

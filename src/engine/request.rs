@@ -165,7 +165,8 @@ pub struct Tokens {
     pub logprobs: Vec<TokenLogprob>,
     /// What the step read, if asked for: a stretch of the prompt, or the token before `ids`. The stretches of a choice follow on each
     /// other from position 0 on. While the prompt is read they come alone, without `ids`. The last token is never read.
-    pub trace: Option<RoutingTrace>,
+    /// Boxed: most have none.
+    pub trace: Option<Box<RoutingTrace>>,
 }
 
 /// The last word on a choice.

@@ -223,10 +223,10 @@ impl Sequence {
     }
 
     /// What was noted since the last time. `None` without a word to say.
-    fn take_trace(&mut self) -> Option<RoutingTrace> {
+    fn take_trace(&mut self) -> Option<Box<RoutingTrace>> {
         let trace = self.trace.as_mut().filter(|trace| trace.num_tokens() > 0)?;
         let next = RoutingTrace::new(trace.first_position + trace.num_tokens(), Arc::clone(&trace.layers));
-        Some(std::mem::replace(trace, next))
+        Some(Box::new(std::mem::replace(trace, next)))
     }
 
     /// Nothing but what was noted.

@@ -98,10 +98,10 @@ async fn collect(mut stream: EventStream) -> Answer {
 }
 
 /// Adds a stretch to those before it, on which it follows.
-fn follow(trace: &mut Option<RoutingTrace>, next: Option<RoutingTrace>) {
+fn follow(trace: &mut Option<RoutingTrace>, next: Option<Box<RoutingTrace>>) {
     let Some(next) = next else { return };
     match trace {
-        None => *trace = Some(next),
+        None => *trace = Some(*next),
         Some(trace) => {
             assert_eq!(next.first_position, trace.first_position + trace.num_tokens(), "a stretch is missing, or came twice");
             trace.append(&next);

@@ -225,7 +225,7 @@ impl Routing for RoutingService {
 // === impl TraceStream ===
 
 impl TraceStream {
-    fn push(&mut self, trace: Option<RoutingTrace>, generation: Option<u64>) {
+    fn push(&mut self, trace: Option<Box<RoutingTrace>>, generation: Option<u64>) {
         for part in trace.iter().flat_map(|trace| trace::messages(trace, self.options)) {
             let tokens = part.first_position as usize..(part.first_position + part.num_tokens) as usize;
             self.pending.push_back(proto::TraceRoutingResponse {

@@ -133,10 +133,12 @@ async fn a_measured_request_moves_every_series_of_the_shadow() {
     let shadow = ShadowConfig { rate: 1.0, budget: 1.0, ..ShadowConfig::default() };
     let engine = EngineConfig { shadow, ..Options::default().engine };
     let server = TestServer::start(Options { engine, ..Options::demo() }).await;
+    let mut client = server.client().await;
+    client.get_model_info(GetModelInfoRequest::default()).await.unwrap();
     let before = Page::of(&server).await;
     let text = "In the beginning was the Word, and no one knew where the experts had gone; so they were asked. ".repeat(3);
     let request = ScoreRequest { input: Some(Input::Text(text)), routing: Some(top_1()), ..Default::default() };
-    server.client().await.score(request).await.unwrap();
+    client.score(request).await.unwrap();
     server.metric_reaches("hardmax_fidelity_samples_total", &[("outcome", "done")], 1.0).await;
     let after = Page::of(&server).await;
     let shadow: Vec<&Family> = catalog::families().filter(|family| of_the_shadow(family)).collect();

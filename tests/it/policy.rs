@@ -26,7 +26,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("fidelity", &["error", "model", "moe", "plot"]),
     // Serving.
     ("engine", &["error", "fidelity", "model", "moe", "telemetry"]),
-    ("service", &["checkpoint::GenerationDefaults", "engine", "error", "model", "moe", "telemetry"]),
+    ("service", &["checkpoint::GenerationDefaults", "engine", "error", "fidelity", "model", "moe", "telemetry"]),
     ("server", &["engine", "error", "model", "moe", "service", "telemetry"]),
     // Measures all of the above.
     ("bench", &["engine", "error", "model", "moe", "ops", "server", "service", "telemetry"]),

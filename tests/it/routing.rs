@@ -1,13 +1,14 @@
 //! `hardmax.v1.Routing` over a real socket: traces, replays, and the routing in force.
 
 use hardmax::{
+    engine::{EngineConfig, MeasureConfig},
     moe::policy::{RoutingChoice, RoutingRule},
     service::{
         proto::{
-            self, GenerateRequest, GetExpertLoadRequest, GetModelInfoRequest, GetRoutingPolicyRequest, ReplayRoutingRequest,
-            ResetStatisticsRequest, RoutingPolicy, ScoreRequest, SetRoutingPolicyRequest, TokenIds, TraceOptions, TraceRoutingRequest,
-            TraceRoutingResponse, generate_request::Prompt, get_expert_load_request::Scope, replay_routing_request,
-            routing_client::RoutingClient, score_request, trace_routing_request::Input,
+            self, GenerateRequest, GetExpertLoadRequest, GetModelInfoRequest, GetRoutingPolicyRequest, MeasureFidelityRequest,
+            ReplayRoutingRequest, ResetStatisticsRequest, RoutingPolicy, ScoreRequest, SetRoutingPolicyRequest, TokenIds, TraceOptions,
+            TraceRoutingRequest, TraceRoutingResponse, generate_request::Prompt, get_expert_load_request::Scope, measure_fidelity_request,
+            replay_routing_request, routing_client::RoutingClient, score_request, trace_routing_request::Input,
         },
         routing_message,
     },
@@ -16,6 +17,9 @@ use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
 use crate::support::{Options, TestServer, collect, generate, soon};
+
+/// What makes a good request a bad one.
+type Change<R> = &'static dyn Fn(&mut R);
 
 async fn client(server: &TestServer) -> RoutingClient<Channel> {
     RoutingClient::new(server.channel().await)
@@ -76,7 +80,7 @@ async fn what_was_traced_is_replayed() {
     other.traces.iter_mut().for_each(|trace| trace.experts.iter_mut().for_each(|expert| *expert = (*expert + 1) % 8));
     let other = soon(client.replay_routing(other)).await.unwrap().into_inner();
     assert!(other.perplexity > replayed.perplexity, "{} and {}", other.perplexity, replayed.perplexity);
-    let refused: [(&str, &dyn Fn(&mut ReplayRoutingRequest)); 6] = [
+    let refused: [(&str, Change<ReplayRoutingRequest>); 6] = [
         ("traces", &|r| r.traces.clear()),
         ("traces[0].experts", &|r| r.traces[0].experts.truncate(1)),
         ("traces", &|r| r.traces[0].experts[0] = 8),
@@ -217,4 +221,89 @@ async fn every_route_is_counted_once() {
     assert!(counted > 0.0, "counters go on");
     let status = soon(client.get_expert_load(GetExpertLoadRequest { scope: 9, ..Default::default() })).await.unwrap_err();
     assert_eq!((status.code(), field(&status)), (Code::InvalidArgument, "scope".to_owned()));
+}
+
+fn measure(policies: &[&str], window: u32) -> MeasureFidelityRequest {
+    MeasureFidelityRequest {
+        input: Some(measure_fidelity_request::Input::Text(TEXT.repeat(3))),
+        policies: policies.iter().map(|text| rule(text)).collect(),
+        window_tokens: Some(window),
+        ..MeasureFidelityRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn the_gap_of_a_text_is_measured_beside_requests() {
+    let server = TestServer::start(Options::demo()).await;
+    let mut client = client(&server).await;
+    let mut busy = server.client().await;
+    let other = tokio::spawn(async move { collect(busy.generate(generate(TEXT, 60)).await.unwrap().into_inner()).await });
+    let mut stream = soon(client.measure_fidelity(measure(&["top-1", "top-8", "soft", "mass-0.9:4"], 40))).await.unwrap().into_inner();
+    let mut messages = Vec::new();
+    while let Some(message) = soon(stream.message()).await.unwrap() {
+        messages.push(message);
+    }
+    assert!(soon(other).await.unwrap().1.is_none());
+    assert!(messages.windows(2).all(|pair| pair[0].tokens_done < pair[1].tokens_done && !pair[0].done));
+    let last = messages.last().unwrap();
+    assert!(last.done && last.tokens_done == last.tokens_total && last.generation == 1);
+    assert_eq!(last.reference, Some(rule("soft:1")));
+    let kl = |at: usize| last.policies[at].output.as_ref().unwrap().kl.unwrap().mean;
+    assert!(kl(0) > 1e-4, "hard is not soft: {}", kl(0));
+    assert!(kl(1) < 1e-9 && kl(2) < 1e-9, "all experts are the mixture: {} {}", kl(1), kl(2));
+    assert!(kl(3) < kl(0), "{} and {}", kl(3), kl(0));
+    for policy in &last.policies {
+        let output = policy.output.as_ref().unwrap();
+        assert_eq!((output.tokens, output.non_finite), (u64::from(last.tokens_total), 0));
+        assert!(policy.layers.len() >= 4 && output.reference_perplexity > 1.0);
+    }
+    let layer = &last.policies[0].layers[0];
+    let (l2_rel, missed) = (layer.l2_rel.unwrap(), layer.missed_mass.unwrap());
+    assert!(l2_rel.p50 <= l2_rel.p95 && l2_rel.p95 <= l2_rel.max && missed.mean > 0.0 && layer.overlap > 0.5);
+
+    // Without a word about policies it is the routing in force.
+    let silent = soon(client.measure_fidelity(measure(&[], 40))).await.unwrap().into_inner();
+    let silent: Vec<_> = tokio_stream::StreamExt::collect(silent).await;
+    assert_eq!(silent.last().unwrap().as_ref().unwrap().policies[0].policy, Some(rule("native")));
+}
+
+fn ids(tokens: usize) -> Option<measure_fidelity_request::Input> {
+    Some(measure_fidelity_request::Input::TokenIds(TokenIds { ids: vec![5; tokens] }))
+}
+
+#[tokio::test]
+async fn measurements_are_bounded() {
+    let engine =
+        EngineConfig { measure: MeasureConfig { max_requests: 1, max_tokens: 1000, ..MeasureConfig::default() }, ..Options::demo().engine };
+    let server = TestServer::start(Options { engine, ..Options::demo() }).await;
+    let mut client = client(&server).await;
+    let refused: [(&str, Code, Change<MeasureFidelityRequest>); 8] = [
+        ("input", Code::InvalidArgument, &|r| r.input = None),
+        ("input", Code::InvalidArgument, &|r| r.input = ids(1)),
+        ("input", Code::OutOfRange, &|r| r.input = ids(1001)),
+        ("window_tokens", Code::InvalidArgument, &|r| r.window_tokens = Some(1)),
+        ("window_tokens", Code::OutOfRange, &|r| r.window_tokens = Some(1 << 20)),
+        ("policies[1].top_k.k", Code::InvalidArgument, &|r| r.policies = vec![rule("top-1"), rule("top-99")]),
+        ("reference.mass.threshold", Code::InvalidArgument, &|r| r.reference = Some(rule("mass-7"))),
+        ("policies", Code::OutOfRange, &|r| r.policies = vec![rule("top-1"); 9]),
+    ];
+    for (name, code, change) in refused {
+        let mut bad = measure(&["top-1"], 32);
+        change(&mut bad);
+        let status = soon(client.measure_fidelity(bad)).await.unwrap_err();
+        assert_eq!((status.code(), field(&status)), (code, name.to_owned()));
+    }
+    // One at a time; whoever leaves makes room.
+    let long = || MeasureFidelityRequest { input: ids(1000), ..measure(&["top-1", "top-2"], 8) };
+    let first = soon(client.measure_fidelity(long())).await.unwrap();
+    let second = soon(client.measure_fidelity(long())).await.unwrap_err();
+    assert_eq!(second.code(), Code::ResourceExhausted);
+    assert!(second.get_details_retry_info().is_some());
+    drop(first);
+    let again = async {
+        while client.measure_fidelity(measure(&["top-1"], 32)).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(again).await;
 }
