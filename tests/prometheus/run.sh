@@ -61,6 +61,8 @@ load() { # URL
     mapfile -t lines < <(grep -E '.{40}' models/demo/data/heldout.txt | head -n 400)
     long=$(printf '%s ' "${lines[@]:0:40}")
     while [ -d "$work" ]; do
+        # Four continuations at once outgrow the cache together.
+        "$binary" generate "${lines[n % ${#lines[@]}]}" --url "$1" -n 4 --max-new-tokens 150 --temperature 1 --seed "$n" >/dev/null 2>&1 || true
         local burst=()
         for _ in 1 2 3 4 5 6 7 8 9 10 11; do
             "$binary" generate "${lines[n++ % ${#lines[@]}]}" --url "$1" --max-new-tokens $((20 + n % 7 * 20)) --temperature 1 --seed "$n" \
@@ -105,6 +107,12 @@ port=$(free_port)
 prometheus --config.file="$work/prometheus.yml" --storage.tsdb.path="$work/tsdb" --web.listen-address="127.0.0.1:$port" 2>"$work/prometheus.log" &
 processes+=($!)
 
+# Servers at rest are scraped first: what moves is seen to move. Prometheus takes some seconds to find its targets.
+tries=0
+until curl -fsS "http://127.0.0.1:$port/api/v1/query?query=count(up)" 2>/dev/null | grep -q '"2"'; do
+    ((++tries <= 60)) || { tail -n 5 "$work/prometheus.log" >&2 && die "Prometheus does not scrape"; }
+    sleep 0.5
+done
 for address in "$demo_grpc" "$broken_grpc"; do
     load "http://$address" &
     processes+=($!)
