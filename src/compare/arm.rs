@@ -113,6 +113,13 @@ impl Arm {
         self.losses.contains_key(AuxLoss::RouterKl.id())
     }
 
+    /// Whether something besides the estimator changes what experts training chooses, so that its gradient is not that of
+    /// the estimator alone.
+    pub fn changes_choice(&self) -> bool {
+        let explores = self.explore.epsilon > 0.0 || self.explore.dropout > 0.0 || self.jitter > 0.0;
+        explores || self.bias_rate > 0.0 || self.capacity.is_some() || !self.remedies.is_empty()
+    }
+
     /// Everything that can be wrong with an arm, for layers of `experts` and a run of `steps`.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ use crate::{
 
 /// Largest norm of the router's gradient.
 const ROUTER_CLIP: f64 = 1.0;
-/// Test rows of a point of the curves, but for the last one, and of a probe.
+/// Test rows of a point of the curves, and of a probe.
 const POINT_ROWS: usize = 512;
 /// Training rows by which the teacher's experts are matched to regions.
 const MATCHING_ROWS: usize = 1024;
@@ -144,7 +144,7 @@ impl<'a> Training<'a> {
 
     /// Trains to the end and measures. Returns the trained net too, for those who start from it.
     pub fn run(mut self) -> Result<(CellResult, Net)> {
-        let (test, rows) = (self.task.test(), self.task.test().part(0..POINT_ROWS));
+        let rows = self.task.test().part(0..POINT_ROWS);
         let (mut next_point, mut next_probe) = (0, 0);
         while let Some(clock) = self.clock() {
             if reached(clock, self.spec.size.steps, next_point, self.spec.size.points) {
@@ -161,7 +161,7 @@ impl<'a> Training<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        self.note_point(self.spec.size.steps, test);
+        self.note_point(self.spec.size.steps, &rows);
         let result = self.result()?;
         Ok((result, self.state.net))
     }
@@ -377,7 +377,7 @@ impl<'a> Training<'a> {
 
     fn note_probe(&mut self, clock: usize, rows: &Batch) {
         let estimator = self.estimator(clock);
-        if !self.router_learns(clock) {
+        if !self.router_learns(clock) || self.spec.arm.changes_choice() {
             return;
         }
         let state = &self.state;

@@ -38,7 +38,7 @@ use crate::{
     },
 };
 
-/// Test windows of a point of the curves, but for the last one: as many of each domain.
+/// Test windows of a point of the curves: as many of each domain.
 const POINT_WINDOWS: usize = 8;
 /// Training windows by which the teacher's experts are matched to domains.
 const MATCHING_WINDOWS: usize = 16;
@@ -146,8 +146,7 @@ impl<'a> Cell<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        let all = self.test.part(0..self.spec.size.test);
-        self.note_point(self.spec.size.steps, &all)
+        self.note_point(self.spec.size.steps, &some)
     }
 
     /// Where schedules stand, in steps of the full run; `None` at the end.
