@@ -78,6 +78,12 @@ struct Written {
 
 const DEFAULT_HOLD: f64 = 0.1;
 
+/// Most that any number of a recipe may be: what it is multiplied with stays finite in f32.
+pub const MOST: f64 = 1e30;
+
+/// Least that a number may be that must not be 0: what it divides stays finite in f32.
+pub const LEAST: f64 = 1e-30;
+
 impl Schedule {
     /// `value` at every step.
     pub fn constant(value: f64) -> Self {
@@ -95,7 +101,7 @@ impl Schedule {
         match self.schedule {
             Shape::Constant => self.init,
             Shape::Linear => self.init + (self.end - self.init) * u,
-            Shape::Exp => self.init * (self.end / self.init).powf(u),
+            Shape::Exp => geometric(self.init, self.end, u),
             Shape::Cosine => self.end + 0.5 * (self.init - self.end) * (1.0 + (std::f64::consts::PI * u).cos()),
         }
     }
@@ -132,15 +138,30 @@ impl Schedule {
         Self { begin: self.begin.map(scale), until: self.until.map(scale), ..*self }
     }
 
+    /// What would be taken no notice of.
+    fn unused(&self) -> Option<String> {
+        let constant = self.schedule == Shape::Constant;
+        if constant && self.end != self.init {
+            Some(format!("a constant schedule stays at init = {}: make final the same, or choose another schedule", self.init))
+        } else if constant && self.in_steps() {
+            Some("a constant schedule has no way, and `begin` and `until` no effect: remove them".into())
+        } else {
+            None
+        }
+    }
+
     /// What makes the schedule unusable in a run of `steps`, if anything. `positive`: no value may be 0.
     pub fn problem(&self, positive: bool, steps: usize) -> Option<String> {
         let finite = self.init.is_finite() && self.end.is_finite();
         let shares = self.hold_start >= 0.0 && self.hold_end >= 0.0 && self.hold_start + self.hold_end < 1.0;
         if !finite || self.least() < 0.0 {
             Some("init and final must be finite and not negative".into())
-        } else if self.least() < f64::from(f32::MIN_POSITIVE) && (positive || self.schedule == Shape::Exp) {
-            // In f32, too, the precision in which values are used.
-            Some("init and final must be above 0 (an exponential schedule cannot reach 0: use linear)".into())
+        } else if self.least() < LEAST && (positive || self.schedule == Shape::Exp) {
+            Some(format!("init and final must be at least {LEAST:e} (an exponential schedule cannot reach 0: use linear)"))
+        } else if self.init.max(self.end) > MOST {
+            Some(format!("init and final must be at most {MOST:e}"))
+        } else if let Some(unused) = self.unused() {
+            Some(unused)
         } else if self.in_steps() {
             self.misplaced(steps)
         } else if !shares {
@@ -222,6 +243,15 @@ impl<'de> Visitor<'de> for NumberOrTable {
     }
 }
 
+/// `from · (to / from)^u`, u in [0, 1]: exact at both ends, finite wherever both are.
+fn geometric(from: f64, to: f64, u: f64) -> f64 {
+    match u {
+        0.0 => from,
+        1.0 => to,
+        _ => ((1.0 - u) * from.ln() + u * to.ln()).exp(),
+    }
+}
+
 /// Learning rate: linear warm-up over `warmup` steps, then half a cosine to `floor · peak`.
 pub fn learning_rate(step: usize, steps: usize, warmup: usize, peak: f64, floor: f64) -> f64 {
     if step < warmup {
@@ -247,7 +277,7 @@ mod tests {
             assert!((values[90] - 0.5).abs() < 1e-12 && (values[100] - 0.5).abs() < 1e-12, "{shape:?}");
             assert!(values.windows(2).all(|w| w[1] <= w[0] + 1e-12), "{shape:?}");
         }
-        assert_eq!(schedule(Shape::Constant).at(100, 100), 2.0);
+        assert_eq!(Schedule::constant(2.0).at(100, 100), 2.0);
         assert!((schedule(Shape::Exp).at(50, 100) - 1.0).abs() < 1e-12, "geometric middle of 2 and 0.5");
     }
 
@@ -260,6 +290,25 @@ mod tests {
         assert!(Schedule { end: 1e-60, ..schedule(Shape::Linear) }.problem(true, 100).is_some(), "0 in f32");
         assert!(Schedule { hold_start: 0.9, ..schedule(Shape::Linear) }.problem(true, 100).is_some());
         assert!(Schedule { init: f64::NAN, ..schedule(Shape::Linear) }.problem(true, 100).is_some());
+        assert!(Schedule::constant(MOST).problem(true, 100).is_none() && Schedule::constant(LEAST).problem(true, 100).is_none());
+        for (schedule, message) in [
+            (Schedule::constant(2e30), "init and final must be at most 1e30"),
+            (Schedule { init: 1e300, ..schedule(Shape::Linear) }, "init and final must be at most 1e30"),
+            (Schedule::constant(2e-38), "init and final must be at least 1e-30"),
+            (schedule(Shape::Constant), "a constant schedule stays at init = 2: make final the same"),
+            (Schedule { until: Some(9), ..Schedule::constant(1.0) }, "a constant schedule has no way"),
+        ] {
+            assert!(schedule.problem(true, 100).unwrap().starts_with(message), "{schedule:?}");
+        }
+    }
+
+    #[test]
+    fn the_widest_way_is_finite_at_every_step() {
+        let wide = Schedule::new(Shape::Exp, LEAST, MOST);
+        assert!(wide.problem(true, 1000).is_none());
+        let values: Vec<f64> = (0..=1000).map(|step| Schedule { init: 1e-30, end: 1e300, ..wide }.at(step, 1000)).collect();
+        assert!(values.iter().all(|value| value.is_finite()) && values.windows(2).all(|pair| pair[0] <= pair[1]), "{values:?}");
+        assert!((wide.at(500, 1000) - 1.0).abs() < 1e-12);
     }
 
     #[test]

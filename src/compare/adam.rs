@@ -1,5 +1,7 @@
 //! Adam in f64 (Kingma and Ba 2015), for the small net: no weight decay.
 
+use std::ops::Range;
+
 /// Moments of one group of parameters.
 #[derive(Clone, Debug)]
 pub struct Adam {
@@ -29,11 +31,12 @@ impl Adam {
         }
     }
 
-    /// Forgets what it knows of some parameters: their weights were replaced.
-    pub fn forget(&mut self, parameters: std::ops::Range<usize>) {
-        for moments in [&mut self.first, &mut self.second] {
-            moments.iter_mut().skip(parameters.start).take(parameters.len()).for_each(|m| *m = 0.0);
-        }
+    /// Parameters whose weights were replaced by those of others, of the same number, start from rest with the scale of
+    /// the others' gradients. Without a scale the first steps would be several times the rate: the bias correction counts
+    /// all updates.
+    pub fn renew(&mut self, parameters: Range<usize>, from: Range<usize>) {
+        self.first[parameters.clone()].fill(0.0);
+        self.second.copy_within(from, parameters.start);
     }
 }
 
@@ -69,12 +72,20 @@ mod tests {
     }
 
     #[test]
-    fn forgotten_parameters_start_again() {
-        let mut adam = Adam::new(3);
-        adam.step(&mut [0.0; 3], &[1.0; 3], 0.1);
-        adam.forget(1..2);
-        assert_eq!(adam.first[1], 0.0);
-        assert!(adam.first[0] > 0.0 && adam.second[2] > 0.0);
+    fn renewed_parameters_take_no_step_beyond_the_rate() {
+        for before in [1, 10, 1000] {
+            let mut adam = Adam::new(3);
+            let mut x = [0.0; 3];
+            (0..before).for_each(|_| adam.step(&mut x, &[1.0, 5.0, 2.0], 0.1));
+            adam.renew(1..2, 0..1);
+            assert_eq!((adam.first[1], adam.second[1]), (0.0, adam.second[0]));
+            for step in 0..50 {
+                let was = x;
+                adam.step(&mut x, &[1.0, 1.0, 2.0], 0.1);
+                let moved = was[1] - x[1];
+                assert!(moved > 0.0 && moved <= 0.1 + 1e-12, "step {step} after {before}: {moved}");
+            }
+        }
     }
 
     #[test]

@@ -9,12 +9,15 @@ use crate::{
     error::{Error, Result},
     moe::{
         capacity::Capacity,
-        estimator::{ChoiceChange, EstimatorConfig, EstimatorSpec, Purpose},
+        estimator::{EstimatorConfig, Purpose},
         explore::Exploration,
-        loss::{AuxLoss, LossContext, LossTerm, loss_terms},
-        remedy::{Remedies, Remedy},
+        loss::AuxLoss,
     },
-    schedule::Schedule,
+    schedule::{MOST, Schedule},
+    train::{
+        routing::{ExploreConfig, RoutingConfig, RoutingPlan, RunShape},
+        trainable::Learning,
+    },
 };
 
 /// One row of the tables.
@@ -113,63 +116,78 @@ impl Arm {
         self.losses.contains_key(AuxLoss::RouterKl.id())
     }
 
-    /// Whether something besides the estimator changes what experts training chooses, so that its gradient is not that of
-    /// the estimator alone.
-    pub fn changes_choice(&self) -> bool {
-        let explores = self.explore.epsilon > 0.0 || self.explore.dropout > 0.0 || self.jitter > 0.0;
-        explores || self.bias_rate > 0.0 || self.capacity.is_some() || !self.remedies.is_empty()
+    /// How its router is trained, as `hardmax train` would be told.
+    pub fn routing(&self, router_rate: f64) -> RoutingConfig {
+        // 0 is none; everything else, be it nonsense, is checked.
+        let some = |rate: f64| (rate != 0.0).then(|| Schedule::constant(rate));
+        RoutingConfig {
+            estimator: self.estimator.name.clone(),
+            k: self.estimator.k,
+            serve_k: 1,
+            losses: self.losses.clone(),
+            bias_rate: self.bias_rate,
+            capacity: self.capacity,
+            explore: ExploreConfig { jitter: some(self.jitter), epsilon: some(self.explore.epsilon), dropout: some(self.explore.dropout) },
+            remedies: self.remedies.clone(),
+            train: if self.route == Route::Learned { Learning::All } else { Learning::Experts },
+            router_rate,
+            params: self.estimator.params.clone(),
+        }
     }
 
-    /// Everything that can be wrong with an arm, for layers of `experts` and a run of `steps`.
+    /// Everything that can be wrong with an arm, for layers of `experts` and a run of `steps`. What `hardmax train` would
+    /// refuse of the same settings is refused here too.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on the setting, its path from the arm.
-    pub fn check(&self, experts: usize, steps: usize, mode: Mode) -> Result<CheckedArm> {
-        let estimator = EstimatorSpec::new(&self.estimator, experts, steps, Purpose::Laboratory)?;
-        let first = estimator.at(0, steps);
-        let bad = |field: &str, message: &str| Err(Error::invalid(field, message));
-        let context = LossContext { steps, estimator: &estimator, teacher: mode == Mode::Tune };
-        let losses = loss_terms("losses", &self.losses, context)?;
-        let remedies = Remedies::new("remedies", &self.remedies, losses.iter().any(|term| term.loss.balances()))?;
-        self.explore.check("explore")?;
-        self.capacity.map_or(Ok(()), |capacity| capacity.check("capacity"))?;
-        for (field, value) in [("bias_rate", self.bias_rate), ("jitter", self.jitter), ("distill", self.distill)] {
-            if !(value.is_finite() && value >= 0.0) {
-                return bad(field, "must be at least 0");
-            }
-        }
+    pub fn check(&self, experts: usize, steps: usize, mode: Mode) -> Result<RoutingPlan> {
+        let run = RunShape { experts, steps, purpose: Purpose::Laboratory, teacher: mode == Mode::Tune };
+        let plan = self.routing(1.0).plan(run).map_err(from_the_arm)?;
+        let bad = |field: &str, message: String| Err(Error::invalid(field, message));
         if let Route::ExpertsAfter { share } = self.route
             && !(0.0..1.0).contains(&share)
         {
-            return bad("route.experts_after.share", "must be at least 0 and below 1");
+            return bad("route.experts_after.share", "must be at least 0 and below 1".into());
         }
-        let balances = self.bias_rate > 0.0 || self.capacity.is_some() || self.explore.epsilon > 0.0 || !remedies.is_empty();
-        if balances && !first.chooses_top_k() {
-            return bad("estimator", "does not choose its experts by score: bias, capacity, epsilon and remedies would do nothing");
+        if self.route.is_control() && (self.changes_choice() || !self.losses.is_empty()) {
+            let message = "a control has no learning router: losses, bias, noise, capacity and remedies have no place in it";
+            return bad("route", message.into());
         }
-        if balances && self.route.is_control() {
-            return bad("route", "a control has no learning router: bias, capacity, epsilon and remedies have no place in it");
+        let own_router = matches!(self.route, Route::Learned | Route::Frozen | Route::Untouched);
+        if !own_router && plan.estimator(0).router_width(experts) != experts {
+            let message = format!(
+                "a router with one logit for each expert takes part, and {} reads other outputs: only learned, frozen and untouched go \
+                 with it",
+                self.estimator.name
+            );
+            return bad("route", message);
         }
-        for (changed, change, field) in [
-            (self.bias_rate > 0.0, ChoiceChange::Bias, "bias_rate"),
-            (remedies.has(Remedy::BiasBump), ChoiceChange::Bias, "remedies"),
-            (self.explore.epsilon > 0.0, ChoiceChange::Epsilon, "explore.epsilon"),
-        ] {
-            if changed {
-                estimator.check_choice(change, field)?;
-            }
+        if !(0.0..=MOST).contains(&self.distill) {
+            return bad("distill", format!("must be at least 0 and at most {MOST:e}"));
         }
-        Ok(CheckedArm { estimator, losses, remedies })
+        if self.distill > 0.0 && (mode == Mode::Scratch || self.route == Route::Untouched) {
+            return bad("distill", "needs a teacher and something that learns from it: tuning, and another route than untouched".into());
+        }
+        Ok(plan)
+    }
+
+    /// Whether something besides the estimator changes what training chooses, so that its gradient is not that of the
+    /// estimator alone.
+    pub fn changes_choice(&self) -> bool {
+        let noise = self.jitter != 0.0 || self.explore != Exploration::NONE;
+        noise || self.bias_rate != 0.0 || self.capacity.is_some() || !self.remedies.is_empty()
     }
 }
 
-/// An arm's settings, checked.
-#[derive(Clone, Debug)]
-pub struct CheckedArm {
-    /// The estimator with its schedules.
-    pub estimator: EstimatorSpec,
-    /// Auxiliary losses.
-    pub losses: Vec<LossTerm>,
-    /// Remedies that may act.
-    pub remedies: Remedies,
+/// An error on a setting of `[routing]` with the place of that setting in an arm: beside the estimator, whose own settings
+/// stay `routing.NAME`.
+fn from_the_arm(error: Error) -> Error {
+    let Error::InvalidArgument { field, message } = error else { return error };
+    let beside = ["losses.", "bias_rate", "capacity", "explore.", "remedies"];
+    let field = match field.strip_prefix("routing.") {
+        Some("explore.jitter") => "jitter".to_owned(),
+        Some(own) if beside.iter().any(|name| own.starts_with(name)) => own.to_owned(),
+        _ => field,
+    };
+    Error::InvalidArgument { field, message }
 }

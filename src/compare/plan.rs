@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::{
-    arm::{Arm, CheckedArm, Route},
+    arm::{Arm, Route},
     arms::{arms, controls, left_out},
     cost,
     spec::{Budget, CellSpec, LAB_VERSION, Mode, Size, TaskName},
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     moe::estimator::{Expected, distance},
+    train::routing::RoutingPlan,
 };
 
 /// What a run is asked for.
@@ -254,8 +255,8 @@ fn cells_of_arm(request: &Request, task: TaskName, mode: Mode, arm: &Arm) -> Res
 }
 
 /// Whether a step costs what it does with one expert, so that equal steps are equal expert-FLOPs.
-fn is_sparse(arm: &Arm, checked: &CheckedArm, task: TaskName) -> bool {
-    let one = checked.estimator.at(0, 1).executed_per_token(task.experts()) == Expected::Exactly(1);
+fn is_sparse(arm: &Arm, plan: &RoutingPlan, task: TaskName) -> bool {
+    let one = plan.estimator(0).executed_per_token(task.experts()) == Expected::Exactly(1);
     let prepared = matches!(arm.route, Route::ExpertsAfter { share } if share > 0.0);
     // A decoder's routers are known only by running it; that of the small net by itself.
     let teacher = arm.distill > 0.0 || (task == TaskName::Text && arm.follows_router());
@@ -277,7 +278,7 @@ impl CellSpec {
     pub fn estimated_seconds(&self) -> f64 {
         let allowance = allowance(self.task);
         let Ok(checked) = self.arm.check(self.task.experts(), self.size.steps.max(1), self.mode) else { return 0.0 };
-        let estimator = checked.estimator.at(0, self.size.steps);
+        let estimator = checked.estimator(0);
         let executed = match estimator.executed_per_token(self.task.experts()) {
             Expected::Exactly(n) | Expected::AtMost(n) => n as f64,
             // Adding up the parameters of a decoder's experts, token by token, is memory traffic.
@@ -423,7 +424,7 @@ mod tests {
                 "[[arm]]\nname = 'x'\nestimator = { name = 'reinforce' }\nexplore = { epsilon = 0.1 }",
                 "x.explore.epsilon: reinforce draws its experts",
             ),
-            ("[[arm]]\nname = 'x'\nestimator = { name = 'soft' }\nbias_rate = 0.1", "x.estimator: does not choose"),
+            ("[[arm]]\nname = 'x'\nestimator = { name = 'soft' }\nbias_rate = 0.1", "x.bias_rate: needs an estimator that chooses"),
             (
                 "[[arm]]\nname = 'x'\nestimator = { name = 'dselect_k' }",
                 "x.estimator: dselect_k has no place in the task collapsed: its router",
@@ -436,6 +437,47 @@ mod tests {
             let file: ArmsFile = toml::from_str(text).expect(text);
             let error = plan(&Request { own_arms: Some(file.arm), ..request() }).expect_err(message).to_string();
             assert!(error.starts_with(message), "{error}");
+        }
+    }
+
+    /// What would panic, or be measured as if it had been done.
+    #[test]
+    fn settings_without_an_effect_are_refused() {
+        let other_outputs = "x.route: a router with one logit for each expert takes part, and";
+        let no_router = "x.route: a control has no learning router";
+        for (mode, lines, message) in [
+            (Mode::Scratch, "estimator = { name = 'noisy_topk' }\nroute = { experts_after = { share = 0.5 } }", other_outputs),
+            (Mode::Tune, "estimator = { name = 'noisy_topk' }\nroute = 'oracle'", other_outputs),
+            (Mode::Scratch, "estimator = { name = 'dselect_k' }\nroute = 'hash'", other_outputs),
+            (Mode::Scratch, "estimator = { name = 'ste' }\njitter = 1.5", "x.jitter: must be at least 0 and below 1"),
+            (Mode::Scratch, "estimator = { name = 'ste' }\njitter = -0.5", "x.jitter: init and final must be finite and not negative"),
+            (Mode::Scratch, "estimator = { name = 'ste' }\nexplore = { dropout = 1.0 }", "x.explore.dropout: must be at least 0"),
+            (Mode::Scratch, "estimator = { name = 'noisy_topk' }\nremedies = ['reinit']", "x.remedies: 'reinit' needs routers"),
+            (
+                Mode::Scratch,
+                "estimator = { name = 'ste' }\nlosses = { switch = 0.0 }\nremedies = ['raise_balance']",
+                "x.remedies: 'raise_balance' needs a balance loss with a weight above 0",
+            ),
+            (
+                Mode::Scratch,
+                "estimator = { name = 'ste' }\nlosses = { switch = 0.1 }\nremedies = ['raise_balance']",
+                "x.remedies: 'raise_balance' has no effect",
+            ),
+            (Mode::Scratch, "estimator = { name = 'ste' }\ndistill = 1.0", "x.distill: needs a teacher"),
+            (Mode::Tune, "estimator = { name = 'ste' }\ndistill = 1.0\nroute = 'untouched'", "x.distill: needs a teacher"),
+            (Mode::Tune, "estimator = { name = 'ste' }\ndistill = -1.0", "x.distill: must be at least 0"),
+            (Mode::Scratch, "estimator = { name = 'ste' }\nroute = 'frozen'\nlosses = { switch = 0.1 }", no_router),
+            (Mode::Scratch, "estimator = { name = 'ste' }\nroute = 'hash'\njitter = 0.1", no_router),
+            (Mode::Scratch, "estimator = { name = 'ste' }\nroute = 'frozen'\nbias_rate = 0.1", no_router),
+        ] {
+            let file: ArmsFile = toml::from_str(&format!("[[arm]]\nname = 'x'\n{lines}")).expect(lines);
+            let (tasks, modes) = (vec![TaskName::Equal], vec![mode]);
+            let error = plan(&Request { own_arms: Some(file.arm), tasks, modes, ..request() }).expect_err(lines).to_string();
+            assert!(error.starts_with(message), "{lines}: {error}");
+        }
+        for lines in ["estimator = { name = 'noisy_topk' }\nroute = 'frozen'", "estimator = { name = 'soft' }\nremedies = ['reinit']"] {
+            let file: ArmsFile = toml::from_str(&format!("[[arm]]\nname = 'x'\n{lines}")).expect(lines);
+            plan(&Request { own_arms: Some(file.arm), tasks: vec![TaskName::Equal], ..request() }).expect(lines);
         }
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{
     adam::{Adam, clip, norm},
-    arm::{Arm, CheckedArm, Route},
+    arm::{Arm, Route},
     clock::cpu_time,
     cost::{self, Rows},
     evaluate::Model,
@@ -24,11 +24,12 @@ use crate::{
     moe::{
         balance_bias,
         collapse::Monitor,
-        draw::{Draw, Stream},
+        draw::Draw,
         estimator::{Baseline, Combine, Estimator, EstimatorSpec, Gradient, Purpose, RoutedBatch, StepContext},
         loss::{LossInput, LossNoise, LossTerm},
-        remedy::{Action, Evidence, Remedies, Treatment},
+        remedy::{Action, Evidence, Remedies, Treatment, renewed},
     },
+    train::routing::RoutingPlan,
 };
 
 /// Largest norm of the router's gradient.
@@ -43,8 +44,6 @@ const PROBES: usize = 5;
 const REMEDY_LINES: usize = 50;
 /// Tokens over which the monitor of collapse forgets.
 const MONITOR_WINDOW: usize = 4096;
-/// What is left of a raised bias after a step.
-const BIAS_FADE: f64 = 0.99;
 
 /// A cell of the small net while it trains.
 #[allow(missing_debug_implementations, reason = "holds a task behind a trait, which has no use for Debug")]
@@ -82,6 +81,23 @@ struct State {
     spent: f64,
 }
 
+impl State {
+    /// Makes an expert anew from its donor.
+    fn renew(&mut self, draw: &Draw, [expert, donor]: [usize; 2], noise: f64) {
+        let Shape { experts, expert: shape, .. } = self.net.shape;
+        let parts = [
+            (&mut self.net.router, &mut self.router, shape.features),
+            (&mut self.net.experts, &mut self.experts, shape.parameters()),
+        ];
+        for (number, (values, adam, size)) in parts.into_iter().enumerate() {
+            let of = |expert: usize| expert * size..(expert + 1) * size;
+            let new = renewed(&values[of(donor)], noise, draw, number * experts + expert);
+            values[of(expert)].copy_from_slice(&new);
+            adam.renew(of(expert), of(donor));
+        }
+    }
+}
+
 /// What is noted down.
 #[derive(Default)]
 struct Record {
@@ -106,7 +122,7 @@ impl<'a> Training<'a> {
     pub fn new(spec: &'a CellSpec, task: &'a dyn Task, cells: &Path) -> Result<Self> {
         let memory = Watermark::set();
         let (arm, steps, experts) = (&spec.arm, spec.size.steps, spec.task.experts());
-        let CheckedArm { estimator: own, losses, remedies } = arm.check(experts, steps, spec.mode)?;
+        let RoutingPlan { estimator: own, losses, remedies, .. } = arm.check(experts, steps, spec.mode)?;
         let soft = EstimatorSpec::new(&Arm::teacher().estimator, experts, steps, Purpose::Laboratory)?;
         let estimator = own.at(0, steps);
         let shape = Shape {
@@ -218,7 +234,7 @@ impl<'a> Training<'a> {
             let input = LossInput {
                 z: &z,
                 experts: routed.experts,
-                temperature: 1.0,
+                temperature: estimator.temperature(),
                 choices: routed.wanted(),
                 k: estimator.k(),
                 sequences: &[],
@@ -311,7 +327,7 @@ impl<'a> Training<'a> {
         if rate > 0.0 {
             balance_bias::update(&mut self.state.bias, routed.wanted(), rate);
         } else {
-            balance_bias::fade(&mut self.state.bias, BIAS_FADE);
+            balance_bias::fade(&mut self.state.bias, balance_bias::FADE);
         }
         if self.remedies.is_empty() {
             return;
@@ -332,20 +348,10 @@ impl<'a> Training<'a> {
     }
 
     fn act(&mut self, action: Action) {
-        match action {
-            Action::BumpBias { expert, to } => self.state.bias[expert] = to,
-            Action::Reinit { expert, donor, noise } => {
-                let draw = self.draw();
-                let state = &mut self.state;
-                let size = state.net.shape.expert.parameters();
-                renew(&mut state.net.experts, size, [expert, donor], |i| noise * draw.normal(Stream::Reinit, 0, i as u64));
-                state.experts.forget(expert * size..(expert + 1) * size);
-                let features = state.net.shape.expert.features;
-                renew(&mut state.net.router, features, [expert, donor], |i| noise * draw.normal(Stream::Reinit, 1, i as u64));
-                state.router.forget(expert * features..(expert + 1) * features);
-            }
-            // In force through the treatment.
-            Action::RaiseBalance { .. } => {}
+        action.apply_to(&mut self.state.bias);
+        // What raises the balance weight is in force through the treatment.
+        if let Action::Reinit { expert, donor, noise } = action {
+            self.state.renew(&self.draw(), [expert, donor], noise);
         }
         if self.record.remedies.len() < REMEDY_LINES {
             self.record.remedies.push(format!("step {}: {action}", self.state.updates));
@@ -426,10 +432,39 @@ fn reached(clock: usize, steps: usize, next: usize, points: usize) -> bool {
     next < points && clock * points >= next * steps
 }
 
-/// Copies one block of `size` over another, with noise relative to the root mean square of what is copied.
-fn renew(values: &mut [f64], size: usize, [to, from]: [usize; 2], noise: impl Fn(usize) -> f64) {
-    let donor = values[from * size..(from + 1) * size].to_vec();
-    let deviation = norm(&donor) / (size.max(1) as f64).sqrt();
-    let target = &mut values[to * size..(to + 1) * size];
-    target.iter_mut().zip(donor).enumerate().for_each(|(i, (value, donor))| *value = donor + deviation * noise(i));
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::{
+        arms::arms,
+        plan::RATE,
+        spec::{LAB_VERSION, Mode, Size, TaskName},
+        task,
+    };
+
+    /// A cell of the small net before its first step.
+    fn begun(arm: &str, test: impl FnOnce(&mut Training<'_>)) {
+        let arm = arms(TaskName::Collapsed, Mode::Scratch).into_iter().find(|candidate| candidate.name == arm).expect(arm);
+        let size = Size { steps: 100, batch: 64, test: 512, points: 0, rate: RATE };
+        let (task, mode) = (TaskName::Collapsed, Mode::Scratch);
+        let spec = CellSpec { lab: LAB_VERSION, task, mode, budget: Budget::Steps, arm, seed: 1, size, teacher_size: None };
+        let task = task::open(spec.task, spec.seed, spec.size).expect("a task of the small net");
+        test(&mut Training::new(&spec, &*task, Path::new("unused")).expect("sound"));
+    }
+
+    #[test]
+    fn experts_made_anew_in_one_step_are_no_clones() {
+        begun("onehot+remedies", |training| {
+            training.state.bias[0] = -1.0;
+            training.state.bias[1] = 1.0;
+            [1, 2].into_iter().for_each(|expert| training.act(Action::Reinit { expert, donor: 0, noise: 0.02 }));
+            let State { net, bias, .. } = &training.state;
+            let row = |e: usize| &net.router[e * net.shape.expert.features..][..net.shape.expert.features];
+            for (a, b) in [(0, 1), (0, 2), (1, 2)] {
+                assert!(row(a).iter().zip(row(b)).all(|(a, b)| a != b), "router rows {a} and {b}");
+                assert!(net.expert(a).iter().zip(net.expert(b)).all(|(a, b)| a != b), "experts {a} and {b}");
+            }
+            assert_eq!(bias[..3], [-1.0; 3], "they begin as their donor is");
+        });
+    }
 }

@@ -16,7 +16,10 @@ pub fn update(bias: &mut [f64], wanted: ChoiceRows<'_>, rate: f64) {
     }
 }
 
-/// Lets a bias that was raised by hand fade: `b_e *= keep` each step, for runs without loss-free balancing. The router is
+/// What is left of a bias that was raised by hand after a step without loss-free balancing: half after 69 steps.
+pub const FADE: f64 = 0.99;
+
+/// Lets a bias that was raised by hand fade: `b_e *= keep` each step ([`FADE`]), for runs without loss-free balancing. The router is
 /// then served, without bias, as it ended its training.
 pub fn fade(bias: &mut [f64], keep: f64) {
     bias.iter_mut().for_each(|b| *b *= keep);

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::collapse::{Health, Monitor};
+use super::{
+    collapse::{Health, Monitor},
+    draw::{Draw, Stream},
+};
 use crate::error::{Error, Result};
 
 /// Something a run may do against collapse.
@@ -31,8 +34,8 @@ pub enum Action {
         /// Its new bias, in units of the selection score.
         to: f64,
     },
-    /// Copy weights and router row of `donor` to `expert`, with normal noise, and forget the optimizer's moments of both
-    /// rows.
+    /// Copy weights and router row of `donor` to `expert`, with normal noise ([`renewed`]), and its selection bias
+    /// ([`Action::apply_to`]). The optimizer starts anew with the scale of the donor's gradients.
     Reinit {
         /// The dead expert.
         expert: usize,
@@ -165,6 +168,33 @@ impl Remedies {
         }
         actions
     }
+}
+
+impl Action {
+    /// What it does to the selection bias of the layer, `bias [E]`, where there is one.
+    ///
+    /// An expert made anew has the bias of its donor. With that of the dead one it would not share the donor's tokens
+    /// but win or lose them all.
+    pub fn apply_to(&self, bias: &mut [f64]) {
+        let (expert, value) = match *self {
+            Self::BumpBias { expert, to } => (expert, Some(to)),
+            Self::Reinit { expert, donor, .. } => (expert, bias.get(donor).copied()),
+            Self::RaiseBalance { .. } => return,
+        };
+        if let (Some(bias), Some(value)) = (bias.get_mut(expert), value) {
+            *bias = value;
+        }
+    }
+}
+
+/// Weights of an expert that is made anew: those of its `donor`, and normal noise of `noise` times their standard
+/// deviation. `row` tells the noise of one expert and part of it from that of another.
+pub fn renewed(donor: &[f64], noise: f64, draw: &Draw, row: usize) -> Vec<f64> {
+    let n = donor.len().max(1) as f64;
+    let mean = donor.iter().sum::<f64>() / n;
+    let std = (donor.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / n).sqrt();
+    let noisy = |(i, value): (usize, &f64)| value + noise * std * draw.normal(Stream::Reinit, row as u64, i as u64);
+    donor.iter().enumerate().map(noisy).collect()
 }
 
 impl Treatment {
@@ -316,6 +346,27 @@ mod tests {
         }
         assert_eq!(weights, [(0, 0.04), (50, 0.08), (100, 0.1)]);
         assert_eq!(treatment.balance_weight(0.5), 0.5, "what a recipe has above the cap stays");
+    }
+
+    #[test]
+    fn a_bias_goes_with_what_is_made_anew() {
+        let mut bias = [-1.0, 0.0, 1.0, 0.5];
+        Action::Reinit { expert: 2, donor: 0, noise: 0.02 }.apply_to(&mut bias);
+        Action::BumpBias { expert: 3, to: 4.0 }.apply_to(&mut bias);
+        Action::RaiseBalance { factor: 2.0 }.apply_to(&mut bias);
+        assert_eq!(bias, [-1.0, 0.0, -1.0, 4.0]);
+        Action::Reinit { expert: 2, donor: 0, noise: 0.02 }.apply_to(&mut []);
+    }
+
+    #[test]
+    fn what_is_made_anew_differs_from_its_donor_and_from_others() {
+        let draw = Draw::new(1, 2, 3);
+        // Far from 0: the noise is relative to how far values are apart.
+        let donor: Vec<f64> = (0..10_000).map(|i| 100.0 + f64::from(i % 2)).collect();
+        let [a, b] = [0, 1].map(|row| renewed(&donor, 0.02, &draw, row));
+        let apart = |a: &[f64], b: &[f64]| (a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / 1e4).sqrt();
+        assert!((apart(&a, &donor) / 0.01 - 1.0).abs() < 0.03, "2 % of ½");
+        assert!((apart(&a, &b) / 0.01 - 2f64.sqrt()).abs() < 0.03, "independent");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::{
     moe::{
         LayerRouting, Routing,
         advantage::Draws,
-        estimator::{Estimator, Gradient, Relaxation, RoutedBatch},
+        estimator::{Estimator, Gradient, RoutedBatch},
         loss::{AuxLoss, LossInput, LossNoise, distill_kl},
     },
     ops,
@@ -138,7 +138,7 @@ impl Objective<'_> {
         LossInput {
             z,
             experts: routed.experts,
-            temperature: temperature(self.estimator.relaxation),
+            temperature: self.estimator.temperature(),
             choices: routed.wanted(),
             k: self.estimator.k(),
             sequences,
@@ -161,16 +161,6 @@ impl Objective<'_> {
         })?;
         let draws = Draws { losses: &losses, rows: self.text.targets.len(), samples: self.estimator.gradient.samples() };
         Ok(Some(draws.advantages(baseline, self.memory.average_loss.unwrap_or_else(|| draws.mean()))))
-    }
-}
-
-/// τ of the softmax that losses see: that of the relaxation where it is one, else 1.
-fn temperature(relaxation: Relaxation) -> f64 {
-    match relaxation {
-        Relaxation::Softmax { temperature } | Relaxation::MaskedSoftmax { temperature, .. } | Relaxation::KHot { temperature, .. } => {
-            temperature
-        }
-        _ => 1.0,
     }
 }
 

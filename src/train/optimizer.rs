@@ -99,14 +99,13 @@ impl AdamW {
         Ok(Outcome::Updated { grad_norm, router_norm })
     }
 
-    /// Forgets the moments of some values of the parameter at `index`: what was made anew has no past.
-    pub fn reset(&mut self, index: usize, values: Range<usize>) {
+    /// Values of the parameter at `index` that were replaced by others of it, as many, start from rest with the scale of
+    /// the others' gradients. Without a scale the first steps would be several times the rate: the bias correction counts
+    /// all updates.
+    pub fn renew(&mut self, index: usize, values: Range<usize>, from: Range<usize>) {
         if let Some(moments) = self.moments.get_mut(index) {
-            for moment in [&mut moments.first, &mut moments.second] {
-                if let Some(part) = moment.get_mut(values.clone()) {
-                    part.fill(0.0);
-                }
-            }
+            moments.first[values.clone()].fill(0.0);
+            moments.second.copy_within(from, values.start);
         }
     }
 
@@ -171,5 +170,42 @@ impl Rule {
                 *value -= decay * *value + rate * *first / (second.sqrt() / root + EPSILON as f32);
             },
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn renewed_values_take_no_step_beyond_the_rate() {
+        let config = OptimizerConfig {
+            learning_rate: 0.1,
+            final_ratio: 1.0,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            clip_norm: 1e9,
+        };
+        let var = candle_core::Var::zeros(3, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let parameters = [Parameter { name: "experts".into(), part: Part::Experts, var, decay: false }];
+        let var = &parameters[0].var;
+        let mut optimizer = AdamW::new(config, &parameters);
+        let rates = Rates { rate: 0.1, router: 1.0, learning: Learning::All };
+        // The gradient is the given one.
+        let step = |optimizer: &mut AdamW, gradient: [f32; 3]| {
+            let loss = (var.as_tensor() * Tensor::new(&gradient, &Device::Cpu).unwrap()).unwrap().sum_all().unwrap();
+            optimizer.step(&parameters, &loss.backward().unwrap(), rates).unwrap();
+            var.to_vec1::<f32>().unwrap()[1]
+        };
+        (0..500).for_each(|_| _ = step(&mut optimizer, [1.0, 5.0, 2.0]));
+        optimizer.renew(0, 1..2, 0..1);
+        let mut was = var.to_vec1::<f32>().unwrap()[1];
+        for _ in 0..50 {
+            let now = step(&mut optimizer, [1.0, 1.0, 2.0]);
+            assert!(now < was && was - now <= 0.1 + 1e-4, "{}", was - now);
+            was = now;
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::{
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
         remedy::{CAP, Remedies, Remedy},
     },
-    schedule::{Schedule, Shape},
+    schedule::{MOST, Schedule, Shape},
 };
 
 /// Routing under training and serving. Keys that are none of these fields are parameters of the estimator.
@@ -143,8 +143,9 @@ impl RoutingConfig {
         let ensure = |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(field, message)) };
         ensure((1..=2).contains(&self.serve_k), "routing.serve_k", "must be 1 or 2")?;
         ensure(self.serve_k <= run.experts, "routing.serve_k", "is more than the experts")?;
-        ensure(self.bias_rate.is_finite() && self.bias_rate >= 0.0, "routing.bias_rate", "must be finite and not negative")?;
-        ensure(self.router_rate.is_finite() && self.router_rate > 0.0, "routing.router_rate", "must be above 0")?;
+        let rates = format!("0 and at most {MOST:e}");
+        ensure((0.0..=MOST).contains(&self.bias_rate), "routing.bias_rate", &format!("must be at least {rates}"))?;
+        ensure(self.router_rate > 0.0 && self.router_rate <= MOST, "routing.router_rate", &format!("must be above {rates}"))?;
         let chooses = "needs an estimator that chooses a fixed number of experts by largest score";
         ensure(self.bias_rate == 0.0 || first.chooses_top_k(), "routing.bias_rate", chooses)?;
         ensure(!remedies.has(Remedy::BiasBump) || first.chooses_top_k(), "routing.remedies", &format!("'bias_bump' {chooses}"))?;

@@ -442,8 +442,8 @@ fn evaluations_of_the_run_stay_in_its_log() {
 }
 
 #[test]
-fn a_constant_temperature_is_saved_whatever_its_final_value() {
-    let dir = folder(|r| r.replace("schedule = \"exp\", init = 2.0, final = 0.5", "schedule = \"constant\", init = 1.0, final = 0.0"));
+fn a_constant_temperature_is_saved_as_such() {
+    let dir = folder(|r| r.replace("schedule = \"exp\", init = 2.0, final = 0.5", "schedule = \"constant\", init = 1.0, final = 1.0"));
     let trained = train(dir.path(), false);
     export(&config(dir.path()), &trained).unwrap();
     let checkpoint = crate::checkpoint::Checkpoint::open(&config(dir.path()).output).unwrap();
@@ -539,6 +539,10 @@ fn bad_recipes_name_the_field() {
         ("serve_k = 1", "serve_k = 3", "routing.serve_k"),
         ("vocab_size = 300", "vocab_size = 30", "data.vocab_size"),
         ("final = 0.5", "final = 1e-60", "routing.temperature"),
+        ("final = 0.5", "final = 2e-38", "routing.temperature: init and final must be at least 1e-30"),
+        ("final = 0.5", "final = 1e300", "routing.temperature: init and final must be at most 1e30"),
+        ("\"exp\", init = 2.0", "\"constant\", init = 2.0", "routing.temperature: a constant schedule stays at init = 2"),
+        ("serve_k = 1", "serve_k = 1\nrouter_rate = 1e308", "routing.router_rate: must be above 0 and at most 1e30"),
         ("layers = 2", "layers = 1000000000", "model.layers"),
         ("experts = 3", "experts = 1000000000", "model.experts"),
         ("expert_width = 8", "expert_width = 9000000000000000000", "model: must have at most"),
@@ -578,6 +582,7 @@ fn bad_recipes_name_the_field() {
             format!("{balanced}remedies = [\"raise_balance\"]"),
             "routing.remedies: 'raise_balance' has no effect because it raises up to 0.1",
         ),
+        ("estimator = \"ste\"\nserve_k = 1\nbias_rate = 1e308".to_owned(), "routing.bias_rate: must be at least 0 and at most 1e30"),
         (format!("{frozen}bias_rate = 0.1"), "routing.bias_rate: has no effect on what is served because train"),
         (format!("{frozen}remedies = [\"bias_bump\"]"), "routing.remedies: 'bias_bump' has no effect on what is served because train"),
         (format!("{frozen}router_rate = 0.3"), "routing.router_rate: has no effect because train"),

@@ -16,17 +16,14 @@ use crate::{
     moe::{
         LayerRouting, Routing, balance_bias,
         collapse::Monitor,
-        draw::{Draw, Stream},
+        draw::Draw,
         estimator::{Estimator, Preference, RoutedBatch},
-        remedy::{Action, Evidence, Treatment},
+        remedy::{Action, Evidence, Treatment, renewed},
     },
 };
 
 /// Tokens over which a monitor forgets.
 const WINDOW: usize = 1 << 14;
-
-/// What is left of a bump after a step where no loss-free balancing takes care of it: half after 69 steps.
-const FADE: f64 = 0.99;
 
 /// A watch for each MoE layer.
 pub(super) fn watches(spec: &ModelSpec, plan: &RoutingPlan) -> Vec<Watch> {
@@ -85,7 +82,7 @@ impl Upkeep<'_> {
         let [share, next] = [self.step, self.step + 1].map(|step| plan.bias_share(step));
         let bias = self.bias(layer, routed.experts);
         if plan.bias_rate == 0.0 {
-            balance_bias::fade(bias, FADE);
+            balance_bias::fade(bias, balance_bias::FADE);
         } else if next == 1.0 {
             // Later it would make up for what is taken from it.
             balance_bias::update(bias, routed.wanted(), plan.bias_rate);
@@ -125,29 +122,22 @@ impl Upkeep<'_> {
     }
 
     fn apply(&mut self, layer: usize, experts: usize, action: Action) -> Result<()> {
-        match action {
-            Action::BumpBias { expert, to } => {
-                if let Some(bias) = self.bias(layer, experts).get_mut(expert) {
-                    *bias = to;
-                }
+        if let Some(memory) = self.memory.layers.get_mut(layer) {
+            action.apply_to(&mut memory.bias);
+        }
+        // What raises the balance weight is in force through the watch, which the objective asks.
+        if let Action::Reinit { expert, donor, noise } = action {
+            let draw = Draw::new(self.seed, self.step, layer);
+            for (number, part) in ["router", "experts.gate_up", "experts.down"].into_iter().enumerate() {
+                let renew = |values: &[f64]| renewed(values, noise, &draw, number * experts + expert);
+                self.replace(&format!("layers.{layer}.{part}"), [donor, expert], renew)?;
             }
-            Action::Reinit { expert, donor, noise } => {
-                let draw = Draw::new(self.seed, self.step, layer);
-                for (number, part) in ["router", "experts.gate_up", "experts.down"].into_iter().enumerate() {
-                    self.copy(&format!("layers.{layer}.{part}"), [donor, expert], |i, std| {
-                        noise * std * draw.normal(Stream::Reinit, (number * experts + expert) as u64, i as u64)
-                    })?;
-                }
-            }
-            // The watch holds the factor, and the objective asks it.
-            Action::RaiseBalance { .. } => {}
         }
         Ok(())
     }
 
-    /// Copies one expert's part of a stacked parameter over another's, with noise, and forgets the moments of what it
-    /// was. `noise` gets the place of a value, and the standard deviation of the copied ones.
-    fn copy(&mut self, name: &str, [from, to]: [usize; 2], noise: impl Fn(usize, f64) -> f64) -> Result<()> {
+    /// Writes what `renew` makes of one expert's part of a stacked parameter over another's.
+    fn replace(&mut self, name: &str, [from, to]: [usize; 2], renew: impl Fn(&[f64]) -> Vec<f64>) -> Result<()> {
         let found = self.model.parameters().iter().enumerate().find(|(_, parameter)| parameter.name == name);
         let Some((index, Parameter { var, .. })) = found else {
             return Err(Error::Internal(format!("no parameter is named {name}")));
@@ -156,13 +146,9 @@ impl Upkeep<'_> {
         let width = values.len() / var.dim(0)?.max(1);
         let of = |expert: usize| -> Range<usize> { expert * width..(expert + 1) * width };
         let donor: Vec<f64> = values[of(from)].iter().map(|&value| f64::from(value)).collect();
-        let mean = donor.iter().sum::<f64>() / width.max(1) as f64;
-        let std = (donor.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / width.max(1) as f64).sqrt();
-        for (i, (value, donor)) in values[of(to)].iter_mut().zip(&donor).enumerate() {
-            *value = (donor + noise(i, std)) as f32;
-        }
+        values[of(to)].iter_mut().zip(renew(&donor)).for_each(|(value, new)| *value = new as f32);
         var.set(&candle_core::Tensor::from_vec(values, var.shape(), var.device())?)?;
-        self.optimizer.reset(index, of(to));
+        self.optimizer.renew(index, of(to), of(from));
         Ok(())
     }
 }

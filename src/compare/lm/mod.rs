@@ -14,7 +14,7 @@ use std::{path::Path, sync::Arc};
 
 use self::{
     evaluate::{Evaluated, Model},
-    model::{learning, model_spec, optimizer, plan, rate},
+    model::{model_spec, optimizer, plan, rate},
     routes::{ByDomain, ByHash, FixedRoute},
     text::{Corpus, LENGTH, Windows},
 };
@@ -96,9 +96,9 @@ impl<'a> Cell<'a> {
     fn new(spec: &'a CellSpec, cells: &Path) -> Result<Self> {
         let memory = Watermark::set();
         let corpus = Corpus::new();
-        let own = plan(spec, &spec.arm, learning(spec.arm.route))?;
+        let own = plan(spec, &spec.arm)?;
         let begin = match spec.arm.route {
-            Route::ExpertsAfter { share } if share > 0.0 => plan(spec, &Arm::teacher(), Learning::All)?,
+            Route::ExpertsAfter { share } if share > 0.0 => plan(spec, &Arm::teacher())?,
             _ => own.clone(),
         };
         let shape = Arc::new(model_spec(spec));

@@ -3,17 +3,16 @@
 use super::text::{LENGTH, VOCABULARY};
 use crate::{
     compare::{
-        arm::{Arm, Route},
+        arm::Arm,
         spec::{CellSpec, Mode},
     },
     error::Result,
     model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
     moe::{estimator::Purpose, policy::WeightForm},
-    schedule::{Schedule, learning_rate},
+    schedule::learning_rate,
     train::{
         config::OptimizerConfig,
-        routing::{ExploreConfig, RoutingConfig, RoutingPlan, RunShape},
-        trainable::Learning,
+        routing::{RoutingPlan, RunShape},
     },
 };
 
@@ -72,26 +71,8 @@ pub(super) fn optimizer(spec: &CellSpec) -> OptimizerConfig {
     }
 }
 
-pub(super) fn learning(route: Route) -> Learning {
-    if route == Route::Learned { Learning::All } else { Learning::Experts }
-}
-
-pub(super) fn plan(spec: &CellSpec, arm: &Arm, train: Learning) -> Result<RoutingPlan> {
-    let some = |rate: f64| (rate > 0.0).then(|| Schedule::constant(rate));
-    let config = RoutingConfig {
-        estimator: arm.estimator.name.clone(),
-        k: arm.estimator.k,
-        serve_k: 1,
-        losses: arm.losses.clone(),
-        bias_rate: arm.bias_rate,
-        capacity: arm.capacity,
-        explore: ExploreConfig { jitter: some(arm.jitter), epsilon: some(arm.explore.epsilon), dropout: some(arm.explore.dropout) },
-        remedies: arm.remedies.clone(),
-        train,
-        router_rate: spec.router_share(),
-        params: arm.estimator.params.clone(),
-    };
+pub(super) fn plan(spec: &CellSpec, arm: &Arm) -> Result<RoutingPlan> {
     let teacher = spec.mode == Mode::Tune;
     let run = RunShape { experts: spec.task.experts(), steps: spec.size.steps, purpose: Purpose::Laboratory, teacher };
-    config.plan(run)
+    arm.routing(spec.router_share()).plan(run)
 }

@@ -24,7 +24,7 @@ use crate::{
     },
     train::{
         learner::{Learner, Setup},
-        trainable::{Learning, Part, Trainable},
+        trainable::{Part, Trainable},
     },
 };
 
@@ -59,7 +59,7 @@ pub(super) fn read(path: &Path) -> Result<Weights> {
 }
 
 pub(super) fn decoder(spec: &CellSpec, weights: &Weights) -> Result<Decoder> {
-    let plan = plan(spec, &Arm::teacher(), Learning::All)?;
+    let plan = plan(spec, &Arm::teacher())?;
     let learner = Learner::new(Setup { spec: Arc::new(model_spec(spec)), plan, optimizer: optimizer(spec), seed: spec.seed })?;
     for (name, value) in weights {
         learner.model().set(name, value)?;

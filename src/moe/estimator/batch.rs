@@ -30,7 +30,7 @@ pub struct RoutedBatch {
     pub(super) relaxed: Vec<f64>,
     /// `[T, E]`, where p was evaluated; `[T, G]` under [`SmoothStep`](super::Relaxation::SmoothStep).
     pub(super) point: Vec<f64>,
-    /// `[T, E]`, what the choice was made on, without bias.
+    /// `[T, E]`, what the choice was made on, without bias; of draws one after the other, the first.
     pub(super) seen: Vec<f64>,
     /// `[T, E]`, standard normals times scale; only of learned noise.
     pub(super) normals: Vec<f64>,

@@ -4,6 +4,7 @@ use super::{RoutedBatch, batch::finite, dselect};
 use crate::{
     error::Result,
     moe::loss::{AuxLoss, LossInput},
+    schedule::MOST,
 };
 
 /// A term of the loss, one layer at a time.
@@ -52,7 +53,7 @@ impl Regulariser {
     /// Only the penalty has a memory: it grows while more than k experts are active, and else falls.
     pub fn adapt(&self, weight: f64, active: f64) -> f64 {
         match *self {
-            Self::Sparsity { factor, k, .. } if active > k as f64 => weight * factor,
+            Self::Sparsity { factor, k, .. } if active > k as f64 => (weight * factor).min(MOST),
             Self::Sparsity { factor, .. } => (weight / factor).max(f64::MIN_POSITIVE),
             _ => self.initial_weight(),
         }

@@ -210,17 +210,24 @@ impl Pass<'_> {
         }
     }
 
+    /// Noise on a logit of the row, before a learned deviation. Columns from E on are further draws for the same experts.
+    fn noise(&self, column: usize) -> f64 {
+        let Noise { kind, scale, .. } = self.estimator.noise;
+        let (token, column) = (self.batch.tokens as u64, column as u64);
+        match kind {
+            _ if scale == 0.0 || !self.noisy() => 0.0,
+            NoiseKind::None => 0.0,
+            NoiseKind::Gumbel => scale * self.ctx.draw.gumbel(Stream::Select, token, column),
+            NoiseKind::Gaussian | NoiseKind::Learned => scale * self.ctx.draw.normal(Stream::Select, token, column),
+        }
+    }
+
     fn relax_logits(&mut self, z: &[f64]) {
         let Noise { kind, scale, scope, .. } = self.estimator.noise;
-        let factor = if self.noisy() { scale } else { 0.0 };
+        let noise: Vec<f64> = (0..self.batch.experts).map(|e| self.noise(e)).collect();
         let Self { estimator, ctx, batch, hidden } = self;
-        let (experts, token) = (batch.experts, batch.tokens as u64);
-        for (e, &hidden) in hidden.iter().enumerate() {
-            let noise = match kind {
-                NoiseKind::Gumbel if factor > 0.0 => factor * ctx.draw.gumbel(Stream::Select, token, e as u64),
-                NoiseKind::Gaussian | NoiseKind::Learned if factor > 0.0 => factor * ctx.draw.normal(Stream::Select, token, e as u64),
-                _ => 0.0,
-            };
+        let experts = batch.experts;
+        for ((e, &hidden), noise) in hidden.iter().enumerate().zip(noise) {
             let deviation = if kind == NoiseKind::Learned { relax::softplus(z[experts + e]) } else { 1.0 };
             let clean = if hidden { f64::NEG_INFINITY } else { z[e] };
             let seen = clean + deviation * noise;
@@ -251,6 +258,7 @@ impl Pass<'_> {
         }
         // Under columns there is no logit, and the score is the weight.
         let point = if estimator.reads_columns() { &batch.seen[from..] } else { &batch.point[from..] };
-        estimator.choose(&Candidates { point, seen: &batch.seen[from..], relaxed: &batch.relaxed[from..], bias: ctx.bias })
+        let row = Candidates { point, seen: &batch.seen[from..], relaxed: &batch.relaxed[from..], bias: ctx.bias };
+        estimator.choose(&row, |draw, expert| self.noise(draw * batch.experts + expert))
     }
 }

@@ -11,7 +11,7 @@ const SCANS: usize = 2;
 pub(super) struct Candidates<'a> {
     /// Logits at which the relaxation was evaluated.
     pub(super) point: &'a [f64],
-    /// Logits with noise; under [`Relaxation::SmoothStep`], which has none, the weights.
+    /// Logits with noise, that of the first draw; under [`Relaxation::SmoothStep`], which has none, the weights.
     pub(super) seen: &'a [f64],
     /// Relaxed weights.
     pub(super) relaxed: &'a [f64],
@@ -20,8 +20,8 @@ pub(super) struct Candidates<'a> {
 }
 
 impl Estimator {
-    /// Chosen experts in order of choice.
-    pub(super) fn choose(&self, row: &Candidates<'_>) -> Vec<u32> {
+    /// Chosen experts in order of choice. `noise` is that of an expert at a draw, for methods that draw one after the other.
+    pub(super) fn choose(&self, row: &Candidates<'_>, noise: impl Fn(usize, usize) -> f64) -> Vec<u32> {
         match (self.selection, self.relaxation) {
             (Selection::All, _) => top_k(row.relaxed, row.relaxed.len()),
             (Selection::Support, _) => {
@@ -29,7 +29,7 @@ impl Estimator {
                 support.retain(|&e| row.relaxed[e as usize] > 0.0);
                 support
             }
-            (Selection::TopK { k }, Relaxation::MaskedSoftmax { r, mask, .. }) => row.one_after_the_other(k, r, mask),
+            (Selection::TopK { k }, Relaxation::MaskedSoftmax { r, mask, .. }) => row.one_after_the_other(k, r, mask, noise),
             (Selection::TopK { k }, Relaxation::Sigmoid { temperature }) if row.bias.is_some() => {
                 let score: Vec<f64> = row.seen.iter().map(|&z| open(z, relax::sigmoid(z / temperature))).collect();
                 top_k(&row.biased(&score), k)
@@ -47,12 +47,14 @@ impl Candidates<'_> {
         }
     }
 
-    /// Each time the largest among the logits near the largest of those left.
-    fn one_after_the_other(&self, k: usize, r: f64, mask: Mask) -> Vec<u32> {
-        let (mut left, score) = (self.point.to_vec(), self.biased(self.seen));
+    /// Each time the largest among the logits near the largest of those left, under noise of its own: a draw lets in
+    /// experts that the one before masked, and its candidates would else be known to have lost that one.
+    fn one_after_the_other(&self, k: usize, r: f64, mask: Mask, noise: impl Fn(usize, usize) -> f64) -> Vec<u32> {
+        let mut left = self.point.to_vec();
         let mut chosen = Vec::with_capacity(k);
-        for _ in 0..k {
-            let kept = relax::kept(&left, r, mask);
+        for draw in 0..k {
+            let noisy: Vec<f64> = self.point.iter().enumerate().map(|(e, z)| z + noise(draw, e)).collect();
+            let (score, kept) = (self.biased(&noisy), relax::kept(&left, r, mask));
             let near: Vec<f64> = (0..left.len()).map(|e| if kept[e] { open(left[e], score[e]) } else { f64::NEG_INFINITY }).collect();
             let Some(&best) = top_k(&near, 1).first() else { break };
             left[best as usize] = f64::NEG_INFINITY;

@@ -1,6 +1,6 @@
 //! How a trained router is served, and what a checkpoint says of its training.
 
-use super::{Combine, Estimator, Execution, Gradient, Noise, Relaxation, Selection, Weights};
+use super::{Combine, Estimator, Execution, Gradient, Noise, NoiseKind, Relaxation, Selection, Weights};
 use crate::{model::ReferenceRouting, moe::policy::WeightForm};
 
 impl Estimator {
@@ -34,13 +34,22 @@ impl Estimator {
 
     /// What the router is divided by when it is saved, so that the plain softmax of what is on disk has the
     /// probabilities that it was trained with. 1 for relaxations that are no softmax.
-    ///
-    /// ReinMax draws from `softmax(z)` whatever its temperature, which shapes the gradient alone: its router stays as
-    /// it is.
     pub fn folding(&self) -> f64 {
-        match (self.relaxation, self.gradient) {
-            (_, Gradient::ReinMax) => 1.0,
-            (Relaxation::Softmax { temperature }, _) => temperature,
+        if matches!(self.relaxation, Relaxation::Softmax { .. }) { self.temperature() } else { 1.0 }
+    }
+
+    /// τ of the `softmax(z / τ)` that the method routes by: of what it draws from, where it draws its experts; else of
+    /// its relaxation, if that is a softmax; else 1.
+    ///
+    /// A method may have a temperature that shapes its gradient alone: `gumbel_st` draws from `softmax(z / noise)`, and
+    /// ReinMax from `softmax(z)`.
+    pub fn temperature(&self) -> f64 {
+        match (self.noise, self.relaxation) {
+            (Noise { kind: NoiseKind::Gumbel, scale, .. }, _) if scale > 0.0 && self.chooses_top_k() => scale,
+            (
+                _,
+                Relaxation::Softmax { temperature } | Relaxation::MaskedSoftmax { temperature, .. } | Relaxation::KHot { temperature, .. },
+            ) => temperature,
             _ => 1.0,
         }
     }

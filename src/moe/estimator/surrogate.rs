@@ -4,6 +4,7 @@ use super::{
     Combine, Estimator, Execution, Gradient, NoiseKind, RoutedBatch, Scope, Weights,
     batch::{finite, mass},
     relax,
+    select::top_k,
 };
 
 impl Estimator {
@@ -117,7 +118,12 @@ impl RowBackward<'_> {
         let Estimator { weights, combine, .. } = self.estimator;
         match (combine, weights) {
             (Combine::Mixture(Execution::Chosen), _) => self.relaxation(&self.of_chosen(|e| self.credit[e]), d),
-            (_, Weights::Renorm) if normalised => self.relaxation(&self.normalised(|e| self.credit[e]), d),
+            (_, Weights::Renorm) if normalised => {
+                // Of what was not chosen: over the sum that the choice has by rights. Where epsilon, a bias or capacity
+                // chose in its place, the sum of the chosen may be as small as it likes.
+                let best = self.most_probable();
+                self.relaxation(&self.normalised(|e| self.credit[e] / best), d);
+            }
             _ => self.relaxation(self.credit, d),
         }
     }
@@ -156,7 +162,13 @@ impl RowBackward<'_> {
         v
     }
 
-    /// Backward of the division by the sum n of the chosen: `(c - <g,c>)/n` for those, `other/n` for the rest.
+    /// Relaxed weight of the k most probable experts together.
+    fn most_probable(&self) -> f64 {
+        let p = self.routed.relaxed_row(self.token);
+        mass(p, &top_k(p, self.estimator.k()))
+    }
+
+    /// Backward of the division by the sum n of the chosen: `(c - <g,c>)/n` for those, `other` for the rest.
     fn normalised(&self, other: impl Fn(usize) -> f64) -> Vec<f64> {
         let chosen = self.routed.rows().of(self.token);
         let sum = mass(self.routed.relaxed_row(self.token), chosen);
@@ -165,7 +177,7 @@ impl RowBackward<'_> {
         }
         let weights = self.routed.weights_row(self.token);
         let mean: f64 = chosen.iter().map(|&e| weights[e as usize] * self.credit[e as usize]).sum();
-        let mut v: Vec<f64> = (0..self.credit.len()).map(|e| other(e) / sum).collect();
+        let mut v: Vec<f64> = (0..self.credit.len()).map(other).collect();
         chosen.iter().for_each(|&e| v[e as usize] = (self.credit[e as usize] - mean) / sum);
         v
     }

@@ -161,7 +161,7 @@ pub const CATALOG: &[Row] = &[
         name: "densemixer",
         title: "DenseMixer",
         forward: "raw: p of the k largest; renorm: that over its sum n",
-        backward: "raw: J c; renorm: J v, v = (c - <g,c>)/n of the chosen and c/n elsewhere",
+        backward: "raw: J c; renorm: J v, v = (c - <g,c>)/n of the chosen and c/n elsewhere, there with the n of the k most probable",
         source: "Yao et al. 2025 (OpenReview 4HGIIekCx3)",
         note: "The forward of the conventional router with credit for every expert.",
         k: KRange::From { from: 1 },

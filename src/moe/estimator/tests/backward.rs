@@ -312,6 +312,37 @@ fn the_published_formulas_hold_to_the_last_digits() {
     }
 }
 
+/// However improbable what epsilon, a bias or capacity chose.
+#[test]
+fn densemixer_is_bounded_by_its_credit() {
+    use crate::moe::{
+        capacity::{Capacity, Order, Overflow},
+        explore::Exploration,
+    };
+    let z = [5.0, 5.0, -9.0].repeat(50);
+    let credit = [1.0, -1.0, 0.5].repeat(50);
+    let train = |seed| StepContext::train(Draw::new(seed, 0, 0));
+    let capacity = |overflow| Some(Capacity { factor: 0.5, overflow, order: Order::Position });
+    for k in [1, 2] {
+        let estimator = spec("densemixer", Some(k), &[("form", word("renorm"))], 3).at(0, 1);
+        let mut improbable = 0;
+        for ctx in [
+            StepContext { explore: Exploration { epsilon: 0.5, dropout: 0.0 }, ..train(1) },
+            StepContext { bias: Some(&[0.0, 0.0, 20.0]), ..train(2) },
+            StepContext { capacity: capacity(Overflow::Reroute), ..train(3) },
+            StepContext { capacity: capacity(Overflow::Drop), bias: Some(&[0.0, 0.0, 20.0]), ..train(4) },
+        ] {
+            let routed = estimator.route(&z, 3, &ctx);
+            let mut dz = vec![0.0; z.len()];
+            estimator.vjp(&z, &routed, &credit, &mut dz);
+            improbable += (0..50).filter(|t| routed.rows().of(*t) == [2]).count();
+            // Weights over the sum, and those beside it, are at most 1; so are their differences from a mean, twice.
+            assert!(dz.iter().all(|d| d.abs() <= 4.0), "{k}: {dz:?}");
+        }
+        assert!(improbable > 0, "k = {k}: expert 2 alone was chosen somewhere");
+    }
+}
+
 /// Algorithm 2 of the paper at temperatures other than 1: only the half of π that is no draw is tempered.
 #[test]
 fn reinmax_is_its_algorithm_at_every_temperature() {

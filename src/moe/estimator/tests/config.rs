@@ -42,7 +42,7 @@ fn mistakes_are_named() {
         ),
         (
             "name = 'steep'\nparams.temperature = { init = 2.0, final = 1e-60 }",
-            "routing.temperature: init and final must be above 0 (an exponential schedule cannot reach 0: use linear)",
+            "routing.temperature: init and final must be at least 1e-30 (an exponential schedule cannot reach 0: use linear)",
         ),
         (
             "name = 'steep'\nparams.temperature = { init = 2.0, final = 0.1, until = 5000 }",
@@ -51,6 +51,11 @@ fn mistakes_are_named() {
         (
             "name = 'steep'\nparams.temperature = { init = 2.0, final = 0.1, begin = 50, until = 40 }",
             "routing.temperature: `begin` = 50 is not before `until` = 40",
+        ),
+        ("name = 'soft'\nparams.temperature = 1e31", "routing.temperature: init and final must be at most 1e30"),
+        (
+            "name = 'ste'\nparams.temperature = { schedule = 'constant', init = 2.0, final = 0.1 }",
+            "routing.temperature: a constant schedule stays at init = 2: make final the same, or choose another schedule",
         ),
         ("name = 'steep'\nparams.temperature = 'cold'", "routing.temperature: must be a number, or a schedule with init and final"),
         ("name = 'soft_topk'\nparams.width = 0", "routing.width: 0 is no value for it: must be above 0 at every step"),

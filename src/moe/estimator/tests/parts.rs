@@ -216,6 +216,16 @@ fn relu_routing_arrives_at_its_sparsity() {
     assert!(none.chosen.is_empty() && none.weights.iter().all(|w| *w == 0.0), "a token may have no expert");
 }
 
+/// Where nothing brings the active experts down, or up.
+#[test]
+fn the_weight_of_a_penalty_stays_a_number() {
+    let regulariser = spec("remoe", Some(2), &[], 8).regulariser(0, STEPS);
+    for active in [8.0, 0.0] {
+        let weight = (0..10_000).fold(regulariser.initial_weight(), |weight, _| regulariser.adapt(weight, active));
+        assert!(weight > 0.0 && weight <= 1e30, "{weight}");
+    }
+}
+
 #[test]
 fn the_bonus_rewards_entropy() {
     let spec = spec("reinforce", Some(1), &[("bonus", Param::Number(0.5))], 4);

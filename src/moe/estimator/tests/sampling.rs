@@ -348,6 +348,20 @@ fn pairs_follow_plackett_and_luce() {
     assert!(scale.iter().all(|s| (s - 1.0).abs() < 1e-12 || (s - 1.0 / 3.0).abs() < 1e-12), "{scale:?}");
 }
 
+/// What the first draw masks the second one may let in; it is drawn from the masked softmax of what is left all the same.
+#[test]
+fn masked_draws_are_independent_of_what_lost_before() {
+    // Of 1.0 the mask keeps 0.85 alone; of 0.85 it keeps 0.75 too.
+    let z = [1.0, 0.85, 0.75, -2.0];
+    let over = |logits: &[f64], temperature: f64| softmax(&logits.iter().map(|z| z / temperature).collect::<Vec<_>>());
+    for (star, temperature) in [(false, 1.0), (true, 2.0)] {
+        let (first, second) = (over(&z[..2], temperature), over(&z[1..3], temperature));
+        let estimator = spec("sparsemixer_v2", Some(2), &[("r", Param::Number(0.1)), ("star", Param::Flag(star))], EXPERTS).at(0, 1);
+        let found = shares(&estimator, &z, &[[0, 1], [0, 2], [1, 0], [1, 2]]);
+        assert_shares(&found, &[first[0] * second[0], first[0] * second[1], first[1], 0.0], &format!("star: {star}"));
+    }
+}
+
 #[test]
 fn the_coin_of_sparsemixer_has_its_mean() {
     // 1 for the largest logit; else 1 with probability ¼ (⅝), and ⅓.

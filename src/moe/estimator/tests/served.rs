@@ -25,6 +25,23 @@ fn a_router_is_divided_by_the_temperature_of_its_softmax() {
     assert_eq!([folding("reinmax", 1.5), folding("steep_sigmoid", 0.1), folding("entmax", 0.5)], [1.0; 3]);
 }
 
+/// What draws its experts is saved, and its losses are taken, with the probabilities that it draws with.
+#[test]
+fn a_temperature_that_shapes_the_gradient_alone_is_not_folded() {
+    let drawn = |name, k, noise: f64| {
+        let estimator = spec(name, k, &[("temperature", number(0.3)), ("noise", number(noise))], 8).at(0, 1);
+        (estimator.folding(), estimator.temperature())
+    };
+    assert_eq!([drawn("gumbel_st", None, 1.0), drawn("gumbel_st", None, 2.5)], [(1.0, 1.0), (2.5, 2.5)]);
+    assert_eq!(drawn("gumbel_st", None, 0.0), (0.3, 0.3), "without noise it is ste");
+    assert_eq!(drawn("gumbel_soft", None, 1.0), (0.3, 0.3), "a mixture");
+    assert_eq!([drawn("gumbel_topk", Some(2), 2.0), drawn("gumbel_topk", Some(2), 0.0)], [(1.0, 2.0), (1.0, 0.3)]);
+    let at = |name, params: &[(&str, Param)]| spec(name, None, params, 8).at(0, 1).temperature();
+    assert_eq!(at("ste", &[("temperature", number(2.0)), ("sampled", Param::Flag(true))]), 2.0);
+    assert_eq!([at("reinmax", &[("temperature", number(1.5))]), at("raw_topk", &[]), at("reinforce", &[])], [1.0; 3]);
+    assert_eq!([at("sparsemixer_v2", &[]), at("sparsemixer_v2", &[("star", Param::Flag(true))])], [1.0, 2.0]);
+}
+
 /// At top-2, where the probabilities show, what is evaluated is what is saved.
 #[test]
 fn hard_weights_are_those_of_the_saved_router() {
