@@ -11,7 +11,7 @@
 //! | [`cell`], [`clock`], [`memory`], [`cost`] | that process; its CPU time and memory; what it is charged |
 //! | [`task`], [`data`] | rows with regions, their optimal routing, the loss; the files they are from |
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
-//! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
+//! | [`record`], [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is noted down and measured |
 //! | [`lm`] | language-model cells, on the decoder that is served |
 //! | [`results`], [`table`], [`quality`], [`rates`], [`plots`], [`report`] | what is left behind, and shown |
 
@@ -38,6 +38,7 @@ pub mod process;
 pub mod quality;
 pub mod random;
 pub mod rates;
+pub mod record;
 pub mod report;
 pub mod results;
 pub mod run;
