@@ -191,8 +191,8 @@ fn the_summary_has_fidelity_of_outputs_and_equal_expert_flops() {
     assert!(summary.contains("| **fidelity**: rel. L2, median task | worst task | loss gap, worst task |"), "{summary}");
     let ste = row(summary, "ste");
     assert!(ste.starts_with("| `ste` | 1 | 0.110 | 0.250 | 0.250 | 0.0183 |"), "{ste}");
-    assert!(ste.contains("| 8 | 2 | 0.500 | 8 |"), "second there, since `raw_topk` has 0.2 of the same seed: {ste}");
-    assert!(row(summary, "raw_topk").contains("| 1 | 1 | 0.200 | 1 |"), "{summary}");
+    assert!(ste.contains("| 8 | 4 | 0.500 | 8 |"), "first at equal steps, last at equal expert-FLOPs: {ste}");
+    assert!(row(summary, "raw_topk").contains("| 1 | 2 | 0.200 | 1 |"), "{summary}");
 }
 
 #[test]
