@@ -196,10 +196,11 @@ fn every_arm_trains_and_executes_what_it_should() {
         let name = format!("{:?} {:?} {:?} {}", spec.task, spec.mode, spec.budget, spec.arm.name);
         let result = result_of(&spec, cells.path());
         assert!(!result.diverged && result.loss.hard1.is_some(), "{name}");
-        assert_eq!(
-            result.curves.hard1.last(),
-            Some(&result.loss.hard1.and_then(brief)),
-            "{name}: the points of the curves are of all rows, where there are so few"
+        // Of `digits` the test rows are more than those of a point, whatever the size.
+        let end = result.curves.hard1.last().copied().flatten();
+        assert!(
+            spec.task == TaskName::Digits || end == result.loss.hard1.and_then(brief),
+            "{name}: a point is of all rows where there are few"
         );
         let executed = result.executed_per_token;
         match result.executed_expected {
