@@ -11,12 +11,12 @@ use super::{
     random::Random,
     results::GradientResult,
     spec::CellSpec,
-    step::{advantages, samples},
     task::Targets,
 };
 use crate::{
     error::{Error, Result},
     moe::{
+        advantage::Draws,
         draw::Draw,
         estimator::{Combine, Estimator, EstimatorSpec, Execution, Gradient, Purpose, Relaxation, RoutedBatch, StepContext},
     },
@@ -77,7 +77,7 @@ impl Problem {
     /// The estimator's gradient of every draw, by the first E router outputs.
     fn gradients(&self, estimator: &Estimator, draws: usize, draw: Draw) -> Vec<Vec<f64>> {
         let (experts, width) = (self.experts(), estimator.router_width(self.experts()));
-        let (copies, sampled) = (estimator.copies(), samples(estimator));
+        let (copies, sampled) = (estimator.copies(), estimator.gradient.samples());
         let mut row = self.z.clone();
         row.resize(width, 0.0);
         let z = row.repeat(draws * copies);
@@ -86,10 +86,11 @@ impl Problem {
         let mut dz = vec![0.0; z.len()];
         estimator.vjp(&z, &routed, &credit, &mut dz);
         if let Gradient::Score { baseline, samples } = estimator.gradient {
+            let drawn = Draws { losses: &losses, rows: draws, samples };
             // A moving average is at best the expected loss.
             let p = estimator.route(&row, experts, &StepContext::evaluate(draw));
             let expected: f64 = p.relaxed().iter().zip(self.losses()).map(|(p, f)| p * f).sum();
-            estimator.score(&z, &routed, &advantages(&losses, draws, samples, baseline, expected), &mut dz);
+            estimator.score(&z, &routed, &drawn.above(baseline, expected), &mut dz);
         }
         let of_draw = |of: usize| {
             let mut gradient = vec![0.0; experts];

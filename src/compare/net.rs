@@ -3,6 +3,8 @@
 //! Routing and its gradient are not here: `moe::estimator` gives weights and takes credit, the same code as in training.
 //! Legend: T rows, E experts, D features (the last is 1), G router outputs, O outputs, P parameters of an expert.
 
+use std::ops::Range;
+
 use super::{expert::ExpertShape, random::Random};
 use crate::moe::estimator::{Combine, Execution, RoutedBatch};
 
@@ -68,16 +70,13 @@ const INITIAL_STD: f64 = 0.577;
 
 impl Net {
     /// Random weights of `seed`; `handicap [E]` is added to the bias of the router. The first E rows of the router are the
-    /// same whatever its width, further ones are 0 (learned noise) or small.
+    /// same whatever its width.
     pub fn new(shape: Shape, seed: u64, handicap: &[f64]) -> Self {
         let ExpertShape { features, hidden, outputs } = shape.expert;
         let mut random = Random::new(seed, "router");
         let mut router = random.normals(shape.router_width * features, INITIAL_STD / (features as f64).sqrt());
         for (row, head_start) in router.chunks_exact_mut(features).zip(handicap) {
             row[features - 1] += head_start;
-        }
-        if shape.router_width == 2 * shape.experts {
-            router[shape.experts * features..].fill(0.0);
         }
         let mut random = Random::new(seed, "experts");
         let mut experts = Vec::with_capacity(shape.experts * shape.expert.parameters());
@@ -90,6 +89,12 @@ impl Net {
             }
         }
         Self { shape, router, experts }
+    }
+
+    /// Sets rows of the router to 0.
+    pub fn zero_router_rows(&mut self, rows: Range<usize>) {
+        let features = self.shape.expert.features;
+        self.router[rows.start * features..rows.end * features].fill(0.0);
     }
 
     /// Router outputs `[T, G]`.

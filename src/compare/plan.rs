@@ -452,6 +452,11 @@ mod tests {
             (Mode::Scratch, "estimator = { name = 'ste' }\njitter = 1.5", "x.jitter: must be at least 0 and below 1"),
             (Mode::Scratch, "estimator = { name = 'ste' }\njitter = -0.5", "x.jitter: init and final must be finite and not negative"),
             (Mode::Scratch, "estimator = { name = 'ste' }\nexplore = { dropout = 1.0 }", "x.explore.dropout: must be at least 0"),
+            (
+                Mode::Scratch,
+                "estimator = { name = 'dselect_k' }\nexplore = { dropout = 0.1 }",
+                "x.explore.dropout: the weights of dselect_k",
+            ),
             (Mode::Scratch, "estimator = { name = 'noisy_topk' }\nremedies = ['reinit']", "x.remedies: 'reinit' needs routers"),
             (
                 Mode::Scratch,

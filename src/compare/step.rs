@@ -6,8 +6,9 @@ use super::{
     task::Batch,
 };
 use crate::moe::{
+    advantage::Draws,
     draw::Stream,
-    estimator::{Baseline, Estimator, Gradient, RoutedBatch, StepContext},
+    estimator::{Estimator, Gradient, RoutedBatch, StepContext},
     explore::jitter,
 };
 
@@ -67,15 +68,12 @@ pub fn step(input: &StepInput<'_>) -> Step {
     let credit = net.backward(&pass, &dy, &mut gradients);
     let mut dz = vec![0.0; z.len()];
     estimator.vjp(&z, &routed, &credit, &mut dz);
-    if let Gradient::Score { baseline, samples } = estimator.gradient {
-        let mut advantages = advantages(&losses, rows, samples, baseline, input.average_loss);
-        advantages.iter_mut().for_each(|advantage| *advantage /= (rows * samples) as f64);
-        estimator.score(&z, &routed, &advantages, &mut dz);
+    let draws = Draws { losses: &losses, rows, samples: estimator.gradient.samples() };
+    if let Gradient::Score { baseline, .. } = estimator.gradient {
+        estimator.score(&z, &routed, &draws.advantages(baseline, input.average_loss), &mut dz);
     }
     net.backward_router(&router_x, &dz, &mut gradients);
-    let sampled = &losses[..rows * samples(estimator)];
-    let loss = sampled.iter().sum::<f64>() / sampled.len().max(1) as f64;
-    Step { gradients, loss, router_x, z, routed, forward }
+    Step { gradients, loss: draws.mean(), router_x, z, routed, forward }
 }
 
 /// Router outputs of rows: the router's own, or, where no router decides, a lead of 1 for the expert that is to run.
@@ -103,14 +101,6 @@ fn jittered(input: &StepInput<'_>, x: &[f64]) -> Vec<f64> {
     x
 }
 
-/// Copies of a row that are draws, without the greedy one.
-pub fn samples(estimator: &Estimator) -> usize {
-    match estimator.gradient {
-        Gradient::Score { samples, .. } => samples,
-        _ => 1,
-    }
-}
-
 struct Compared {
     /// `[T']`.
     losses: Vec<f64>,
@@ -120,8 +110,8 @@ struct Compared {
 
 fn compare(input: &StepInput<'_>, y: &[f64]) -> Compared {
     let (rows, outputs) = (input.batch.rows(), input.batch.outputs);
-    let copies = input.estimator.copies();
-    let share = 1.0 / (rows * samples(input.estimator)).max(1) as f64;
+    let (copies, samples) = (input.estimator.copies(), input.estimator.gradient.samples());
+    let share = 1.0 / (rows * samples).max(1) as f64;
     let mut compared = Compared { losses: Vec::with_capacity(rows * copies), dy: vec![0.0; y.len()] };
     for (copy, (y, dy)) in y.chunks_exact(rows * outputs).zip(compared.dy.chunks_exact_mut(rows * outputs)).enumerate() {
         let mut losses = input.batch.targets.loss(y, outputs, dy);
@@ -129,24 +119,8 @@ fn compare(input: &StepInput<'_>, y: &[f64]) -> Compared {
             input.batch.targets.distill(y, teacher, outputs, weight, &mut losses, dy);
         }
         compared.losses.extend(losses);
-        let share = if copy < samples(input.estimator) { share } else { 0.0 };
+        let share = if copy < samples { share } else { 0.0 };
         dy.iter_mut().for_each(|d| *d *= share);
     }
     compared
-}
-
-/// How much each draw lost above its baseline, `[copies · rows]`, copy by copy; 0 for the greedy one.
-pub fn advantages(losses: &[f64], rows: usize, samples: usize, baseline: Baseline, average_loss: f64) -> Vec<f64> {
-    let of_row = |row: usize| (0..samples).map(|copy| losses[copy * rows + row]).sum::<f64>();
-    let advantage = |i: usize| {
-        let (copy, row) = (i / rows, i % rows);
-        let subtract = match baseline {
-            Baseline::None => 0.0,
-            Baseline::MovingAverage { .. } => average_loss,
-            Baseline::LeaveOneOut => (of_row(row) - losses[i]) / (samples.max(2) - 1) as f64,
-            Baseline::SelfCritical => losses[samples * rows + row],
-        };
-        if copy < samples { losses[i] - subtract } else { 0.0 }
-    };
-    (0..losses.len()).map(advantage).collect()
 }

@@ -112,6 +112,7 @@ impl<'a> Training<'a> {
         };
 
         let mut net = Net::new(shape, spec.seed, &task.handicap());
+        net.zero_router_rows(estimator.noise_outputs(experts));
         if let Some(teacher) = &teacher {
             teacher.copy_to(&mut net, arm.route, &estimator, &task.batch(0, MATCHING_ROWS));
         }
@@ -378,13 +379,13 @@ mod tests {
     };
 
     /// A cell of the small net before its first step.
-    fn begun(arm: &str, test: impl FnOnce(&mut Training<'_>)) {
+    fn begun<T>(arm: &str, test: impl FnOnce(&mut Training<'_>) -> T) -> T {
         let arm = arms(TaskName::Collapsed, Mode::Scratch).into_iter().find(|candidate| candidate.name == arm).expect(arm);
         let size = Size { steps: 100, batch: 64, test: 512, points: 0, rate: RATE };
         let (task, mode) = (TaskName::Collapsed, Mode::Scratch);
         let spec = CellSpec { lab: LAB_VERSION, task, mode, budget: Budget::Steps, arm, seed: 1, size, teacher_size: None };
         let task = task::open(spec.task, spec.seed, spec.size).expect("a task of the small net");
-        test(&mut Training::new(&spec, &*task, Path::new("unused")).expect("sound"));
+        test(&mut Training::new(&spec, &*task, Path::new("unused")).expect("sound"))
     }
 
     #[test]
@@ -400,6 +401,38 @@ mod tests {
                 assert!(net.expert(a).iter().zip(net.expert(b)).all(|(a, b)| a != b), "experts {a} and {b}");
             }
             assert_eq!(bias[..3], [-1.0; 3], "they begin as their donor is");
+        });
+    }
+
+    #[test]
+    fn a_raised_balance_weight_is_in_force() {
+        let router = |factor: f64| {
+            begun("raw_topk+switch+raise", |training| {
+                training.state.treatment =
+                    serde_json::from_value(serde_json::json!({ "last": {}, "factor": factor })).expect("a treatment");
+                (0..3).for_each(|clock| assert!(training.advance(clock).expect("sound")));
+                training.state.net.router.clone()
+            })
+        };
+        assert_eq!(router(1.0), router(1.0));
+        assert_ne!(router(1.0), router(8.0));
+    }
+
+    /// The head start of expert 0 is 8, and the un-weighted one-hot gives the router no gradient: nothing but the bump
+    /// sends a token elsewhere.
+    #[test]
+    fn a_bump_revives_the_dead() {
+        begun("onehot+bump", |training| {
+            let alive = |training: &Training<'_>| training.state.monitor.load().iter().filter(|rows| **rows > 0.0).count();
+            let mut clock = 0;
+            while training.record.remedy_actions == 0 && clock < 50 {
+                assert_eq!(alive(training), usize::from(clock > 0), "before the bump");
+                training.advance(clock).expect("sound");
+                clock += 1;
+            }
+            assert!(training.state.bias[1..].iter().all(|bias| *bias > 0.0), "{:?}", training.state.bias);
+            training.advance(clock).expect("sound");
+            assert!(alive(training) > 4, "{:?}", training.state.monitor.load());
         });
     }
 }

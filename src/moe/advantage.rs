@@ -31,11 +31,16 @@ impl Draws<'_> {
         drawn.iter().sum::<f64>() / drawn.len().max(1) as f64
     }
 
-    /// `(L - b) / (T · samples)` of each row, so that the sum over rows is the gradient of the mean loss; 0 for the greedy
-    /// copy. `average` is the moving average of the loss before this step.
+    /// `(L - b) / (T · samples)` of each row, so that the sum over rows is the gradient of the mean loss; else as
+    /// [`Draws::above`].
     pub fn advantages(&self, baseline: Baseline, average: f64) -> Vec<f64> {
+        let share = 1.0 / (self.rows * self.samples).max(1) as f64;
+        self.above(baseline, average).into_iter().map(|advantage| advantage * share).collect()
+    }
+
+    /// `L - b` of each row; 0 for the greedy copy. `average` is the moving average of the loss before this step.
+    pub fn above(&self, baseline: Baseline, average: f64) -> Vec<f64> {
         let Self { losses, rows, samples } = *self;
-        let share = 1.0 / (rows * samples).max(1) as f64;
         let others = |i: usize| {
             let of_row: f64 = (0..samples).filter_map(|copy| losses.get(copy * rows + i % rows)).sum();
             (of_row - losses[i]) / (samples.max(2) - 1) as f64
@@ -47,7 +52,7 @@ impl Draws<'_> {
                 Baseline::LeaveOneOut => others(i),
                 Baseline::SelfCritical => losses.get(samples * rows + i % rows).copied().unwrap_or(0.0),
             };
-            if i < rows * samples { (losses[i] - subtracted) * share } else { 0.0 }
+            if i < rows * samples { losses[i] - subtracted } else { 0.0 }
         };
         (0..losses.len()).map(advantage).collect()
     }

@@ -19,6 +19,7 @@ pub mod plan;
 pub mod policy;
 pub mod remedy;
 pub mod route;
+mod softmax;
 mod stats;
 mod swiglu;
 pub mod trace;

@@ -149,8 +149,12 @@ impl Learner {
     pub fn new(setup: Setup) -> Result<Self> {
         let Setup { spec, plan, optimizer, seed } = setup;
         let device = Device::Cpu;
-        let width = |experts| plan.estimator(0).router_width(experts);
+        let estimator = plan.estimator(0);
+        let width = |experts| estimator.router_width(experts);
         let model = Trainable::init(&spec, width, &mut step_rng(seed, 0, Stream::Init), &device)?;
+        for (layer, moe) in spec.moe_layers() {
+            model.zero_router_rows(layer, estimator.noise_outputs(moe.num_experts))?;
+        }
         let kernel = kernel::for_device(&device);
         let decoder = Decoder::new(Arc::clone(&spec), model.tracked(plan.learning), &kernel)?;
         let optimizer = AdamW::new(optimizer, model.parameters());

@@ -210,7 +210,6 @@ pub(super) fn noise_kind(kind: NoiseKind) -> &'static str {
     match kind {
         NoiseKind::None => "none",
         NoiseKind::Gumbel => "gumbel",
-        NoiseKind::Gaussian => "gaussian",
         NoiseKind::Learned => "softplus",
     }
 }

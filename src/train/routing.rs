@@ -164,6 +164,7 @@ impl RoutingConfig {
             (self.bias_rate > 0.0, ChoiceChange::Bias, "routing.bias_rate"),
             (remedies.has(Remedy::BiasBump), ChoiceChange::Bias, "routing.remedies"),
             (self.explore.epsilon.is_some(), ChoiceChange::Epsilon, "routing.explore.epsilon"),
+            (self.explore.dropout.is_some(), ChoiceChange::Dropout, "routing.explore.dropout"),
         ] {
             if changed {
                 estimator.check_choice(change, field)?;

@@ -353,6 +353,21 @@ fn a_frozen_part_is_the_same_to_the_bit_after_a_run() {
     }
 }
 
+/// Every expert begins with the same noise, whatever the token.
+#[test]
+fn the_noise_of_a_router_begins_the_same_for_all() {
+    let config = config(folder(routed("estimator = \"noisy_topk\"\nserve_k = 1")).path());
+    let plan = config.plan().unwrap();
+    let spec = Arc::new(config.spec(&plan, 40));
+    let learner = Learner::new(Setup { spec, plan, optimizer: config.optimizer.clone(), seed: 3 }).unwrap();
+    let routers: Vec<_> = weights(learner.model()).into_iter().filter(|(name, _)| name.ends_with(".router")).collect();
+    assert_eq!(routers.len(), 2);
+    for (name, rows) in routers {
+        let (logits, noise) = rows.split_at(rows.len() / 2);
+        assert!(logits.iter().all(|w| *w != 0.0) && noise.iter().all(|w| *w == 0.0), "{name}");
+    }
+}
+
 /// All rows of the routers are equal, so that every token goes to expert 0; the un-weighted one-hot gives them no gradient.
 #[test]
 fn a_dead_expert_is_made_anew_and_lives() {
@@ -383,6 +398,24 @@ fn a_dead_expert_is_made_anew_and_lives() {
     let (actions, dead, _) = run(&["reinit"]);
     assert!(actions.iter().all(|(_, action)| matches!(action, Action::Reinit { donor: 0, .. })) && actions.len() == 4, "{actions:?}");
     assert_eq!(dead, 0);
+}
+
+#[test]
+fn a_raised_balance_weight_is_in_force() {
+    let run = |factor: f64| {
+        let config = config(folder(routed("estimator = \"raw_topk\"\nserve_k = 1\nlosses = { switch = 0.01 }")).path());
+        let plan = config.plan().unwrap();
+        let spec = Arc::new(config.spec(&plan, 40));
+        let mut learner = Learner::new(Setup { spec, plan, optimizer: config.optimizer.clone(), seed: 3 }).unwrap();
+        let treatment = serde_json::json!({ "last": {}, "factor": factor });
+        learner.restore().2.watch.iter_mut().for_each(|watch| watch.treatment = serde_json::from_value(treatment.clone()).unwrap());
+        let inputs: Vec<u32> = (0..64).map(|i| (i * i + 7 * i) as u32 % 40).collect();
+        let text = Text { inputs: &inputs, targets: &inputs, length: 16, route: None, teacher: None };
+        (0..3).for_each(|step| _ = learner.step(step, text, 1e-2).unwrap());
+        weights(learner.model())
+    };
+    assert_eq!(run(1.0), run(1.0));
+    assert_ne!(run(1.0), run(8.0));
 }
 
 #[test]

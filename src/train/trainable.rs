@@ -1,5 +1,7 @@
 //! Weights as variables: an ordered registry, and the two views of it that a decoder can be built on.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
@@ -188,6 +190,17 @@ impl Trainable {
     /// There are none.
     pub fn is_empty(&self) -> bool {
         self.parameters.is_empty()
+    }
+
+    /// Sets rows of the router of a decoder layer to 0.
+    pub fn zero_router_rows(&self, layer: usize, rows: Range<usize>) -> Result<()> {
+        let name = format!("layers.{layer}.router");
+        let Some(Parameter { var, .. }) = self.parameters.iter().find(|p| p.name == name) else {
+            return Err(Error::Internal(format!("no parameter is named {name}")));
+        };
+        let (mut values, width) = (var.flatten_all()?.to_vec1::<f32>()?, var.dim(1)?);
+        values[rows.start * width..rows.end * width].fill(0.0);
+        Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
     }
 
     /// Overwrites the variable `name`.

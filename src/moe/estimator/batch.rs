@@ -34,7 +34,7 @@ pub struct RoutedBatch {
     pub(super) seen: Vec<f64>,
     /// `[T, E]`, standard normals times scale; only of learned noise.
     pub(super) normals: Vec<f64>,
-    /// Deviation of normal noise, `[T, E]` or `[1]`; empty for other noise or none.
+    /// Deviation of learned noise, `[T, E]`; empty for other noise or none.
     pub(super) deviation: Vec<f64>,
     /// `[E]`, bias of the choice; empty for none.
     pub(super) bias: Vec<f64>,
@@ -63,8 +63,7 @@ impl RoutedBatch {
         &self.seen
     }
 
-    /// Standard deviation of the normal noise in [`RoutedBatch::seen`]: `[1]` for all or `[T, E]`. `None` for other noise
-    /// or none.
+    /// `[T, E]`, standard deviation of the normal noise in [`RoutedBatch::seen`]. `None` for other noise or none.
     pub fn deviation(&self) -> Option<&[f64]> {
         (!self.deviation.is_empty()).then_some(&self.deviation)
     }

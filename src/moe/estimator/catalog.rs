@@ -4,7 +4,7 @@
 mod rows;
 
 pub use self::rows::CATALOG;
-use super::{Baseline, Combine, Estimator, Execution, Gradient, NoiseKind, Relaxation, values::Values};
+use super::{Baseline, Combine, Estimator, Execution, Gradient, NoiseKind, Regulariser, Relaxation, values::Values};
 use crate::schedule::Shape;
 
 /// An estimator with a name.
@@ -28,6 +28,8 @@ pub struct Row {
     pub params: &'static [ParamRow],
     /// Why a recipe cannot use it; `hardmax compare` can.
     pub laboratory_only: Option<&'static str>,
+    /// What it adds to the loss, from the values that are in force at a step.
+    pub(in crate::moe::estimator) regulariser: fn(&Values<'_>) -> Regulariser,
     /// The parts, from the values that are in force at a step.
     pub(in crate::moe::estimator) build: fn(&Values<'_>) -> Estimator,
 }

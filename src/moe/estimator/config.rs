@@ -8,7 +8,7 @@ use serde::{
 };
 
 use super::{
-    Baseline, Estimator, Gradient, NoiseKind, Regulariser, Selection, Weights,
+    Baseline, Estimator, Gradient, NoiseKind, Regulariser, Relaxation, Selection, Weights,
     catalog::{self, CATALOG, KRange, Kind, ParamRow, Range, Row, Way},
     values::{Setting, Values},
 };
@@ -61,6 +61,8 @@ pub enum ChoiceChange {
     Epsilon,
     /// A bias is added to the scores it is made on: loss-free balancing, or a remedy.
     Bias,
+    /// Now and then an expert is left out of it.
+    Dropout,
 }
 
 /// A checked estimator with its schedules.
@@ -133,13 +135,7 @@ impl EstimatorSpec {
 
     /// What the method adds to the loss at `step` of `steps`.
     pub fn regulariser(&self, step: usize, steps: usize) -> Regulariser {
-        let number = |name| self.number_at(name, step, steps);
-        match (number("bonus"), number("entropy"), number("penalty"), number("factor")) {
-            (Some(weight), _, _, _) => Regulariser::EntropyBonus { weight },
-            (_, Some(weight), _, _) => Regulariser::Selectors { weight, gamma: number("gamma").unwrap_or(1.0), k: self.k },
-            (_, _, Some(initial), Some(factor)) => Regulariser::Sparsity { initial, factor, k: self.k },
-            _ => Regulariser::None,
-        }
+        (self.row.regulariser)(&self.values(step, steps))
     }
 
     /// Refuses a change of the choice, set by `field`, under which the gradient would not be the one that the method is
@@ -147,12 +143,13 @@ impl EstimatorSpec {
     ///
     /// Methods that draw their experts have a gradient that is right in the mean over just these draws. Choices by
     /// epsilon are other draws. A bias moves the draws too: REINFORCE takes the score of what it has drawn from, bias
-    /// and all, and stays exact; the others differentiate the softmax without it.
+    /// and all, and stays exact; the others differentiate the softmax without it. An expert that is left out is to leave
+    /// the weights of the others as they would be without it, which those of DSelect-k cannot be.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on `field`.
     pub fn check_choice(&self, change: ChoiceChange, field: &str) -> Result<()> {
-        let Estimator { noise, selection, gradient, .. } = self.at(0, 1);
+        let Estimator { noise, selection, gradient, relaxation, .. } = self.at(0, 1);
         let draws = noise.kind == NoiseKind::Gumbel && matches!(selection, Selection::TopK { .. });
         let name = self.row.name;
         let message = match change {
@@ -164,7 +161,10 @@ impl EstimatorSpec {
                 "{name} draws its experts, and its gradient is made for draws without a selection bias: it would be biased; balance \
                  with a loss, such as switch"
             ),
-            ChoiceChange::Epsilon | ChoiceChange::Bias => return Ok(()),
+            ChoiceChange::Dropout if matches!(relaxation, Relaxation::SmoothStep { .. }) => {
+                format!("the weights of {name} are products of bits that experts share: none can be left out of them")
+            }
+            ChoiceChange::Epsilon | ChoiceChange::Bias | ChoiceChange::Dropout => return Ok(()),
         };
         Err(Error::invalid(field, message))
     }

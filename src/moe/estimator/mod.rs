@@ -36,6 +36,8 @@ mod soft_topk;
 mod surrogate;
 mod values;
 
+use std::ops::Range;
+
 pub(crate) use self::config::distance;
 pub use self::{
     batch::RoutedBatch,
@@ -174,9 +176,7 @@ pub enum NoiseKind {
     None,
     /// Standard Gumbel: the largest noisy logit is then a draw from the softmax.
     Gumbel,
-    /// Standard normal.
-    Gaussian,
-    /// Normal with a learned deviation, `softplus` of router outputs E..2E (Shazeer et al. 2017).
+    /// Normal with a learned deviation, `softplus` of router outputs E..2E and 0.01 (Shazeer et al. 2017).
     ///
     /// Serving is without noise, so that a checkpoint holds rows 0..E of the router, the logits; rows E..2E are not
     /// saved, and training cannot go on from it.
@@ -356,6 +356,11 @@ impl Estimator {
             (_, NoiseKind::Learned) => 2 * experts,
             _ => experts,
         }
+    }
+
+    /// Router outputs whose rows begin at 0: those of learned noise, so that every expert begins with the same.
+    pub fn noise_outputs(&self, experts: usize) -> Range<usize> {
+        if self.noise.kind == NoiseKind::Learned { experts..2 * experts } else { 0..0 }
     }
 
     /// Experts per token; 1 for methods without a k.

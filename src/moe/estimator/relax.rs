@@ -2,6 +2,7 @@
 //! and the others are what they would be without it.
 
 use super::{Mask, Relaxation, dselect, entmax, soft_topk};
+pub(super) use crate::moe::softmax::softmax;
 
 impl Relaxation {
     /// Weights `p [E]` of the experts at router outputs `z`: `[E]` of them, more under [`Relaxation::SmoothStep`].
@@ -37,7 +38,7 @@ impl Relaxation {
 
     fn all(&self, z: &[f64], p: &mut [f64]) {
         match *self {
-            Self::Softmax { temperature } => softmax(z, temperature, p),
+            Self::Softmax { temperature } => _ = softmax(z, temperature, p),
             Self::Sigmoid { temperature } => p.iter_mut().zip(z).for_each(|(p, z)| *p = sigmoid(z / temperature)),
             Self::SteepSigmoid { temperature, k } => steep_sigmoid(z, temperature, k, p),
             Self::Entmax { alpha, temperature } => entmax::value(z, alpha, temperature, p),
@@ -88,14 +89,6 @@ impl Alive {
     fn scatter(&self, inner: &[f64], row: &mut [f64]) {
         self.index.iter().zip(inner).for_each(|(&e, x)| row[e] += x);
     }
-}
-
-/// `softmax(z / temperature)` into `p`.
-pub(super) fn softmax(z: &[f64], temperature: f64, p: &mut [f64]) {
-    let max = max(z);
-    p.iter_mut().zip(z).for_each(|(p, z)| *p = ((z - max) / temperature).exp());
-    let sum: f64 = p.iter().sum();
-    p.iter_mut().for_each(|p| *p /= sum);
 }
 
 /// `dz += factor · p ⊙ (v - <p,v>)`.
@@ -204,8 +197,13 @@ pub(super) fn sigmoid(x: f64) -> f64 {
 }
 
 /// `ln(1 + e^x)`.
-pub(super) fn softplus(x: f64) -> f64 {
+fn softplus(x: f64) -> f64 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+/// Deviation of learned noise: softplus, and what the code of Shazeer et al. adds so that it is never 0.
+pub(super) fn deviation(x: f64) -> f64 {
+    softplus(x) + 1e-2
 }
 
 pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {

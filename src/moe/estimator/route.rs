@@ -63,10 +63,7 @@ impl Estimator {
             point: row(),
             seen: row(),
             normals: Vec::new(),
-            deviation: match self.noise {
-                Noise { kind: NoiseKind::Gaussian, scale, .. } if ctx.phase == Phase::Train && scale > 0.0 => vec![scale],
-                _ => Vec::new(),
-            },
+            deviation: Vec::new(),
             bias: ctx.bias.map(<[f64]>::to_vec).unwrap_or_default(),
             dense: self.selection == Selection::All,
         }
@@ -197,17 +194,14 @@ impl Pass<'_> {
         }
     }
 
+    /// Nothing is hidden here: [`ChoiceChange::Dropout`](super::ChoiceChange) is refused.
     fn relax_columns(&mut self, z: &[f64]) {
-        let Self { estimator, batch, hidden, .. } = self;
+        let Self { estimator, batch, .. } = self;
         batch.point.extend(z);
         let from = batch.relaxed.len();
-        batch.relaxed.resize(from + hidden.len(), 0.0);
-        let relaxed = &mut batch.relaxed[from..];
-        estimator.relaxation.value(z, relaxed);
-        for (p, &hidden) in relaxed.iter_mut().zip(hidden.iter()) {
-            batch.seen.push(if hidden { f64::NEG_INFINITY } else { *p });
-            *p = if hidden { 0.0 } else { *p };
-        }
+        batch.relaxed.resize(from + batch.experts, 0.0);
+        estimator.relaxation.value(z, &mut batch.relaxed[from..]);
+        batch.seen.extend_from_slice(&batch.relaxed[from..]);
     }
 
     /// Noise on a logit of the row, before a learned deviation. Columns from E on are further draws for the same experts.
@@ -218,7 +212,7 @@ impl Pass<'_> {
             _ if scale == 0.0 || !self.noisy() => 0.0,
             NoiseKind::None => 0.0,
             NoiseKind::Gumbel => scale * self.ctx.draw.gumbel(Stream::Select, token, column),
-            NoiseKind::Gaussian | NoiseKind::Learned => scale * self.ctx.draw.normal(Stream::Select, token, column),
+            NoiseKind::Learned => scale * self.ctx.draw.normal(Stream::Select, token, column),
         }
     }
 
@@ -228,7 +222,7 @@ impl Pass<'_> {
         let Self { estimator, ctx, batch, hidden } = self;
         let experts = batch.experts;
         for ((e, &hidden), noise) in hidden.iter().enumerate().zip(noise) {
-            let deviation = if kind == NoiseKind::Learned { relax::softplus(z[experts + e]) } else { 1.0 };
+            let deviation = if kind == NoiseKind::Learned { relax::deviation(z[experts + e]) } else { 1.0 };
             let clean = if hidden { f64::NEG_INFINITY } else { z[e] };
             let seen = clean + deviation * noise;
             batch.seen.push(seen);

@@ -15,9 +15,15 @@ pub(super) fn switch(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
     product(view, sink, &view.live, &shares(counts, view.tokens()), 1.0)
 }
 
-/// f from all choices, times `weight`: 1, or k for the convention that sums over the slots.
-pub(super) fn top_k(view: &View<'_>, sink: &mut Sink<'_>, weight: f64) -> f64 {
-    product(view, sink, &view.live, &chosen_shares(view, 0..view.input.choices.tokens(), view.tokens()), weight)
+/// f from all choices.
+pub(super) fn top_k(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
+    product(view, sink, &view.live, &chosen_shares(view, 0..view.input.choices.tokens()), 1.0)
+}
+
+/// The sum over the slots of a token in the place of their mean: rows of an expert over tokens.
+pub(super) fn per_slot(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
+    let counts = view.input.choices.counts(0..view.input.choices.tokens(), view.experts());
+    product(view, sink, &view.live, &shares(counts, view.tokens()), 1.0)
 }
 
 /// `E² mean_e` is `E Σ_e`.
@@ -28,7 +34,7 @@ pub(super) fn gshard(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
 
 /// f of the whole step; without one, of this batch.
 pub(super) fn global_batch(view: &View<'_>, sink: &mut Sink<'_>) -> Result<f64> {
-    let Some(load) = view.input.global_load else { return Ok(top_k(view, sink, 1.0)) };
+    let Some(load) = view.input.global_load else { return Ok(top_k(view, sink)) };
     if load.len() != view.experts() {
         return Err(Error::Internal(format!("a load of {} experts for {}", load.len(), view.experts())));
     }
@@ -43,15 +49,15 @@ pub(super) fn sequence(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
     let live = |range: &Range<usize>| view.live.iter().copied().filter(|t| range.contains(t)).collect::<Vec<_>>();
     let sequences: Vec<_> = ranges.iter().map(|range| (range.clone(), live(range))).filter(|(_, live)| !live.is_empty()).collect();
     let weight = 1.0 / sequences.len().max(1) as f64;
-    let one = |(range, live): &(Range<usize>, Vec<usize>)| {
-        product(view, sink, live, &chosen_shares(view, range.clone(), live.len() as f64), weight)
-    };
+    let one = |(range, live): &(Range<usize>, Vec<usize>)| product(view, sink, live, &chosen_shares(view, range.clone()), weight);
     sequences.iter().map(one).sum()
 }
 
 /// The gradient of an active expert is the same for every token.
 pub(super) fn relu_l1(view: &View<'_>, sink: &mut Sink<'_>) -> f64 {
-    let (n, f) = (view.tokens(), chosen_shares(view, 0..view.input.choices.tokens(), view.tokens()));
+    let n = view.tokens();
+    // Over k T, however many are active: with the sum of them the penalty would not be one on their number.
+    let f = shares(view.input.choices.counts(0..view.input.choices.tokens(), view.experts()), view.input.k.max(1) as f64 * n);
     let factor = view.experts() as f64 / n;
     let mut sum = 0.0;
     for &t in &view.live {
@@ -69,9 +75,11 @@ fn product(view: &View<'_>, sink: &mut Sink<'_>, tokens: &[usize], f: &[f64], we
     factor * view.sum_p(tokens).iter().zip(f).map(|(p, f)| p * f).sum::<f64>()
 }
 
-/// `n_e / (k T)` of a range with `live` tokens.
-fn chosen_shares(view: &View<'_>, range: Range<usize>, live: f64) -> Vec<f64> {
-    shares(view.input.choices.counts(range, view.experts()), view.input.k.max(1) as f64 * live)
+/// `n_e / Σ n` of a range: with k choices per token `n_e / (k T)`, and where their number differs over as many as there are.
+fn chosen_shares(view: &View<'_>, range: Range<usize>) -> Vec<f64> {
+    let counts = view.input.choices.counts(range, view.experts());
+    let all = counts.iter().sum::<f64>().max(1.0);
+    shares(counts, all)
 }
 
 fn shares(counts: Vec<f64>, whole: f64) -> Vec<f64> {

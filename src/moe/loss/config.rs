@@ -52,7 +52,6 @@ fn term(field: &str, name: &str, weight: Schedule, context: LossContext<'_>) -> 
         return bad(problem);
     }
     let (estimator, method) = (context.estimator.at(0, context.steps), context.estimator.row().name);
-    let normal_noise = matches!(estimator.noise.kind, NoiseKind::Gaussian | NoiseKind::Learned);
     match loss {
         _ if matches!(estimator.relaxation, Relaxation::SmoothStep { .. }) => {
             bad(format!("is a loss on a logit for each expert, and the router of {method} has other outputs: leave it out"))
@@ -60,7 +59,7 @@ fn term(field: &str, name: &str, weight: Schedule, context: LossContext<'_>) -> 
         _ if loss.counts_choices() && estimator.selection == Selection::All => {
             bad(format!("counts the chosen experts, and {method} chooses all of them: it would be constant; switch and gshard are not"))
         }
-        AuxLoss::Load if !normal_noise => {
+        AuxLoss::Load if estimator.noise.kind != NoiseKind::Learned => {
             bad("is the chance to win by noise: it needs an estimator with normal noise on the choice, such as noisy_topk".into())
         }
         AuxLoss::RouterKl if !context.teacher => bad("needs a teacher: a run that tunes a soft-trained checkpoint".into()),

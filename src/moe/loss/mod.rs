@@ -1,7 +1,7 @@
 //! Auxiliary losses on router logits, and their gradients. One layer at a time, f64, plain slices.
 //!
 //! Legend: T tokens, E experts, k choices per token; `z` logits; `p = softmax(z / τ)`; `n_e` chosen rows of expert e,
-//! `f_e = n_e / (k T)`; `P_e = mean_t p_te`; `H` entropy in nats. Counts, `f` and thresholds are constants: only `p` (or
+//! `f_e = n_e / Σ n`, which is `n_e / (k T)` where k is the same for all; `P_e = mean_t p_te`; `H` entropy in nats. Counts, `f` and thresholds are constants: only `p` (or
 //! `z` itself) carries gradient. The mean over layers, and the weight, are the caller's.
 
 mod balance;
@@ -33,8 +33,8 @@ pub struct LossInput<'a> {
     /// Choices of the T tokens with the noise and the exploration of the step, but before capacity, so that a full
     /// expert still counts as wanted: GShard and Switch define f on the router's choice.
     pub choices: ChoiceRows<'a>,
-    /// Choices that a token makes. Losses that count all of them ([`AuxLoss::counts_choices`]) mean nothing where every
-    /// expert is chosen.
+    /// Choices that a token is to make, for [`AuxLoss::Load`] and [`AuxLoss::ReluL1`]; others count those that it made.
+    /// Losses that count all of them ([`AuxLoss::counts_choices`]) mean nothing where every expert is chosen.
     pub k: usize,
     /// Token ranges of the sequences, for [`AuxLoss::Sequence`]; none: the batch is one sequence.
     pub sequences: &'a [Range<usize>],
@@ -62,11 +62,12 @@ pub enum AuxLoss {
     Switch,
     /// `E Σ_e f_e P_e` \[1\], f from all k choices (Megatron-LM).
     TopK,
-    /// The same without dividing by k \[k\], as transformers' `load_balancing_loss_func`; of one layer, not of all pooled.
+    /// The same without dividing by k \[k, or the mean number of choices\], as transformers' `load_balancing_loss_func`; of one layer, not of all pooled.
     HuggingFace,
     /// `E² mean_e(f_e P_e)` \[1\], f from the first choice (GShard, Lepikhin et al. 2020; V-MoE).
     GShard,
-    /// [`AuxLoss::TopK`] with f of all micro-batches of the step \[1\] (Qiu et al. 2025, arXiv:2501.11873).
+    /// [`AuxLoss::TopK`] with f of all micro-batches of the step \[1\] (Qiu et al. 2025, arXiv:2501.11873). Every step of
+    /// `hardmax train` is one batch, so that there it is the same.
     GlobalBatch,
     /// [`AuxLoss::TopK`] within each sequence, the mean over sequences \[1\] (DeepSeek-V2 and V3).
     Sequence,
@@ -86,7 +87,7 @@ pub enum AuxLoss {
     MutualInformation,
     /// `mean_t KL(p_ref ‖ p_t)` [0 at the teacher]: the router of a soft teacher to a hard student.
     RouterKl,
-    /// `E Σ_e f_e mean_t max(z_te, 0)`, f from all choices (ReMoE, Wang et al. 2024): few active experts, evenly.
+    /// `E Σ_e n_e/(k T) mean_t max(z_te, 0)`, n from all choices (ReMoE, Wang et al. 2024): few active experts, evenly.
     ReluL1,
 }
 
@@ -165,8 +166,8 @@ impl AuxLoss {
         let mut sink = Sink { scale, dz };
         Ok(match self {
             Self::Switch => balance::switch(&view, &mut sink),
-            Self::TopK => balance::top_k(&view, &mut sink, 1.0),
-            Self::HuggingFace => balance::top_k(&view, &mut sink, input.k as f64),
+            Self::TopK => balance::top_k(&view, &mut sink),
+            Self::HuggingFace => balance::per_slot(&view, &mut sink),
             Self::GShard => balance::gshard(&view, &mut sink),
             Self::GlobalBatch => balance::global_batch(&view, &mut sink)?,
             Self::Sequence => balance::sequence(&view, &mut sink),

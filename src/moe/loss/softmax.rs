@@ -2,6 +2,7 @@
 
 use super::LossInput;
 use crate::error::{Error, Result};
+pub(super) use crate::moe::softmax::softmax;
 
 /// The input with `p = softmax(z / τ)` of every token whose logits are finite.
 #[derive(Debug)]
@@ -86,13 +87,4 @@ impl Sink<'_> {
         let inner: f64 = p.iter().enumerate().map(|(e, p)| p * v(e)).sum();
         self.direct(view, token, |e| p[e] * (v(e) - inner) / view.input.temperature);
     }
-}
-
-/// `softmax(z / temperature)` into `out`; returns `logsumexp(z / temperature)`.
-pub(super) fn softmax(z: &[f64], temperature: f64, out: &mut [f64]) -> f64 {
-    let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    out.iter_mut().zip(z).for_each(|(p, z)| *p = ((z - max) / temperature).exp());
-    let sum: f64 = out.iter().sum();
-    out.iter_mut().for_each(|p| *p /= sum);
-    max / temperature + sum.ln()
 }

@@ -149,6 +149,28 @@ fn values_at_an_even_load() {
     }
 }
 
+/// Supports of one to three experts, each expert in as many of them: what is recorded as normalised is 1.
+#[test]
+fn values_at_an_even_load_of_supports() {
+    let (experts, sizes) = (4, [1, 3, 2, 3]);
+    let rows =
+        sizes.iter().flat_map(|&size| (0..experts as u32).map(move |first| (first..first + size).map(|e| e % 4).collect::<Vec<_>>()));
+    let choices = Choices::from_rows(rows);
+    let z = vec![0.0; 16 * experts];
+    let even = LossInput { sequences: &[0..4, 4..16], ..input(&z, experts, &choices, 1) };
+    for (loss, expected) in [
+        (AuxLoss::TopK, 1.0),
+        (AuxLoss::GlobalBatch, 1.0),
+        (AuxLoss::Sequence, 1.0),
+        // The mean number of choices.
+        (AuxLoss::HuggingFace, 9.0 / 4.0),
+    ] {
+        assert!((value(loss, &even) - expected).abs() < 1e-12, "{loss}: {}", value(loss, &even));
+    }
+    let active = vec![1.0; 16 * experts];
+    assert!((value(AuxLoss::ReluL1, &LossInput { z: &active, ..even }) - 9.0).abs() < 1e-12, "9/4 active experts, in each of 4");
+}
+
 #[test]
 fn values_when_one_expert_takes_all() {
     let (experts, tokens) = (4, 6);

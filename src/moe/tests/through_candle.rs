@@ -182,3 +182,17 @@ fn every_estimator_is_what_plain_loops_make_of_it() {
     }
     assert!(checked > 40, "{checked}");
 }
+
+/// A ReLU may open for nobody.
+#[test]
+fn a_batch_without_any_expert_gives_nothing_and_learns_nothing() {
+    let estimator = named("remoe", Some(1)).unwrap();
+    let mut problem = Problem::new(&estimator);
+    problem.x.iter_mut().for_each(|x| *x = x.abs());
+    problem.router.iter_mut().for_each(|w| *w = -w.abs());
+    let (found, _, routed) = problem.candle(estimator);
+    assert!(routed.chosen.is_empty());
+    for (name, values) in ["y", "dx", "d router", "d gate_up", "d down"].into_iter().zip(found) {
+        assert!(values.iter().all(|value| *value == 0.0), "{name}: {values:?}");
+    }
+}

@@ -4,8 +4,8 @@ use super::{KRange, Kind, ParamRow, Range, Row, Way};
 use crate::{
     moe::{
         estimator::{
-            Baseline, Combine, Estimator, Execution, Gradient, Kernel, Mask, Noise, NoiseKind, Relaxation, Scope, Selection, Weights,
-            values::Values,
+            Baseline, Combine, Estimator, Execution, Gradient, Kernel, Mask, Noise, NoiseKind, Regulariser, Relaxation, Scope, Selection,
+            Weights, values::Values,
         },
         policy::WeightForm,
     },
@@ -63,6 +63,11 @@ fn gumbel(scale: f64, scope: Scope) -> Noise {
     Noise { kind: NoiseKind::Gumbel, scale, scope, dropout: 0.0 }
 }
 
+/// Most methods add nothing to the loss.
+fn none(_: &Values<'_>) -> Regulariser {
+    Regulariser::None
+}
+
 /// Weights over the chosen by the words `raw` and `renorm`, and the form that serves them.
 fn form(word: &str) -> (Weights, WeightForm) {
     if word == "raw" { (Weights::Chosen, WeightForm::Raw) } else { (Weights::Renorm, WeightForm::Renorm) }
@@ -80,6 +85,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::From { from: 1 },
         params: &[],
         laboratory_only: Some("its router gets no gradient: it is a baseline of `hardmax compare`"),
+        regulariser: none,
         build: |v| Estimator { selection: top_k(v), weights: Weights::Unit, gradient: Gradient::Zero, serve: WeightForm::Unit, ..TOP_K },
     },
     Row {
@@ -92,6 +98,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::From { from: 2 },
         params: &[],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { selection: top_k(v), weights: Weights::Renorm, ..TOP_K },
     },
     Row {
@@ -104,15 +111,16 @@ pub const CATALOG: &[Row] = &[
         k: KRange::From { from: 1 },
         params: &[],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { selection: top_k(v), serve: WeightForm::Raw, ..TOP_K },
     },
     Row {
         name: "noisy_topk",
         title: "noisy top-k",
-        forward: "softmax of the noisy logits of the k largest; the deviation of the normal noise is learned, softplus of E further router outputs",
+        forward: "softmax of the noisy logits of the k largest; the deviation of the normal noise is learned, softplus of E further router outputs and 0.01",
         backward: "exact at the draw, for the noise outputs too",
         source: "Shazeer et al. 2017 (1701.06538)",
-        note: "Where the noise outputs begin at 0, as in the paper, the deviation begins at ln 2. A checkpoint has the first E rows of its router only, the logits.",
+        note: "The noise outputs begin at 0, as in the paper, and the deviation at ln 2 + 0.01. A checkpoint has the first E rows of its router only, the logits.",
         k: KRange::From { from: 1 },
         params: &[ParamRow {
             name: "weights",
@@ -120,6 +128,7 @@ pub const CATALOG: &[Row] = &[
             doc: "the softmax as it is, or over its sum of the chosen; renorm at k = 1 has no gradient",
         }],
         laboratory_only: None,
+        regulariser: none,
         build: |v| {
             let (weights, serve) = form(v.word("weights"));
             let noise = Noise { kind: NoiseKind::Learned, scale: 1.0, scope: Scope::Both, dropout: 0.0 };
@@ -139,6 +148,7 @@ pub const CATALOG: &[Row] = &[
             ParamRow { name: "sampled", kind: Kind::Flag, doc: "draw the experts from the softmax instead of taking the largest" },
         ],
         laboratory_only: None,
+        regulariser: none,
         build: |v| {
             let temperature = v.number("temperature");
             let noise = if v.flag("sampled") { gumbel(temperature, Scope::Selection) } else { Noise::NONE };
@@ -155,6 +165,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::From { from: 1 },
         params: &[TEMPERATURE],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { relaxation: softmax(v), selection: top_k(v), combine: Combine::Mixture(Execution::Chosen), ..STRAIGHT },
     },
     Row {
@@ -171,6 +182,7 @@ pub const CATALOG: &[Row] = &[
             doc: "weights of the forward, and of serving",
         }],
         laboratory_only: None,
+        regulariser: none,
         build: |v| {
             let (weights, serve) = form(v.word("form"));
             Estimator { selection: top_k(v), weights, serve, gradient: Gradient::StraightThrough { normalised: true }, ..STRAIGHT }
@@ -190,6 +202,7 @@ pub const CATALOG: &[Row] = &[
             ..TEMPERATURE
         }],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator {
             relaxation: softmax(v),
             noise: gumbel(1.0, Scope::Selection),
@@ -220,6 +233,7 @@ pub const CATALOG: &[Row] = &[
             ParamRow { name: "star", kind: Kind::Flag, doc: "the variant v2*: softmax of z/2, and a coin of 5/8 instead of 1/4" },
         ],
         laboratory_only: Some("a checkpoint in the layout of Mixtral cannot say that it is served with masked softmaxes"),
+        regulariser: none,
         build: |v| {
             let star = v.flag("star");
             let temperature = if star { 2.0 } else { 1.0 };
@@ -249,6 +263,7 @@ pub const CATALOG: &[Row] = &[
             doc: "weight of the past in the running means",
         }],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator {
             selection: top_k(v),
             weights: Weights::Relaxed,
@@ -270,6 +285,7 @@ pub const CATALOG: &[Row] = &[
             ParamRow { kind: Kind::Scheduled { default: Way::Along(Shape::Linear, 1.0, 0.0), range: Range::NotNegative }, ..NOISE },
         ],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { relaxation: softmax(v), noise: gumbel(v.number("noise"), Scope::Both), ..DENSE },
     },
     Row {
@@ -282,6 +298,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::One,
         params: &[temperature(2.0, 0.3), NOISE],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { relaxation: softmax(v), noise: gumbel(v.number("noise"), Scope::Both), weights: Weights::Unit, ..STRAIGHT },
     },
     Row {
@@ -290,10 +307,11 @@ pub const CATALOG: &[Row] = &[
         forward: "1/k for the k largest of z + noise · G: a draw without replacement",
         backward: "J c of the k-hot relaxation, over k",
         source: "Kool et al. 2019 (1903.06059); Xie and Ermon 2019 (1901.10517)",
-        note: "At k = 1 it is gumbel_st.",
+        note: "At k = 1 it is gumbel_st, whose temperature begins at 2.",
         k: KRange::From { from: 1 },
         params: &[temperature(1.0, 0.3), NOISE],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator {
             relaxation: Relaxation::KHot { temperature: v.number("temperature"), k: v.k },
             noise: gumbel(v.number("noise"), Scope::Both),
@@ -313,6 +331,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::None,
         params: &[TEMPERATURE],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { relaxation: softmax(v), ..DENSE },
     },
     Row {
@@ -325,6 +344,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::None,
         params: &[temperature(2.0, 0.1)],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator { relaxation: softmax(v), ..DENSE },
     },
     Row {
@@ -337,6 +357,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::BelowExperts,
         params: &[temperature(1.0, 0.1)],
         laboratory_only: None,
+        regulariser: none,
         build: |v| Estimator {
             relaxation: Relaxation::SteepSigmoid { temperature: v.number("temperature"), k: v.k },
             serve: WeightForm::Unit,
@@ -353,6 +374,7 @@ pub const CATALOG: &[Row] = &[
         k: KRange::None,
         params: &[TEMPERATURE],
         laboratory_only: None,
+        regulariser: none,
         build: |v| entmax(2.0, v.number("temperature")),
     },
     Row {
@@ -372,6 +394,7 @@ pub const CATALOG: &[Row] = &[
             TEMPERATURE,
         ],
         laboratory_only: None,
+        regulariser: none,
         build: |v| entmax(v.number("alpha"), v.number("temperature")),
     },
     Row {
@@ -395,6 +418,7 @@ pub const CATALOG: &[Row] = &[
             },
         ],
         laboratory_only: None,
+        regulariser: none,
         build: |v| {
             let kernel = match v.word("kernel") {
                 "logistic" => Kernel::Logistic,
@@ -433,6 +457,7 @@ pub const CATALOG: &[Row] = &[
             },
         ],
         laboratory_only: Some("a checkpoint cannot hold its router, whose outputs are not one logit per expert"),
+        regulariser: |v| Regulariser::Selectors { weight: v.number("entropy"), gamma: v.number("gamma"), k: v.k },
         build: |v| Estimator {
             relaxation: Relaxation::SmoothStep { gamma: v.number("gamma"), k: v.k },
             selection: Selection::Support,
@@ -467,6 +492,7 @@ pub const CATALOG: &[Row] = &[
             },
         ],
         laboratory_only: None,
+        regulariser: |v| Regulariser::EntropyBonus { weight: v.number("bonus") },
         build: |v| {
             let baseline = match v.word("baseline") {
                 "none" => Baseline::None,
@@ -500,6 +526,7 @@ pub const CATALOG: &[Row] = &[
             },
         ],
         laboratory_only: Some("a merged expert per token is another function than what a checkpoint is served with"),
+        regulariser: none,
         build: |v| Estimator {
             relaxation: softmax(v),
             noise: Noise { dropout: v.number("dropout"), ..Noise::NONE },
@@ -528,6 +555,7 @@ pub const CATALOG: &[Row] = &[
             },
         ],
         laboratory_only: Some("a checkpoint in the layout of Mixtral cannot say that its weights are a ReLU"),
+        regulariser: |v| Regulariser::Sparsity { initial: v.number("penalty"), factor: v.number("factor"), k: v.k },
         build: |_| Estimator {
             relaxation: Relaxation::Relu,
             selection: Selection::Support,
@@ -553,6 +581,7 @@ pub const CATALOG: &[Row] = &[
             },
         ],
         laboratory_only: Some("a checkpoint in the layout of Mixtral cannot say that its weights are sigmoids"),
+        regulariser: none,
         build: |v| {
             let (weights, serve) = form(v.word("weights"));
             Estimator {

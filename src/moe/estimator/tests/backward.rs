@@ -48,9 +48,9 @@ impl Frozen {
             "renorm_topk" | "reinforce" => normed(over(1.0)),
             "raw_topk" => masked(over(1.0)),
             "noisy_topk" => {
-                let ln1p_exp = |x: f64| (1.0 + x.exp()).ln();
+                let deviation = |x: f64| (1.0 + x.exp()).ln() + 0.01;
                 let noisy: Vec<f64> =
-                    (0..experts).map(|e| z[e] + ln1p_exp(z[experts + e]) * self.noise(e) / ln1p_exp(self.z[experts + e])).collect();
+                    (0..experts).map(|e| z[e] + deviation(z[experts + e]) * self.noise(e) / deviation(self.z[experts + e])).collect();
                 if raw { masked(softmax(&noisy)) } else { normed(softmax(&noisy)) }
             }
             "ste" => over(self.number("temperature")),
@@ -189,7 +189,7 @@ fn smooth_at(estimator: &Estimator, z: &[f64], experts: usize, ctx: &StepContext
     let signature = |z: &[f64]| {
         let routed = estimator.route(z, experts, ctx);
         let order: Vec<bool> = (1..z.len()).map(|e| z[e] > z[e - 1]).collect();
-        let ends: Vec<(bool, bool)> = routed.relaxed().iter().map(|p| (*p == 0.0, p * estimator.k() as f64 == 1.0)).collect();
+        let ends: Vec<(bool, bool)> = routed.relaxed().iter().map(|p| (*p == 0.0, p * estimator.k() as f64 >= 1.0 - 1e-12)).collect();
         (routed.chosen, order, ends)
     };
     let here = signature(z);

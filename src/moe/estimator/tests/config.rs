@@ -121,6 +121,9 @@ fn choices_that_a_sampled_gradient_does_not_know_of_are_refused() {
         assert_eq!(refused(ChoiceChange::Epsilon), draws, "{name}");
         // The score is that of the biased choice.
         assert_eq!(refused(ChoiceChange::Bias), draws && name != "reinforce", "{name}");
+        let dropout = spec.check_choice(ChoiceChange::Dropout, "routing.it").map_err(|error| error.to_string());
+        let products = "routing.it: the weights of dselect_k are products of bits that experts share: none can be left out of them";
+        assert_eq!(dropout, if name == "dselect_k" { Err(products.to_owned()) } else { Ok(()) }, "{name}");
     };
     for row in CATALOG {
         let draws = ["reinmax", "sparsemixer_v2", "gumbel_st", "gumbel_topk", "reinforce"].contains(&row.name);

@@ -61,6 +61,8 @@ fn nothing_overflows_far_from_zero() {
             let mut dz = vec![0.0; 4];
             relaxation.vjp(&z, &p, &[1.0, -2.0, 3.0, 0.5], &mut dz);
             assert!(p.iter().chain(&dz).all(|x| x.is_finite()), "{relaxation:?} at {z:?}: {p:?} {dz:?}");
+            let mixture = mixtures().contains(&relaxation);
+            assert!(!mixture || (p.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{relaxation:?} at {z:?}: {p:?}");
         }
     }
 }
@@ -115,6 +117,31 @@ fn a_saturated_clip_has_no_gradient() {
     let mut dz = vec![0.0; 4];
     relaxation.vjp(&z, &p, &[1.0, -1.0, 2.0, 0.3], &mut dz);
     assert_eq!(dz, [0.0; 4]);
+}
+
+/// 49 times 1/49 is not 1.
+#[test]
+fn what_is_saturated_in_a_clip_has_no_gradient_at_any_k() {
+    for k in 2..=128 {
+        // All but one saturated, and two that share what is left.
+        let z: Vec<f64> = (0..k + 2)
+            .map(|e| {
+                if e + 1 < k {
+                    5.0
+                } else if e <= k {
+                    0.02 * (e + 1 - k) as f64
+                } else {
+                    -5.0
+                }
+            })
+            .collect();
+        let relaxation = Relaxation::SoftTopK { kernel: Kernel::Clip, width: 0.1, k };
+        let p = value(relaxation, &z);
+        let mut dz = vec![0.0; z.len()];
+        relaxation.vjp(&z, &p, &normals(k as u64, z.len(), 1.0), &mut dz);
+        let moved: Vec<usize> = (0..z.len()).filter(|e| dz[*e] != 0.0).collect();
+        assert_eq!(moved, [k - 1, k], "k = {k}: {p:?}");
+    }
 }
 
 #[test]
@@ -241,6 +268,29 @@ fn the_bonus_rewards_entropy() {
     assert_eq!(super::spec("ste", None, &[], 4).regulariser(0, 1), Regulariser::None);
 }
 
+/// Without a floor the loss `load` would divide by what the router may drive to 0.
+#[test]
+fn learned_noise_never_ends() {
+    let spec = spec("noisy_topk", Some(1), &[], 4);
+    let z = [0.4, -0.3, 1.1, 0.0, -800.0, -800.0, -800.0, -30.0].repeat(3);
+    let routed = spec.at(0, 1).route(&z, 4, &StepContext::train(Draw::new(0, 0, 0)));
+    assert!(routed.deviation().unwrap().iter().all(|std| (*std - 0.01).abs() < 1e-9), "{:?}", routed.deviation());
+    let input = crate::moe::loss::LossInput {
+        z: &z,
+        experts: 4,
+        temperature: 1.0,
+        choices: routed.wanted(),
+        k: 1,
+        sequences: &[],
+        global_load: None,
+        noise: routed.deviation().map(|std| crate::moe::loss::LossNoise { seen: routed.seen(), std }),
+        teacher: None,
+    };
+    let mut dz = vec![0.0; z.len()];
+    let value = crate::moe::loss::AuxLoss::Load.value_and_grad(&input, 1.0, &mut dz).unwrap();
+    assert!(value.is_finite() && dz.iter().all(|d| d.abs() < 1e3), "{value}: {dz:?}");
+}
+
 /// A batch of one row.
 fn one(spec: &EstimatorSpec, z: &[f64], ctx: &StepContext<'_>) -> RoutedBatch {
     spec.at(0, 1).route(z, 4, ctx)
@@ -251,8 +301,8 @@ fn learned_noise_begins_at_the_softplus_of_zero() {
     let spec = spec("noisy_topk", Some(1), &[], 4);
     let ctx = StepContext::train(Draw::new(0, 0, 0));
     let routed = one(&spec, &[0.0; 8], &ctx);
-    assert_close(routed.deviation().unwrap(), &[2f64.ln(); 4], 1e-15, "ln 2");
-    let noise: Vec<f64> = (0..4).map(|e| ctx.draw.normal(Stream::Select, 0, e) * 2f64.ln()).collect();
+    assert_close(routed.deviation().unwrap(), &[2f64.ln() + 0.01; 4], 1e-15, "ln 2 and the floor");
+    let noise: Vec<f64> = (0..4).map(|e| ctx.draw.normal(Stream::Select, 0, e) * (2f64.ln() + 0.01)).collect();
     assert_close(routed.seen(), &noise, 1e-15, "what the choice sees");
     let calm = one(&spec, &[0.0; 8], &StepContext::evaluate(Draw::new(0, 0, 0)));
     assert!(calm.deviation().is_none() && calm.seen() == [0.0; 4], "there is no noise in evaluation");
