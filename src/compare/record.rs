@@ -33,7 +33,8 @@ pub struct Record {
     rows: u64,
     curves: Curves,
     remedies: Vec<String>,
-    remedy_actions: usize,
+    /// Actions of remedies.
+    pub remedy_actions: usize,
 }
 
 /// One update.
