@@ -41,7 +41,7 @@ pub struct CompareArgs {
     /// One seed and few steps: shows that everything runs, in under 3 minutes on 2 cores. The numbers mean nothing.
     #[arg(long)]
     pub quick: bool,
-    /// Trainings at once; left out: as many as there are cores.
+    /// Trainings at once, at most 256; left out: as many as there are cores.
     #[arg(long)]
     pub jobs: Option<NonZeroUsize>,
     /// Arms of one's own instead of the built-in ones, a TOML file of `[[arm]]`.

@@ -149,7 +149,7 @@ impl Arm {
         {
             return bad("route.experts_after.share", "must be at least 0 and below 1".into());
         }
-        if self.route.is_control() && self.helps_its_router() {
+        if self.route.is_control() && (self.changes_choice() || !self.losses.is_empty()) {
             let message = "a control has no learning router: losses, bias, noise, capacity and remedies have no place in it";
             return bad("route", message.into());
         }
@@ -171,10 +171,11 @@ impl Arm {
         Ok(plan)
     }
 
-    /// Whether anything beside the estimator acts on the router or on its choice.
-    fn helps_its_router(&self) -> bool {
+    /// Whether something besides the estimator changes what training chooses, so that its gradient is not that of the
+    /// estimator alone.
+    pub fn changes_choice(&self) -> bool {
         let noise = self.jitter != 0.0 || self.explore != Exploration::NONE;
-        noise || !self.losses.is_empty() || self.bias_rate != 0.0 || self.capacity.is_some() || !self.remedies.is_empty()
+        noise || self.bias_rate != 0.0 || self.capacity.is_some() || !self.remedies.is_empty()
     }
 }
 

@@ -167,14 +167,18 @@ pub(super) fn missed_mass(soft: &RoutedBatch, hard1: &RoutedBatch) -> f64 {
 }
 
 fn fidelity(test: &Batch, teacher: &[f64], y: &[f64]) -> Fidelity {
-    let rel_l2 = Distance::of(teacher, y).relative();
-    if matches!(test.targets, Targets::Values(_)) {
-        return Fidelity { rel_l2, kl: None, agreement: None };
+    match test.targets {
+        Targets::Values(_) => Fidelity { rel_l2: Distance::of(teacher, y).relative(), ..Fidelity::default() },
+        Targets::Classes(_) => of_classes(teacher, y, test.outputs),
     }
-    let mut unused = vec![0.0; test.outputs];
-    let rows = || y.chunks_exact(test.outputs).zip(teacher.chunks_exact(test.outputs));
-    let kl: f64 = rows().map(|(y, teacher)| divergence(y, teacher, &mut unused)).sum();
-    let same = rows().filter(|(y, teacher)| argmax(y) == argmax(teacher)).count();
-    let share = |x: f64| finite(x / test.rows().max(1) as f64);
-    Fidelity { rel_l2, kl: share(kl), agreement: share(same as f64) }
+}
+
+/// How far logits of so many classes are from the teacher's.
+pub(super) fn of_classes(teacher: &[f64], logits: &[f64], classes: usize) -> Fidelity {
+    let mut unused = vec![0.0; classes];
+    let rows = || logits.chunks_exact(classes).zip(teacher.chunks_exact(classes));
+    let kl: f64 = rows().map(|(student, teacher)| divergence(student, teacher, &mut unused)).sum();
+    let same = rows().filter(|(student, teacher)| argmax(student) == argmax(teacher)).count();
+    let share = |x: f64| finite(x / rows().count().max(1) as f64);
+    Fidelity { rel_l2: Distance::of(teacher, logits).relative(), kl: share(kl), agreement: share(same as f64) }
 }

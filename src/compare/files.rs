@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde::Serialize;
+use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Result};
 
@@ -31,6 +32,17 @@ fn whole(path: &Path, content: &[u8]) -> io::Result<()> {
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let json = serde_json::to_vec(value).map_err(|error| Error::Internal(format!("{} has no JSON form: {error}", path.display())))?;
     write(path, &json)
+}
+
+/// SHA-256 of a file, in hexadecimal.
+pub fn sha256(path: &Path) -> Result<String> {
+    let bytes = fs::read(path).map_err(|error| Error::io(path, error))?;
+    Ok(hex(&Sha256::digest(bytes)))
+}
+
+/// Bytes in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Whether nothing can be written any more, so that to try again with another file is in vain.

@@ -9,9 +9,9 @@
 //! | [`arms`], [`plan()`], [`list`] | the built-in arms; all cells of a run; both in words |
 //! | [`run`], [`process`], [`files`] | a process for every cell, and the folder |
 //! | [`cell`], [`clock`], [`memory`], [`cost`] | that process; its CPU time and memory; what it is charged |
-//! | [`task`] | data with regions, their optimal routing, the loss |
+//! | [`task`], [`data`] | rows with regions, their optimal routing, the loss; the files they are from |
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
-//! | [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is measured |
+//! | [`record`], [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is noted down and measured |
 //! | [`lm`] | language-model cells, on the decoder that is served |
 //! | [`results`], [`table`], [`quality`], [`rates`], [`plots`], [`report`] | what is left behind, and shown |
 
@@ -21,6 +21,7 @@ pub mod arms;
 pub mod cell;
 pub mod clock;
 pub mod cost;
+pub mod data;
 pub mod evaluate;
 pub mod expert;
 pub mod files;
@@ -37,6 +38,7 @@ pub mod process;
 pub mod quality;
 pub mod random;
 pub mod rates;
+pub mod record;
 pub mod report;
 pub mod results;
 pub mod run;
@@ -63,6 +65,7 @@ use crate::error::{Error, Result};
 /// # Errors
 /// What is asked wrongly, before a folder is made; files that cannot be written. Failed cells are results.
 pub fn compare(request: &Request, run: &Run) -> Result<Results> {
+    run.check()?;
     let cells = plan(request)?;
     let _lock = run.lock()?;
     let results = run.run(&cells)?;

@@ -8,7 +8,7 @@
 use super::{
     adam::norm,
     arm::Route,
-    metric::median,
+    metric::{median, quantile},
     net::{Gradients, Means, Net},
     results::{GradientQuality, RouterGradient},
     step::{StepInput, step},
@@ -89,18 +89,28 @@ pub fn compare(exact: &[f64], draws: &[Vec<f64>]) -> Quality {
 
 /// Medians over the probes of a run.
 pub fn summary(probes: &[Quality]) -> RouterGradient {
-    let GradientQuality { bias, cosine, std } = medians(probes);
+    let GradientQuality { bias, cosine, std, .. } = medians(probes);
     RouterGradient { norm: None, bias, cosine, std }
 }
 
-/// Medians over those with an exact gradient that is not 0. A mean of 0 has no direction: its cosine counts as 0, and is
+/// Medians and quartiles over those with an exact gradient that is not 0. A mean of 0 has no direction: its cosine counts as 0, and is
 /// absent only where all are so, so that the three are of the same probes.
 pub fn medians(qualities: &[Quality]) -> GradientQuality {
     let measured: Vec<&Quality> = qualities.iter().filter(|quality| quality.bias.is_finite() && quality.std.is_finite()).collect();
     let middle = |value: fn(&Quality) -> f64| median(&measured.iter().map(|quality| value(quality)).collect::<Vec<_>>());
     let directed = measured.iter().any(|quality| quality.cosine.is_finite());
     let cosine = |quality: &Quality| if quality.cosine.is_finite() { quality.cosine } else { 0.0 };
-    GradientQuality { bias: middle(|q| q.bias), cosine: directed.then(|| middle(cosine)).flatten(), std: middle(|q| q.std) }
+    let quartiles = |value: fn(&Quality) -> f64| {
+        let values: Vec<f64> = measured.iter().map(|quality| value(quality)).collect();
+        (!values.is_empty()).then(|| [0.25, 0.75].map(|share| quantile(&values, share)))
+    };
+    GradientQuality {
+        bias: middle(|q| q.bias),
+        cosine: directed.then(|| middle(cosine)).flatten(),
+        std: middle(|q| q.std),
+        bias_quartiles: quartiles(|q| q.bias),
+        std_quartiles: quartiles(|q| q.std),
+    }
 }
 
 /// What a token's one expert is drawn from or mixed by.

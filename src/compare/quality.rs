@@ -29,6 +29,17 @@ pub struct Quality {
     pub cosine: Option<f64>,
     /// Of a single draw.
     pub std: f64,
+    /// First and third quartile over the problems of the task `gradient`.
+    pub quartiles: Option<Quartiles>,
+}
+
+/// Half of the problems lie between.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Quartiles {
+    /// Of the bias.
+    pub bias: [Bias; 2],
+    /// Of the deviation of a draw.
+    pub std: [f64; 2],
 }
 
 /// An arm of the task `gradient`.
@@ -78,7 +89,7 @@ pub fn along(runs: &Runs<'_>) -> Option<Quality> {
     summary(&measured.collect::<Vec<_>>(), probe::DRAWS)
 }
 
-/// The arms of the task `gradient` in the order of the plan.
+/// The arms of the task `gradient`, those with the least bias first, in the order of the plan where none was measured.
 pub fn one_token(results: &Results) -> Vec<OneToken<'_>> {
     let mut arms: Vec<OneToken<'_>> = Vec::new();
     for cell in results.cells.iter().filter(|cell| cell.spec.task == TaskName::Gradient) {
@@ -91,7 +102,19 @@ pub fn one_token(results: &Results) -> Vec<OneToken<'_>> {
             Outcome::Failed(_) | Outcome::Trained(_) => arms[at].failed += 1,
         }
     }
+    let bias = |arm: &OneToken<'_>| arm.quality(quadratic).map_or(f64::INFINITY, |quality| quality.bias.most());
+    arms.sort_by(|a, b| bias(a).total_cmp(&bias(b)));
     arms
+}
+
+/// On squared error: what [`OneToken::quality`] is asked for.
+pub fn quadratic(result: &GradientResult) -> GradientQuality {
+    result.quadratic
+}
+
+/// On cross-entropy: what [`OneToken::quality`] is asked for.
+pub fn cross_entropy(result: &GradientResult) -> GradientQuality {
+    result.cross_entropy
 }
 
 impl<'a> OneToken<'a> {
@@ -102,8 +125,17 @@ impl<'a> OneToken<'a> {
 
     /// On one of the two losses; `None` if no cell measured it.
     pub fn quality(&self, loss: fn(&GradientResult) -> GradientQuality) -> Option<Quality> {
-        let measured = self.found.iter().map(|result| loss(result)).filter_map(|of| Some((of.bias?, of.std?, of.cosine)));
-        summary(&measured.collect::<Vec<_>>(), self.spec.size.batch)
+        let draws = self.spec.size.batch;
+        let of: Vec<GradientQuality> = self.found.iter().map(|result| loss(result)).collect();
+        let measured: Vec<_> = of.iter().filter_map(|of| Some((of.bias?, of.std?, of.cosine))).collect();
+        let quality = summary(&measured, draws)?;
+        let middle = |pick: fn(&GradientQuality) -> Option<f64>| median(&of.iter().filter_map(pick).collect::<Vec<_>>());
+        let both = |low, high| Some([middle(low)?, middle(high)?]);
+        let bias = both(|of| Some(of.bias_quartiles?[0]), |of| Some(of.bias_quartiles?[1]));
+        let std = both(|of| Some(of.std_quartiles?[0]), |of| Some(of.std_quartiles?[1]));
+        let quartiles = bias.zip(std);
+        let quartiles = quartiles.map(|(bias, std)| Quartiles { bias: bias.map(|bias| Bias::of(bias, quality.std, draws)), std });
+        Some(Quality { quartiles, ..quality })
     }
 }
 
@@ -113,7 +145,7 @@ fn summary(measured: &[(f64, f64, Option<f64>)], draws: usize) -> Option<Quality
     let (distance, std) = (middle(|of| of.0)?, middle(|of| of.1)?);
     // Where some have a gradient and some have none, the latter point nowhere.
     let cosine = if measured.iter().all(|of| of.2.is_none()) { None } else { middle(|of| of.2.unwrap_or(0.0)) };
-    Some(Quality { bias: Bias::of(distance, std, draws), cosine, std })
+    Some(Quality { bias: Bias::of(distance, std, draws), cosine, std, quartiles: None })
 }
 
 #[cfg(test)]
@@ -134,9 +166,11 @@ mod tests {
         let probe = |bias, cosine, std| probe::Quality { bias, cosine, std };
         let exact_is_0 = probe(f64::INFINITY, f64::NAN, f64::NAN);
         let found = probe::medians(&[probe(1.0, f64::NAN, 0.0), probe(0.5, 0.9, 0.1), probe(0.6, 0.8, 0.2), exact_is_0]);
-        assert_eq!(found, GradientQuality { bias: Some(0.6), cosine: Some(0.8), std: Some(0.1) }, "no direction counts as 0");
+        let quartiles = (Some([0.5, 0.6]), Some([0.0, 0.1]));
+        assert_eq!((found.bias, found.cosine, found.std), (Some(0.6), Some(0.8), Some(0.1)), "no direction counts as 0");
+        assert_eq!((found.bias_quartiles, found.std_quartiles), quartiles, "the lower of two neighbours");
         let none = probe::medians(&[probe(1.0, f64::NAN, 0.0), exact_is_0]);
-        assert_eq!(none, GradientQuality { bias: Some(1.0), cosine: None, std: Some(0.0) });
+        assert_eq!((none.bias, none.cosine, none.std), (Some(1.0), None, Some(0.0)));
         assert_eq!(probe::medians(&[exact_is_0]), GradientQuality::default());
     }
 

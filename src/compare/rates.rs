@@ -18,7 +18,7 @@ pub struct Swept<'a> {
     pub arm: &'a str,
     /// Whether it is a control.
     pub control: bool,
-    /// By rate, as in [`RATES`]; those without a finite loss are not there.
+    /// By rate, as in [`RATES`]; those without a finite loss, or at which a seed diverged, are not there.
     pub at: Vec<AtRate>,
 }
 
@@ -62,6 +62,10 @@ pub fn swept(results: &Results) -> Vec<Swept<'_>> {
                     _ => None,
                 })
                 .collect();
+            // A rate at which a seed diverges is none to choose, however well the others do.
+            if trained.iter().any(|result| result.diverged) {
+                return None;
+            }
             let spread =
                 |value: fn(&CellResult) -> Option<f64>| Spread::of(trained.iter().filter_map(|result| result.relative(value(result))));
             Some(AtRate { rate, validation: spread(|result| result.validation)?, test: spread(|result| result.loss.hard1)? })
@@ -84,7 +88,8 @@ pub fn section(results: &Results) -> String {
     format!(
         "## Learning rates\n\nTask `equal` at {} learning rates, hard top-1 on test rows. The chosen rate is the best on rows that are neither \
          trained on nor tested. Places are among estimators, at the rate of the tables ({RATE}) and at the chosen ones: where they differ much, \
-         the place in the tables is that of the rate.\n\n\
+         the place in the tables is that of the rate. A rate at which a seed diverged is not chosen. (end): the best may lie beyond the rates that \
+         were tried.\n\n\
          | arm | {titles} | chosen | hard top-1 at the chosen | place at {RATE}, at the chosen |\n|---|{}---|---|---|\n{rows}\n",
         RATES.len(),
         "---|".repeat(RATES.len()),
@@ -100,8 +105,14 @@ fn row(swept: &Swept<'_>, arms: &[Swept<'_>]) -> String {
     };
     let places = [place(&|swept| Some(swept.at(RATE)?.test.median)), place(&|swept| Some(swept.chosen()?.test.median))];
     let places = places.map(|place| place.map_or_else(dash, |place| place.to_string())).join(", ");
-    let chosen = swept.chosen().map_or_else(|| format!("{} | {}", dash(), dash()), |at| format!("{} | {}", at.rate, at.test));
+    let chosen =
+        swept.chosen().map_or_else(|| format!("{} | {}", dash(), dash()), |at| format!("{}{} | {}", at.rate, edge(at.rate), at.test));
     format!("| `{}` | {losses} | {chosen} | {places} |\n", swept.arm)
+}
+
+/// What has to be said of a choice beyond which nothing was tried: the best may lie there.
+fn edge(rate: f64) -> &'static str {
+    if [RATES.first(), RATES.last()].contains(&Some(&rate)) { " (end)" } else { "" }
 }
 
 #[cfg(test)]
@@ -109,7 +120,7 @@ mod tests {
     use super::*;
     use crate::compare::{
         plan::{Request, plan},
-        results::{ByRouting, CellRecord, Machine, RESULTS_VERSION},
+        results::{By, ByRouting, CellRecord, Machine, RESULTS_VERSION},
         spec::{CellSpec, LAB_VERSION},
     };
 
@@ -118,18 +129,21 @@ mod tests {
             ("ste", 1e-2) => 0.3,
             ("ste", 3e-2) => 0.1,
             ("raw_topk", 1e-2) => 0.2,
+            ("raw_topk", 1e-1) => 0.01,
             _ => 0.5,
         };
         // At the smallest rate of `ste` validation is wrong about the test; nobody may notice.
         let validation = if spec.arm.name == "ste" && spec.size.rate == 3e-3 { 0.05 } else { hard1 };
         let loss = ByRouting { hard1: Some(hard1), ..ByRouting::default() };
-        Outcome::Trained(Box::new(CellResult { loss, validation: Some(validation), trivial: 1.0, ..CellResult::default() }))
+        // The lowest loss of all is one seed's, at a rate at which the other came to nothing.
+        let diverged = hard1 == 0.01 && spec.seed == 2;
+        Outcome::Trained(Box::new(CellResult { loss, validation: Some(validation), diverged, trivial: 1.0, ..CellResult::default() }))
     }
 
     fn results(arms: &[&str]) -> Results {
         let arms = arms.iter().map(|arm| (*arm).to_owned()).collect();
         let request = Request { arms, tasks: vec![TaskName::Rates], seeds: Some(2), steps_scale: 1.0, ..Request::default() };
-        let cells = plan(&request).expect("sound").into_iter().map(|spec| CellRecord { outcome: outcome(&spec), spec });
+        let cells = plan(&request).expect("sound").into_iter().map(|spec| CellRecord::new(spec.clone(), By::default(), outcome(&spec)));
         let machine = Machine { cpu: String::new(), cores: 1, jobs: 1, hardmax: String::new(), git: String::new() };
         let (version, lab, command) = (RESULTS_VERSION, LAB_VERSION, String::new());
         Results { version, lab, machine, command, seconds: 0.0, cells: cells.collect() }
@@ -144,8 +158,8 @@ mod tests {
         assert_eq!(of("ste").chosen().map(|at| (at.rate, at.test.median)), Some((3e-3, 0.5)));
         assert_eq!(of("raw_topk").chosen().map(|at| (at.rate, at.test.median, at.test.count)), Some((1e-2, 0.2, 2)));
         let section = section(&results);
-        assert!(section.contains("| `raw_topk` | 0.500 | 0.200 | 0.500 | 0.01 | 0.200 | 1, 1 |"), "{section}");
-        assert!(section.contains("| `ste` | 0.500 | 0.300 | 0.100 | 0.003 | 0.500 | 2, 2 |"), "{section}");
+        assert!(section.contains("| `raw_topk` | 0.500 | 0.200 | 0.500 | - | 0.01 | 0.200 | 1, 1 |"), "{section}");
+        assert!(section.contains("| `ste` | 0.500 | 0.300 | 0.100 | 0.500 | 0.003 (end) | 0.500 | 2, 2 |"), "{section}");
         assert!(section.contains("| `frozen` |") && section.contains("| -, - |"), "controls have no place: {section}");
     }
 

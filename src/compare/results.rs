@@ -36,7 +36,7 @@ pub struct Machine {
     pub jobs: usize,
     /// Version of hardmax.
     pub hardmax: String,
-    /// Commit it was built from, or how a build is told.
+    /// Commit it was built from, or `unknown`.
     #[serde(default)]
     pub git: String,
 }
@@ -46,8 +46,40 @@ pub struct Machine {
 pub struct CellRecord {
     /// What it was.
     pub spec: CellSpec,
+    /// What measured it: not always what the last run was made by.
+    #[serde(default)]
+    pub by: By,
+    /// Of a teacher: SHA-256 of the file of its weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<String>,
     /// What came out.
     pub outcome: Outcome,
+}
+
+/// The program and the processor that figures are from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct By {
+    /// Commit that the program was built from, or `unknown`.
+    pub git: String,
+    /// Model name of the processor.
+    pub cpu: String,
+}
+
+impl CellRecord {
+    /// Of a cell that leaves no weights.
+    pub fn new(spec: CellSpec, by: By, outcome: Outcome) -> Self {
+        Self { spec, by, weights: None, outcome }
+    }
+}
+
+impl By {
+    /// This program, here.
+    pub fn this() -> Self {
+        let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let name = text.lines().find_map(|line| line.strip_prefix("model name")).and_then(|rest| rest.split_once(':'));
+        let cpu = name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned());
+        Self { git: env!("HARDMAX_GIT").to_owned(), cpu }
+    }
 }
 
 /// What became of a cell.
@@ -203,7 +235,7 @@ pub struct Fidelity {
     pub agreement: Option<f64>,
 }
 
-/// Values along the run; all columns as long as `step`.
+/// Values along the run, on a part of the test rows, the same at every point; all columns as long as `step`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Curves {
     /// Updates done.
@@ -245,6 +277,12 @@ pub struct GradientQuality {
     pub cosine: Option<f64>,
     /// `√(E‖g - mean‖²) / ‖exact‖`; 0 for deterministic estimators.
     pub std: Option<f64>,
+    /// First and third quartile of [`Self::bias`] over the problems.
+    #[serde(default)]
+    pub bias_quartiles: Option<[f64; 2]>,
+    /// First and third quartile of [`Self::std`] over the problems.
+    #[serde(default)]
+    pub std_quartiles: Option<[f64; 2]>,
 }
 
 /// `x`, if JSON has a form for it.

@@ -20,7 +20,7 @@ use super::{
     cell, files,
     plan::Folder,
     process::{self, Ended},
-    results::{CellRecord, Machine, Outcome, RESULTS_VERSION, Results},
+    results::{By, CellRecord, Machine, Outcome, RESULTS_VERSION, Results},
     spec::{CellSpec, LAB_VERSION},
 };
 use crate::error::{Error, Result};
@@ -39,7 +39,19 @@ pub struct Run {
     pub command: String,
 }
 
+/// Most cells at once: far beyond the cores that a machine has, and far below the threads that a system gives.
+pub const MAX_JOBS: usize = 256;
+
 impl Run {
+    /// # Errors
+    /// [`Error::InvalidArgument`] on what cannot be, before anything is made.
+    pub fn check(&self) -> Result<()> {
+        match self.jobs.get() {
+            1..=MAX_JOBS => Ok(()),
+            _ => Err(Error::invalid("--jobs", format!("must be at most {MAX_JOBS}"))),
+        }
+    }
+
     /// Takes the folder, which is made if it is not there, for this run alone.
     ///
     /// # Errors
@@ -70,20 +82,21 @@ impl Run {
             self.jobs
         );
         self.work(&queue, cells.len())?;
-        let outcomes = queue.into_outcomes()?;
+        let mut records = queue.into_records()?;
         let record = |spec: &CellSpec| {
-            let missing = || Outcome::Failed("was not run".into());
-            Ok(CellRecord { spec: spec.clone(), outcome: outcomes.get(&spec.id()?).cloned().unwrap_or_else(missing) })
+            let missing = || failed(spec, "was not run");
+            Ok(records.remove(&spec.id()?).unwrap_or_else(missing))
         };
+        let By { git, cpu } = By::this();
         Ok(Results {
             version: RESULTS_VERSION,
             lab: LAB_VERSION,
             machine: Machine {
-                cpu: cpu_name(),
+                cpu,
                 cores: thread::available_parallelism().map_or(1, NonZeroUsize::get),
                 jobs: self.jobs.get(),
                 hardmax: env!("CARGO_PKG_VERSION").into(),
-                git: commit().into(),
+                git,
             },
             command: self.command.clone(),
             seconds: started.elapsed().as_secs_f64(),
@@ -94,9 +107,10 @@ impl Run {
     /// A thread for each job takes cells until there are none; this one draws the bar.
     fn work(&self, queue: &Queue, planned: usize) -> Result<()> {
         let bar = progress_bar(planned, planned - queue.open());
-        let (send, receive) = mpsc::sync_channel::<String>(self.jobs.get());
+        let jobs = self.jobs.get().min(queue.open());
+        let (send, receive) = mpsc::sync_channel::<String>(jobs);
         thread::scope(|scope| {
-            let workers: Vec<_> = (0..self.jobs.get())
+            let workers: Vec<_> = (0..jobs)
                 .map(|_| {
                     let send = send.clone();
                     scope.spawn(move || {
@@ -104,7 +118,7 @@ impl Run {
                             // A receiver that is gone only means that nobody looks at the bar.
                             let _ = send.send(job.id.clone());
                             match self.child(&job) {
-                                Ok(outcome) => queue.done(job, outcome),
+                                Ok(record) => queue.done(job, record),
                                 Err(error) => queue.abort(error),
                             }
                         }
@@ -122,15 +136,19 @@ impl Run {
         Ok(())
     }
 
-    fn child(&self, job: &Job) -> Result<Outcome> {
+    fn child(&self, job: &Job) -> Result<CellRecord> {
         let cells = self.folder.cells();
         let ran = process::run(&self.program, &cells, &job.spec);
         match (cell::finished(&job.spec, &cells), ran) {
-            (Ok(Some(outcome)), _) => Ok(outcome),
-            (_, Err(error)) => Ok(Outcome::Failed(error.to_string())),
-            (_, Ok(ended)) => unfinished(failure(&job.spec, &cells), ended),
+            (Ok(Some(record)), _) => Ok(record),
+            (_, Err(error)) => Ok(failed(&job.spec, error.to_string())),
+            (_, Ok(ended)) => Ok(CellRecord::new(job.spec.clone(), By::this(), unfinished(failure(&job.spec, &cells), ended)?)),
         }
     }
+}
+
+fn failed(spec: &CellSpec, why: impl Into<String>) -> CellRecord {
+    CellRecord::new(spec.clone(), By::this(), Outcome::Failed(why.into()))
 }
 
 /// What a child without a result comes to: the error in its file, or in its last words.
@@ -144,14 +162,6 @@ fn unfinished(failure: Option<Outcome>, ended: Ended) -> Result<Outcome> {
         return Err(Error::FailedPrecondition(message));
     }
     Ok(failure.unwrap_or_else(|| Outcome::Failed(format!("{status}: {said}"))))
-}
-
-/// The commit that the program was built from, or how a build is told.
-fn commit() -> &'static str {
-    match env!("HARDMAX_GIT") {
-        "unknown" => "an unknown commit (built without HARDMAX_GIT=$(git rev-parse --short HEAD))",
-        commit => commit,
-    }
 }
 
 /// How many of the cells of these slugs the folder has a file of, from another version of the laboratory.
@@ -207,12 +217,6 @@ fn minutes(seconds: f64) -> String {
     if seconds < 90.0 { format!("{seconds:.0} s") } else { format!("{:.0} min", seconds / 60.0) }
 }
 
-fn cpu_name() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name")).and_then(|rest| rest.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
-}
-
 /// A cell that waits or runs.
 #[derive(Clone, Debug)]
 struct Job {
@@ -238,7 +242,8 @@ struct Waiting {
     running_seconds: f64,
     /// Estimated and real seconds of what was run: how wrong estimates are here.
     spent: [f64; 2],
-    outcomes: HashMap<String, Outcome>,
+    /// Of the cells that are done.
+    records: HashMap<String, CellRecord>,
     started: HashMap<String, Instant>,
     /// Why no more cells are to be run.
     aborted: Option<Error>,
@@ -246,16 +251,15 @@ struct Waiting {
 
 impl Queue {
     fn new(cells: &[CellSpec], folder: &Path) -> Result<Self> {
-        let mut outcomes = HashMap::new();
+        let mut records = HashMap::new();
         let mut waiting = Vec::new();
         for spec in cells {
             let id = spec.id()?;
             match cell::finished(spec, folder)? {
-                // A teacher without its weights must run again for those who start from it.
-                Some(outcome) if !spec.is_teacher() || spec.weights(folder)?.exists() => {
-                    outcomes.insert(id, outcome);
+                Some(record) => {
+                    records.insert(id, record);
                 }
-                _ => {
+                None => {
                     let teacher = spec.teacher().map(|teacher| teacher.id()).transpose()?;
                     waiting.push(Job { id, teacher, seconds: spec.estimated_seconds(), spec: spec.clone() });
                 }
@@ -264,7 +268,7 @@ impl Queue {
         // Teachers first, since others wait for them; then the longest, so that none of those is left to the end alone.
         waiting.sort_by(|a, b| a.spec.is_teacher().cmp(&b.spec.is_teacher()).then(a.seconds.total_cmp(&b.seconds)));
         let (running, started) = (HashSet::new(), HashMap::new());
-        let state = Waiting { waiting, running, running_seconds: 0.0, spent: [0.0; 2], outcomes, started, aborted: None };
+        let state = Waiting { waiting, running, running_seconds: 0.0, spent: [0.0; 2], records, started, aborted: None };
         Ok(Self { state: Mutex::new(state), changed: Condvar::new() })
     }
 
@@ -276,7 +280,7 @@ impl Queue {
             if state.waiting.is_empty() || state.aborted.is_some() {
                 return None;
             }
-            let ready = |job: &Job| job.teacher.as_ref().is_none_or(|teacher| state.outcomes.contains_key(teacher));
+            let ready = |job: &Job| job.teacher.as_ref().is_none_or(|teacher| state.records.contains_key(teacher));
             if let Some(at) = state.waiting.iter().rposition(ready) {
                 let job = state.waiting.remove(at);
                 state.running.insert(job.id.clone());
@@ -288,17 +292,17 @@ impl Queue {
         }
     }
 
-    fn done(&self, job: Job, outcome: Outcome) {
+    fn done(&self, job: Job, record: CellRecord) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.running.remove(&job.id);
         state.running_seconds -= job.seconds;
         let real = state.started.remove(&job.id).map_or(0.0, |started| started.elapsed().as_secs_f64());
         state.spent[0] += job.seconds;
         state.spent[1] += real;
-        if let Outcome::Failed(error) = &outcome {
+        if let Outcome::Failed(error) = &record.outcome {
             tracing::warn!("{} failed: {error}", job.id);
         }
-        state.outcomes.insert(job.id, outcome);
+        state.records.insert(job.id, record);
         self.changed.notify_all();
     }
 
@@ -330,23 +334,25 @@ impl Queue {
         if estimated > 10.0 { left * real / estimated } else { left }
     }
 
-    fn into_outcomes(self) -> Result<HashMap<String, Outcome>> {
+    fn into_records(self) -> Result<HashMap<String, CellRecord>> {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        state.aborted.map_or(Ok(state.outcomes), Err)
+        state.aborted.map_or(Ok(state.records), Err)
     }
 }
 
 impl Waiting {
     /// Cells whose teacher failed cannot run, nor can those whose teacher is not there at all.
     fn fail_orphans(&mut self) {
-        let lost = |teacher: &String| match self.outcomes.get(teacher) {
-            Some(outcome) => matches!(outcome, Outcome::Failed(_)),
+        let lost = |teacher: &String| match self.records.get(teacher) {
+            Some(record) => matches!(record.outcome, Outcome::Failed(_)),
             None => !self.running.contains(teacher) && !self.waiting.iter().any(|job| job.id == *teacher),
         };
-        let orphans: Vec<String> =
-            self.waiting.iter().filter(|job| job.teacher.as_ref().is_some_and(lost)).map(|job| job.id.clone()).collect();
-        self.waiting.retain(|job| !orphans.contains(&job.id));
-        self.outcomes.extend(orphans.into_iter().map(|id| (id, Outcome::Failed("its teacher failed".into()))));
+        let is_lost = |job: &Job| job.teacher.as_ref().is_some_and(lost);
+        let orphans: HashSet<String> = self.waiting.iter().filter(|job| is_lost(job)).map(|job| job.id.clone()).collect();
+        let (lost, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|job| orphans.contains(&job.id));
+        self.waiting = waiting;
+        let lost: Vec<Job> = lost;
+        self.records.extend(lost.into_iter().map(|job| (job.id, failed(&job.spec, "its teacher failed"))));
     }
 }
 
@@ -384,13 +390,18 @@ mod tests {
             let queue = Queue::new(&cells, folder.path()).expect("readable");
             let first = queue.take().expect("a teacher");
             assert!(first.spec.is_teacher());
-            queue.done(first, outcome.clone());
+            let record = CellRecord::new(first.spec.clone(), By::default(), outcome.clone());
+            queue.done(first, record);
             match outcome {
                 Outcome::Failed(_) => assert!(queue.take().is_none()),
                 _ => assert!(queue.take().is_some_and(|job| job.spec.mode == Mode::Tune)),
             }
-            let failed =
-                queue.into_outcomes().expect("nobody aborted").values().filter(|outcome| matches!(outcome, Outcome::Failed(_))).count();
+            let failed = queue
+                .into_records()
+                .expect("nobody aborted")
+                .values()
+                .filter(|record| matches!(record.outcome, Outcome::Failed(_)))
+                .count();
             assert_eq!(failed, if matches!(outcome, Outcome::Failed(_)) { cells.len() } else { 0 });
         }
     }
@@ -400,7 +411,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let cells = plan(&Request { modes: vec![Mode::Scratch], ..request() }).expect("sound");
         let write = |spec: &CellSpec, outcome: Outcome| {
-            let record = CellRecord { spec: spec.clone(), outcome };
+            let record = CellRecord::new(spec.clone(), By::default(), outcome);
             files::write_json(&spec.file(folder.path()).expect("a name"), &record).expect("writable");
         };
         write(&cells[0], Outcome::Trained(Box::new(CellResult { steps: 7, ..CellResult::default() })));
@@ -408,8 +419,9 @@ mod tests {
         fs::write(cells[2].file(folder.path()).expect("a name"), "{").expect("writable");
         let queue = Queue::new(&cells, folder.path()).expect("readable");
         assert_eq!(queue.open(), cells.len() - 1);
-        let outcomes = queue.into_outcomes().expect("nobody aborted");
-        assert!(matches!(outcomes.values().next(), Some(Outcome::Trained(result)) if result.steps == 7));
+        let records = queue.into_records().expect("nobody aborted");
+        let outcomes: Vec<&Outcome> = records.values().map(|record| &record.outcome).collect();
+        assert!(matches!(outcomes[0], Outcome::Trained(result) if result.steps == 7));
     }
 
     #[test]
@@ -418,14 +430,48 @@ mod tests {
         let cells = plan(&Request { modes: vec![Mode::Scratch], ..request() }).expect("sound");
         let old = CellSpec { lab: LAB_VERSION - 1, ..cells[0].clone() };
         assert_eq!((old.slug(), old.id().expect("JSON") == cells[0].id().expect("JSON")), (cells[0].slug(), false));
-        let record = CellRecord { spec: old.clone(), outcome: trained() };
+        let record = CellRecord::new(old.clone(), By::default(), trained());
         files::write_json(&old.file(folder.path()).expect("a name"), &record).expect("writable");
         // Its name says that it is this cell; what is in it says otherwise.
-        files::write_json(&cells[1].file(folder.path()).expect("a name"), &CellRecord { spec: old, outcome: trained() }).expect("writable");
+        files::write_json(&cells[1].file(folder.path()).expect("a name"), &record).expect("writable");
         let queue = Queue::new(&cells, folder.path()).expect("readable");
         assert_eq!(queue.open(), cells.len());
         assert_eq!(left_by_others(&queue.slugs(), folder.path()).expect("readable"), 2);
         assert_eq!(left_by_others(&HashSet::new(), folder.path()).expect("readable"), 0, "what is done again is not counted again");
+    }
+
+    #[test]
+    fn a_teacher_runs_again_when_its_weights_are_not_those_it_wrote() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let spec = plan(&request()).expect("sound").into_iter().find(CellSpec::is_teacher).expect("a teacher");
+        let weights = spec.weights(folder.path()).expect("a name");
+        let finished = || cell::finished(&spec, folder.path()).expect("readable").is_some();
+        fs::write(&weights, "weights").expect("writable");
+        let mut record = CellRecord::new(spec.clone(), By::default(), trained());
+        for (of, is) in [(None, false), (Some(files::sha256(&weights).expect("readable")), true)] {
+            record.weights = of;
+            files::write_json(&spec.file(folder.path()).expect("a name"), &record).expect("writable");
+            assert_eq!(finished(), is, "{:?}", record.weights);
+        }
+        fs::write(&weights, "weight").expect("writable");
+        assert!(!finished(), "damaged");
+        fs::remove_file(&weights).expect("removable");
+        assert!(!finished(), "gone");
+    }
+
+    #[test]
+    fn a_run_has_at_most_as_many_jobs_as_there_is_work() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = |jobs| Run {
+            folder: Folder(folder.path().to_owned()),
+            jobs: NonZeroUsize::new(jobs).expect("above 0"),
+            program: "no-such-program-of-this-name".into(),
+            command: "test".into(),
+        };
+        assert!(run(usize::MAX).check().expect_err("too many").to_string().starts_with("--jobs: must be at most 256"));
+        assert!(run(MAX_JOBS).check().is_ok());
+        let cells = plan(&Request { modes: vec![Mode::Scratch], ..request() }).expect("sound");
+        assert_eq!(run(usize::MAX).run(&cells).expect("results all the same").cells.len(), cells.len());
     }
 
     #[test]
@@ -441,7 +487,7 @@ mod tests {
         queue.abort(Error::FailedPrecondition("first".into()));
         queue.abort(Error::FailedPrecondition("second".into()));
         assert!(queue.take().is_none(), "nothing more is begun");
-        assert_eq!(queue.into_outcomes().expect_err("aborted").to_string(), "first");
+        assert_eq!(queue.into_records().expect_err("aborted").to_string(), "first");
     }
 
     #[test]

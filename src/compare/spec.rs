@@ -8,7 +8,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::arm::{Arm, Route};
+use super::{
+    arm::{Arm, Route},
+    data,
+    files::hex,
+};
 use crate::{
     error::{Error, Result},
     moe::estimator::{EstimatorConfig, EstimatorSpec, Param, Purpose},
@@ -110,6 +114,9 @@ pub struct Settings {
     pub rate: f64,
     /// Peak learning rate of the router; 0 where it does not learn.
     pub router_rate: f64,
+    /// Digest of the files that the task reads; absent where it reads none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
 }
 
 impl TaskName {
@@ -182,8 +189,7 @@ impl CellSpec {
         let teacher = self.teacher().map(|teacher| teacher.settings()).transpose()?;
         let all = (self, self.settings()?, teacher);
         let json = serde_json::to_vec(&all).map_err(|error| Error::Internal(format!("a cell has no JSON form: {error}")))?;
-        let hash = Sha256::digest(json).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
-        Ok(format!("{}-{hash}", self.slug()))
+        Ok(format!("{}-{}", self.slug(), hex(&Sha256::digest(json)[..4])))
     }
 
     /// The readable part of [`Self::id`]: cells that differ only in settings or in their version share it.
@@ -204,7 +210,7 @@ impl CellSpec {
             Route::Frozen | Route::Hash | Route::Oracle | Route::Untouched => false,
         };
         let router_rate = if learns { self.router_share() * self.size.rate } else { 0.0 };
-        Ok(Settings { k, params, rate: self.size.rate, router_rate })
+        Ok(Settings { k, params, rate: self.size.rate, router_rate, data: data::digest(self.task).map(str::to_owned) })
     }
 
     /// Learning rate of a router that learns over that of the rest.

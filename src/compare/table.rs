@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{
     arm::Arm,
+    metric::median,
     results::{CellRecord, CellResult, Outcome, Results},
     spec::{Budget, Mode, Size, TaskName},
 };
@@ -18,7 +19,7 @@ pub struct Table<'a> {
     pub mode: Mode,
     /// What every arm was given that trained at all.
     pub size: Size,
-    /// Estimators, by [`Runs::standing`]; those without one last.
+    /// Estimators, by their [`Seeds::standing`] at equal steps; those without one last.
     pub estimators: Vec<Runs<'a>>,
     /// Controls, likewise.
     pub controls: Vec<Runs<'a>>,
@@ -31,7 +32,7 @@ pub struct Runs<'a> {
     pub arm: &'a Arm,
     /// With equal steps.
     pub steps: Seeds<'a>,
-    /// With equal expert-FLOPs; none where that is the same.
+    /// With equal expert-FLOPs; none where that is the same, see [`Table::at_equal_flops`].
     pub flops: Seeds<'a>,
 }
 
@@ -93,7 +94,7 @@ fn table(results: &Results, task: TaskName, mode: Mode) -> Option<Table<'_>> {
             Budget::Flops => runs[at].flops.take(cell),
         }
     }
-    runs.sort_by(|a, b| a.standing().total_cmp(&b.standing()));
+    runs.sort_by(|a, b| a.steps.standing().total_cmp(&b.steps.standing()));
     let size = cells().map(|cell| cell.spec.size).max_by_key(|size| size.steps)?;
     let (controls, estimators) = runs.into_iter().partition(|runs| runs.arm.route.is_control());
     Some(Table { task, mode, size, estimators, controls })
@@ -121,7 +122,24 @@ impl<'a> Seeds<'a> {
 
     /// Hard top-1 loss in units of the best constant prediction.
     pub fn hard1(&self) -> Option<Spread> {
-        self.spread(|result| result.relative(result.loss.hard1))
+        self.spread(CellResult::hard1)
+    }
+
+    /// Hard top-1 loss by which arms are ordered: the median over all seeds that were planned, one that diverged or failed
+    /// being worse than any other. A lucky seed of many does not make an arm the best.
+    pub fn standing(&self) -> f64 {
+        let mut losses: Vec<f64> = self.sound.iter().map(|(_, result)| result.hard1().unwrap_or(f64::INFINITY)).collect();
+        losses.resize(self.planned(), f64::INFINITY);
+        median(&losses).unwrap_or(f64::INFINITY)
+    }
+
+    /// Hard top-1 of these against those of another arm; `None` without a common seed.
+    pub fn against(&self, other: &Seeds<'_>) -> Option<Paired> {
+        let of_other = |seed: u64| other.sound.iter().find(|(of, _)| *of == seed).and_then(|(_, result)| result.hard1());
+        let apart: Vec<f64> = self.sound.iter().filter_map(|(seed, result)| Some(result.hard1()? - of_other(*seed)?)).collect();
+        let count = |is: fn(&f64) -> bool| apart.iter().filter(|apart| is(apart)).count();
+        let median = median(&apart)?;
+        Some(Paired { median, better: count(|apart| *apart < 0.0), worse: count(|apart| *apart > 0.0), seeds: apart.len() })
     }
 
     /// What has to be said where figures are of fewer seeds than were planned: `4 of 5 seeds: 1 diverged`.
@@ -133,25 +151,6 @@ impl<'a> Seeds<'a> {
 }
 
 impl Runs<'_> {
-    /// Hard top-1 loss by which arms are ordered: the median over all seeds that were planned, one that diverged or failed
-    /// being worse than any other. A lucky seed of many does not make an arm the best.
-    pub fn standing(&self) -> f64 {
-        let mut losses: Vec<f64> =
-            self.steps.sound.iter().map(|(_, result)| result.relative(result.loss.hard1).unwrap_or(f64::INFINITY)).collect();
-        losses.resize(self.steps.planned(), f64::INFINITY);
-        super::metric::median(&losses).unwrap_or(f64::INFINITY)
-    }
-
-    /// Hard top-1 of these against those of another arm; `None` without a common seed.
-    pub fn against(&self, other: &Runs<'_>) -> Option<Paired> {
-        let hard1 = |result: &CellResult| result.relative(result.loss.hard1);
-        let of_other = |seed: u64| other.steps.sound.iter().find(|(of, _)| *of == seed).and_then(|(_, result)| hard1(result));
-        let apart: Vec<f64> = self.steps.sound.iter().filter_map(|(seed, result)| Some(hard1(result)? - of_other(*seed)?)).collect();
-        let count = |is: fn(&f64) -> bool| apart.iter().filter(|apart| is(apart)).count();
-        let median = super::metric::median(&apart)?;
-        Some(Paired { median, better: count(|apart| *apart < 0.0), worse: count(|apart| *apart > 0.0), seeds: apart.len() })
-    }
-
     /// Experts per token in training; `None` where the estimator has no k.
     pub fn k(&self, experts: usize) -> Option<usize> {
         EstimatorSpec::new(&self.arm.estimator, experts, 1, Purpose::Laboratory).ok()?.k()
@@ -173,6 +172,11 @@ impl CellResult {
         loss.map(|loss| loss / self.trivial).filter(|ratio| ratio.is_finite())
     }
 
+    /// Hard top-1 loss in units of the best constant prediction.
+    pub fn hard1(&self) -> Option<f64> {
+        self.relative(self.loss.hard1)
+    }
+
     /// Whether training came to its end, with losses that are finite.
     pub fn is_sound(&self) -> bool {
         !self.diverged && self.loss.train.is_some() && self.loss.hard1.is_some()
@@ -183,6 +187,17 @@ impl<'a> Table<'a> {
     /// Estimators, then controls.
     pub fn all(&self) -> impl Iterator<Item = &Runs<'a>> {
         self.estimators.iter().chain(&self.controls)
+    }
+
+    /// An arm at equal expert-FLOPs. Where equal steps are that, its runs of equal steps, of those seeds that others have at
+    /// equal expert-FLOPs, so that they can be compared; `None` where no arm has any.
+    pub fn at_equal_flops(&self, runs: &Runs<'a>) -> Option<Seeds<'a>> {
+        if runs.flops.planned() > 0 {
+            return Some(runs.flops.clone());
+        }
+        let seeds: Vec<u64> = self.all().flat_map(|other| &other.flops.sound).map(|(seed, _)| *seed).collect();
+        let sound: Vec<_> = runs.steps.sound.iter().copied().filter(|(seed, _)| seeds.contains(seed)).collect();
+        (!seeds.is_empty()).then_some(Seeds { sound, ..Seeds::default() })
     }
 
     /// The row of a name.
@@ -202,11 +217,21 @@ impl<'a> Table<'a> {
 impl Spread {
     /// Of the finite values; `None` if there is none.
     pub fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
-        let mut sorted: Vec<f64> = values.filter(|value| value.is_finite()).collect();
-        sorted.sort_by(f64::total_cmp);
-        let (low, high) = (*sorted.first()?, *sorted.last()?);
-        let count = sorted.len();
-        Some(Self { median: 0.5 * (sorted[(count - 1) / 2] + sorted[count / 2]), low, high, count })
+        let values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
+        let (low, high) = (values.iter().copied().reduce(f64::min)?, values.iter().copied().reduce(f64::max)?);
+        Some(Self { median: median(&values)?, low, high, count: values.len() })
+    }
+
+    /// In two digits, for what is not known to more: times and memory.
+    pub fn roughly(&self) -> String {
+        self.in_words(rough)
+    }
+
+    fn in_words(&self, figure: fn(f64) -> String) -> String {
+        match self.low == self.high {
+            true => figure(self.median),
+            false => format!("{} [{}..{}]", figure(self.median), figure(self.low), figure(self.high)),
+        }
     }
 }
 
@@ -219,10 +244,7 @@ impl Paired {
 
 impl fmt::Display for Spread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.low == self.high {
-            true => f.write_str(&figure(self.median)),
-            false => write!(f, "{} [{}..{}]", figure(self.median), figure(self.low), figure(self.high)),
-        }
+        f.write_str(&self.in_words(figure))
     }
 }
 
@@ -236,6 +258,15 @@ impl fmt::Display for Paired {
 
 /// Three significant digits; a whole number as such.
 pub fn figure(value: f64) -> String {
+    digits(value, 3)
+}
+
+/// Two significant digits; a whole number as such.
+pub fn rough(value: f64) -> String {
+    digits(value, 2)
+}
+
+fn digits(value: f64, digits: i32) -> String {
     if value.fract() == 0.0 && value.abs() < 1e5 {
         return format!("{:.0}", value + 0.0);
     }
@@ -243,9 +274,10 @@ pub fn figure(value: f64) -> String {
         return format!("{value:.1e}");
     }
     // Rounded first: 0.9996 becomes 1.00, and 17132.4 becomes 17100.
-    let unit = 10f64.powf(value.abs().log10().floor() - 2.0);
+    let last = digits - 1;
+    let unit = 10f64.powi(value.abs().log10().floor() as i32 - last);
     let rounded = (value / unit).round() * unit;
-    let decimals = (2.0 - rounded.abs().log10().floor()).clamp(0.0, 5.0) as usize;
+    let decimals = (last - rounded.abs().log10().floor() as i32).clamp(0, 5) as usize;
     format!("{rounded:.decimals$}")
 }
 
@@ -254,7 +286,7 @@ mod tests {
     use super::*;
     use crate::{
         compare::{
-            results::{ByRouting, Machine, RESULTS_VERSION},
+            results::{By, ByRouting, Machine, RESULTS_VERSION},
             spec::{CellSpec, LAB_VERSION},
         },
         moe::estimator::EstimatorConfig,
@@ -263,6 +295,7 @@ mod tests {
     #[test]
     fn figures_have_three_digits() {
         let shown = [-0.0, 0.001234, 0.12345, 1.0, 1.004, 12.34, 123.4, 0.9996, 99_999.0, 17_132.4, -0.5, 1e-5, 2.5e7].map(figure);
+        assert_eq!([0.0999, 1.04, 12.34, 0.999, 17_132.4, -0.5].map(rough), ["0.10", "1.0", "12", "1.0", "17000", "-0.50"]);
         assert_eq!(shown, ["0", "0.00123", "0.123", "1", "1.00", "12.3", "123", "1.00", "99999", "17100", "-0.500", "1.0e-5", "2.5e7"]);
     }
 
@@ -272,6 +305,7 @@ mod tests {
         assert_eq!(spread(&[3.0, 1.0, 2.0]).unwrap(), "2 [1..3]");
         assert_eq!(spread(&[1.0, 2.0, 4.0, 3.0, f64::NAN]).unwrap(), "2.50 [1..4]");
         assert_eq!(spread(&[0.5]).unwrap(), "0.500");
+        assert_eq!(Spread::of([1.23, 4.56, 8.0].into_iter()).unwrap().roughly(), "4.6 [1.2..8]");
         assert_eq!(spread(&[]), None);
     }
 
@@ -293,7 +327,7 @@ mod tests {
             let loss = ByRouting { train: Some(1.0), hard1: super::super::results::finite(loss), hard2: None };
             Outcome::Trained(Box::new(CellResult { loss, trivial: 1.0, ..CellResult::default() }))
         };
-        CellRecord { spec, outcome: loss.map_or_else(|| Outcome::Failed("no".into()), trained) }
+        CellRecord::new(spec, By::default(), loss.map_or_else(|| Outcome::Failed("no".into()), trained))
     }
 
     fn results(arms: &[(&str, &[Option<f64>])]) -> Results {
@@ -323,6 +357,25 @@ mod tests {
     }
 
     #[test]
+    fn equal_expert_flops_are_compared_over_the_same_seeds() {
+        let mut results = results(&[("dense", &[Some(0.5), Some(0.6), Some(0.7)]), ("sparse", &[Some(0.1), Some(0.2), Some(9.0)])]);
+        let sparse = |results: &Results| {
+            let tables = tables(results);
+            tables[0].at_equal_flops(tables[0].find("sparse").expect("a row")).map(|seeds| seeds.hard1().expect("some").to_string())
+        };
+        assert_eq!(sparse(&results), None, "nothing to compare with");
+        for (seed, loss) in [(1, 0.3), (2, 0.1)] {
+            let mut cell = cell("dense", seed, Some(loss));
+            cell.spec.budget = Budget::Flops;
+            results.cells.push(cell);
+        }
+        assert_eq!(sparse(&results).expect("two seeds"), "0.150 [0.100..0.200]", "the third seed has no part in it");
+        let tables = tables(&results);
+        let at = |name| tables[0].at_equal_flops(tables[0].find(name).expect("a row")).expect("seeds");
+        assert_eq!(at("dense").against(&at("sparse")).expect("two").to_string(), "*0.0500, 1 of 2*");
+    }
+
+    #[test]
     fn differences_are_seed_by_seed() {
         let results = results(&[
             ("base", &[Some(0.5), Some(1.0), Some(2.0), None]),
@@ -331,7 +384,7 @@ mod tests {
             ("alone", &[None, None, None, Some(1.0)]),
         ]);
         let tables = tables(&results);
-        let against = |name: &str| tables[0].find(name).expect("a row").against(tables[0].find("base").expect("a row"));
+        let against = |name: &str| tables[0].find(name).expect("a row").steps.against(&tables[0].find("base").expect("a row").steps);
         assert_eq!(against("better").expect("three").to_string(), "-0.500, 3 of 3");
         assert_eq!(against("mixed").expect("two").to_string(), "*-0.200, 1 of 2*", "the sign is not the same");
         assert_eq!(against("base").expect("itself").to_string(), "0, 0 of 3");

@@ -10,11 +10,11 @@ use super::{
     evaluate::Model,
     expert::ExpertShape,
     memory::Watermark,
-    metric::quantile,
     net::{Gradients, Means, Net, Shape},
     probe,
-    results::{CellResult, Curves, Duration, RouterGradient, brief, finite},
-    spec::{Budget, CellSpec},
+    record::{Record, Update},
+    results::{CellResult, finite},
+    spec::CellSpec,
     step::{Step, StepInput, step},
     task::{Batch, Task},
     teacher::Teacher,
@@ -34,14 +34,12 @@ use crate::{
 
 /// Largest norm of the router's gradient.
 const ROUTER_CLIP: f64 = 1.0;
-/// Test rows of a point of the curves, but for the last one, and of a probe.
+/// Test rows of a point of the curves, and of a probe.
 const POINT_ROWS: usize = 512;
 /// Training rows by which the teacher's experts are matched to regions.
 const MATCHING_ROWS: usize = 1024;
 /// Points at which the quality of the router's gradient is measured.
 const PROBES: usize = 5;
-/// Lines of remedies that a result keeps.
-const REMEDY_LINES: usize = 50;
 /// Tokens over which the monitor of collapse forgets.
 const MONITOR_WINDOW: usize = 4096;
 
@@ -60,6 +58,7 @@ pub struct Training<'a> {
     memory: Watermark,
     state: State,
     record: Record,
+    probes: Vec<probe::Quality>,
 }
 
 /// What a step changes.
@@ -75,10 +74,6 @@ struct State {
     average_loss: Option<f64>,
     /// Weight of what the estimator itself adds to the loss.
     own_weight: f64,
-    /// Updates done.
-    updates: usize,
-    /// Products of experts per row of a batch, summed over updates.
-    spent: f64,
 }
 
 impl State {
@@ -94,25 +89,6 @@ impl State {
             adam.renew(of(expert), of(donor));
         }
     }
-}
-
-/// What is noted down.
-#[derive(Default)]
-struct Record {
-    milliseconds: Vec<f64>,
-    /// Norm of the task's gradient at the router, per step.
-    norms: Vec<f64>,
-    /// Steps in `norms` at the last point.
-    norms_at_point: usize,
-    executed: usize,
-    products: f64,
-    rows: usize,
-    peak_bytes: Option<u64>,
-    curves: Curves,
-    probes: Vec<probe::Quality>,
-    remedies: Vec<String>,
-    remedy_actions: usize,
-    diverged: bool,
 }
 
 impl<'a> Training<'a> {
@@ -150,18 +126,16 @@ impl<'a> Training<'a> {
             treatment: Treatment::default(),
             average_loss: None,
             own_weight: own.regulariser(0, steps).initial_weight(),
-            updates: 0,
-            spent: 0.0,
             net,
         };
-        Ok(Self { spec, task, own, soft, losses, remedies, teacher, memory, state, record: Record::default() })
+        Ok(Self { spec, task, own, soft, losses, remedies, teacher, memory, state, record: Record::default(), probes: Vec::new() })
     }
 
     /// Trains to the end and measures. Returns the trained net too, for those who start from it.
     pub fn run(mut self) -> Result<(CellResult, Net)> {
-        let (test, rows) = (self.task.test(), self.task.test().part(0..POINT_ROWS));
+        let rows = self.task.test().part(0..POINT_ROWS);
         let (mut next_point, mut next_probe) = (0, 0);
-        while let Some(clock) = self.clock() {
+        while let Some(clock) = self.record.clock(self.spec) {
             if reached(clock, self.spec.size.steps, next_point, self.spec.size.points) {
                 self.note_point(clock, &rows);
                 next_point += 1;
@@ -176,19 +150,9 @@ impl<'a> Training<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        self.note_point(self.spec.size.steps, test);
-        let result = self.result()?;
-        Ok((result, self.state.net))
-    }
-
-    /// Where schedules stand, in steps of the full run; `None` at the end.
-    fn clock(&self) -> Option<usize> {
-        let steps = self.spec.size.steps;
-        let clock = match self.spec.budget {
-            Budget::Steps => self.state.updates,
-            Budget::Flops => (self.state.spent / cost::OF_A_ROW) as usize,
-        };
-        (clock < steps && self.state.updates < steps).then_some(clock)
+        self.note_point(self.spec.size.steps, &rows);
+        let measured = self.measured()?;
+        Ok((self.record.result(measured), self.state.net))
     }
 
     fn estimator(&self, clock: usize) -> Estimator {
@@ -213,14 +177,14 @@ impl<'a> Training<'a> {
     }
 
     fn draw(&self) -> Draw {
-        Draw::new(self.spec.seed, self.state.updates, 0)
+        Draw::new(self.spec.seed, self.record.updates, 0)
     }
 
     /// One update; false if something was not finite.
     fn advance(&mut self, clock: usize) -> Result<bool> {
         let started = cpu_time();
         let estimator = self.estimator(clock);
-        let batch = self.task.batch(self.state.updates, self.spec.size.batch);
+        let batch = self.task.batch(self.record.updates, self.spec.size.batch);
         let (Step { mut gradients, loss, router_x, z, routed, forward }, teacher_rows) = self.step(&estimator, &batch);
         let task_norm = norm(&gradients.router);
         if !(loss.is_finite() && task_norm.is_finite() && gradients.experts.iter().all(|g| g.is_finite())) {
@@ -261,13 +225,13 @@ impl<'a> Training<'a> {
 
         let rows = Rows { forward: forward.executed as u64, backward: gradients.rows as u64, teacher: teacher_rows as u64 };
         let products = rows.products(&estimator, routed.experts);
-        self.record.executed += forward.executed;
-        self.record.products += products;
-        self.record.rows += batch.rows();
-        self.record.norms.push(task_norm);
-        self.state.updates += 1;
-        self.state.spent += products / batch.rows().max(1) as f64;
-        self.record.milliseconds.push((cpu_time() - started).as_secs_f64() * 1e3);
+        self.record.update(Update {
+            rows: batch.rows() as u64,
+            executed: forward.executed as u64,
+            products,
+            norm: task_norm,
+            milliseconds: (cpu_time() - started).as_secs_f64() * 1e3,
+        });
         Ok(true)
     }
 
@@ -341,7 +305,7 @@ impl<'a> Training<'a> {
             .map(|term| self.state.treatment.balance_weight(term.weight.at(clock, self.spec.size.steps)))
             .fold(0.0, f64::max);
         let evidence = Evidence { scores: &preference.scores, bias: &self.state.bias, balance_weight };
-        for action in self.remedies.decide(&mut self.state.monitor, &evidence, &mut self.state.treatment, self.state.updates) {
+        for action in self.remedies.decide(&mut self.state.monitor, &evidence, &mut self.state.treatment, self.record.updates) {
             self.act(action);
         }
     }
@@ -352,10 +316,7 @@ impl<'a> Training<'a> {
         if let Action::Reinit { expert, donor, noise } = action {
             self.state.renew(&self.draw(), [expert, donor], noise);
         }
-        if self.record.remedies.len() < REMEDY_LINES {
-            self.record.remedies.push(format!("step {}: {action}", self.state.updates));
-        }
-        self.record.remedy_actions += 1;
+        self.record.remedy("", &action);
     }
 
     fn model<'m>(&'m self, estimator: &'m Estimator) -> Model<'m> {
@@ -366,23 +327,12 @@ impl<'a> Training<'a> {
     fn note_point(&mut self, clock: usize, rows: &Batch) {
         let estimator = self.estimator(clock);
         let point = self.model(&estimator).point(rows);
-        let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.number_at(name, clock, self.spec.size.steps));
-        let norms = &self.record.norms[self.record.norms_at_point..];
-        let grad_norm = if norms.is_empty() { None } else { brief(norms.iter().sum::<f64>() / norms.len() as f64) };
-        let curves = &mut self.record.curves;
-        curves.step.push(clock);
-        curves.loss.push(brief(point.soft));
-        curves.hard1.push(brief(point.hard));
-        curves.gap.push(point.apart.relative().and_then(brief));
-        curves.sharpness.push(sharpness.and_then(brief));
-        curves.grad_norm.push(grad_norm);
-        curves.load.push(point.load.into_iter().filter_map(brief).collect());
-        self.record.norms_at_point = self.record.norms.len();
+        self.record.point(point, &self.own, clock, self.spec.size.steps);
     }
 
     fn note_probe(&mut self, clock: usize, rows: &Batch) {
         let estimator = self.estimator(clock);
-        if !self.router_learns(clock) {
+        if !self.router_learns(clock) || self.spec.arm.changes_choice() {
             return;
         }
         let state = &self.state;
@@ -394,33 +344,20 @@ impl<'a> Training<'a> {
             average_loss: state.average_loss.unwrap_or(0.0),
             seed: self.spec.seed,
         });
-        self.record.probes.extend(quality);
+        self.probes.extend(quality);
     }
 
-    fn result(&self) -> Result<CellResult> {
+    /// The trained net on all test rows, and what its settings are.
+    fn measured(&self) -> Result<CellResult> {
         let estimator = self.estimator(self.spec.size.steps);
         let (test, model) = (self.task.test(), self.model(&estimator));
         let teacher = self.teacher.as_ref().map(|teacher| teacher.forward(test).y);
-        let record = &self.record;
-        let norms = &record.norms;
         Ok(CellResult {
             settings: self.spec.settings()?,
             validation: self.task.validation().and_then(|rows| finite(model.hard(rows, 1).loss)),
             trivial: self.task.trivial(),
-            router_grad: RouterGradient {
-                norm: if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) },
-                ..probe::summary(&record.probes)
-            },
-            executed_per_token: record.executed as f64 / record.rows.max(1) as f64,
-            executed_expected: cost::expected(self.spec, &estimator, self.state.updates),
-            products_per_token: record.products / record.rows.max(1) as f64,
-            step_ms: Duration { median: quantile(&record.milliseconds, 0.5), p90: quantile(&record.milliseconds, 0.9) },
-            peak_bytes: record.peak_bytes,
-            steps: self.state.updates,
-            diverged: record.diverged,
-            remedies: record.remedies.clone(),
-            remedy_actions: record.remedy_actions,
-            curves: record.curves.clone(),
+            router_grad: probe::summary(&self.probes),
+            executed_expected: cost::expected(self.spec, &estimator, self.record.updates),
             ..model.measure(test, teacher.as_deref())
         })
     }
@@ -437,7 +374,7 @@ mod tests {
     use crate::compare::{
         arms::arms,
         plan::RATE,
-        spec::{LAB_VERSION, Mode, Size, TaskName},
+        spec::{Budget, LAB_VERSION, Mode, Size, TaskName},
         task,
     };
 

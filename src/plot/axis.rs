@@ -104,8 +104,8 @@ impl Fitted {
             Scale::Log => {
                 let ticks = self.log_ticks(wanted);
                 let [low, high] = [self.low, self.high].map(|exponent| 10f64.powf(exponent));
-                // Within a part of a decade there are too few values of one digit.
-                if ticks.len() < 3 { self.linear_ticks(low, high, wanted) } else { ticks }
+                // Within a part of a decade there are too few values of one digit, and even steps look even enough.
+                if ticks.len() < 3 && self.high - self.low < 1.0 { self.linear_ticks(low, high, wanted) } else { ticks }
             }
         }
     }
@@ -120,9 +120,11 @@ impl Fitted {
     fn log_ticks(&self, wanted: usize) -> Vec<Tick> {
         let decades = self.high - self.low;
         let (first, last) = (self.low.floor() as i32, self.high.ceil() as i32);
+        // As many powers of ten as fit; from three on there is no need for anything between them.
+        let powers = (self.high + 1e-9).floor() - (self.low - 1e-9).ceil() + 1.0;
         let factors: &[f64] = if decades < 1.0 {
             &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0]
-        } else if decades < 2.5 {
+        } else if decades < 2.5 || powers < 3.0 {
             &[1.0, 2.0, 5.0]
         } else {
             &[1.0]
@@ -173,6 +175,11 @@ mod tests {
         assert_eq!(labels(&log, &[0.001, 10.0, -1.0, 0.0]), ["0.001", "0.01", "0.1", "1", "10"]);
         assert_eq!(labels(&log, &[0.85, 1.05]), ["0.85", "0.90", "0.95", "1.00", "1.05"]);
         assert_eq!(labels(&log, &[0.1, 2.0]), ["0.1", "0.2", "0.5", "1", "2"]);
+        assert_eq!(
+            labels(&log, &[0.0022, 0.87]),
+            ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5"],
+            "two powers of ten, none at the ends"
+        );
         assert_eq!(labels(&log, &[1e-10, 1.0]), ["1e\u{2212}10", "1e\u{2212}8", "1e\u{2212}6", "0.0001", "0.01", "1"]);
     }
 

@@ -110,6 +110,7 @@ fn what_cannot_be_is_said_before_a_folder_is_made() {
         (vec!["--seeds", "0"], "--seeds: must be at least 1"),
         (vec!["--seeds", "18446744073709551615"], "--seeds: must be at least 1 and at most 100"),
         (vec!["--arms", "dselect_k", "--tasks", "gradient"], "--arms: 'dselect_k' has no place in what is asked for"),
+        (vec!["--jobs", "18446744073709551615"], "--jobs: must be at most 256"),
         (vec!["--steps-scale", "0"], "--steps-scale: must be above 0"),
         (vec!["--config", &config], "mine.routing.temperature: 0 is no value for it"),
     ] {

@@ -8,13 +8,10 @@ use super::{
 };
 use crate::{
     compare::{
-        evaluate::{Point, load, missed_mass},
+        evaluate::{Point, load, missed_mass, of_classes},
         metric::{Confusion, Distance},
-        results::{ByRouting, CellResult, DomainLoss, Fidelity, Hardened, finite},
-        task::{
-            Targets,
-            targets::{argmax, divergence},
-        },
+        results::{ByRouting, CellResult, DomainLoss, Hardened, finite},
+        task::Targets,
     },
     error::{Error, Result},
     model::{Batch, Decoder, LogitRows},
@@ -162,7 +159,7 @@ impl Model<'_> {
             gini: worst(RoutingStats::gini),
             load_entropy: finite(stats().map(RoutingStats::load_entropy).fold(f64::INFINITY, f64::min)),
             router_entropy: if has_router { mean(stats().map(|stats| Some(stats.router_entropy()))) } else { None },
-            fidelity: teacher.map(|teacher| fidelity(teacher, &hard1.logits)),
+            fidelity: teacher.map(|teacher| of_classes(teacher, &hard1.logits, VOCABULARY)),
             ..CellResult::default()
         })
     }
@@ -215,13 +212,4 @@ fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
 fn mean_rows(rows: Vec<Vec<f64>>) -> Vec<f64> {
     let width = rows.first().map_or(0, Vec::len);
     (0..width).map(|i| rows.iter().filter_map(|row| row.get(i)).sum::<f64>() / rows.len() as f64).collect()
-}
-
-fn fidelity(teacher: &[f64], logits: &[f64]) -> Fidelity {
-    let mut unused = vec![0.0; VOCABULARY];
-    let rows = || logits.chunks_exact(VOCABULARY).zip(teacher.chunks_exact(VOCABULARY));
-    let kl: f64 = rows().map(|(student, teacher)| divergence(student, teacher, &mut unused)).sum();
-    let same = rows().filter(|(student, teacher)| argmax(student) == argmax(teacher)).count();
-    let share = |x: f64| finite(x / rows().count().max(1) as f64);
-    Fidelity { rel_l2: Distance::of(teacher, logits).relative(), kl: share(kl), agreement: share(same as f64) }
 }

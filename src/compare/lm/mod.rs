@@ -23,9 +23,9 @@ use super::{
     clock::cpu_time,
     cost::{self, Rows},
     memory::Watermark,
-    metric::quantile,
-    results::{CellResult, Curves, Duration, RouterGradient, finite},
-    spec::{Budget, CellSpec},
+    record::{Record, Update},
+    results::CellResult,
+    spec::CellSpec,
 };
 use crate::{
     error::Result,
@@ -38,22 +38,20 @@ use crate::{
     },
 };
 
-/// Test windows of a point of the curves, but for the last one: as many of each domain.
+/// Test windows of a point of the curves: as many of each domain.
 const POINT_WINDOWS: usize = 8;
 /// Training windows by which the teacher's experts are matched to domains.
 const MATCHING_WINDOWS: usize = 16;
-/// Lines of remedies that a result keeps.
-const REMEDY_LINES: usize = 50;
 
 /// Trains and measures the cell; writes the weights of a teacher into `cells`, and reads those of its own from there.
 pub fn run(spec: &CellSpec, cells: &Path) -> Result<CellResult> {
     let mut cell = Cell::new(spec, cells)?;
     cell.train()?;
-    let result = cell.result()?;
+    let measured = cell.measured()?;
     if spec.is_teacher() {
         teacher::write(cell.learner.model(), &spec.weights(cells)?)?;
     }
-    Ok(result)
+    Ok(cell.record.result(measured))
 }
 
 /// A cell while it trains.
@@ -69,27 +67,8 @@ struct Cell<'a> {
     own: RoutingPlan,
     teacher: Option<Decoder>,
     route: Option<Box<dyn FixedRoute>>,
-    updates: usize,
-    /// Products of experts per token and layer, summed over updates.
-    spent: f64,
     memory: Watermark,
     record: Record,
-}
-
-/// What is noted down.
-#[derive(Debug, Default)]
-struct Record {
-    milliseconds: Vec<f64>,
-    norms: Vec<f64>,
-    norms_at_point: usize,
-    executed: u64,
-    products: f64,
-    rows: u64,
-    peak_bytes: Option<u64>,
-    curves: Curves,
-    remedies: Vec<String>,
-    remedy_actions: usize,
-    diverged: bool,
 }
 
 impl<'a> Cell<'a> {
@@ -128,13 +107,13 @@ impl<'a> Cell<'a> {
         };
         let test = corpus.test(spec.size.test);
         let record = Record::default();
-        Ok(Self { spec, corpus, test, learner, decoder, own, teacher, route, updates: 0, spent: 0.0, memory, record })
+        Ok(Self { spec, corpus, test, learner, decoder, own, teacher, route, memory, record })
     }
 
     fn train(&mut self) -> Result<()> {
         let some = self.test.part(0..POINT_WINDOWS);
         let mut next = 0;
-        while let Some(clock) = self.clock() {
+        while let Some(clock) = self.record.clock(self.spec) {
             self.change_plan(clock)?;
             if next < self.spec.size.points && clock * self.spec.size.points >= next * self.spec.size.steps {
                 self.note_point(clock, &some)?;
@@ -146,18 +125,7 @@ impl<'a> Cell<'a> {
             }
         }
         self.record.peak_bytes = self.memory.growth();
-        let all = self.test.part(0..self.spec.size.test);
-        self.note_point(self.spec.size.steps, &all)
-    }
-
-    /// Where schedules stand, in steps of the full run; `None` at the end.
-    fn clock(&self) -> Option<usize> {
-        let steps = self.spec.size.steps;
-        let clock = match self.spec.budget {
-            Budget::Steps => self.updates,
-            Budget::Flops => (self.spent / cost::OF_A_ROW) as usize,
-        };
-        (clock < steps && self.updates < steps).then_some(clock)
+        self.note_point(self.spec.size.steps, &some)
     }
 
     /// After its share of the steps, experts learn alone.
@@ -173,7 +141,7 @@ impl<'a> Cell<'a> {
     /// One update; false if something was not finite.
     fn advance(&mut self, clock: usize) -> Result<bool> {
         let (started, size) = (cpu_time(), self.spec.size);
-        let windows = self.corpus.batch(self.spec.seed, self.updates, size.batch);
+        let windows = self.corpus.batch(self.spec.seed, self.record.updates, size.batch);
         let route = self.route.as_ref().map(|route| route.of(&windows));
         let arm = &self.spec.arm;
         let asked = arm.distill > 0.0 || arm.follows_router();
@@ -187,30 +155,21 @@ impl<'a> Cell<'a> {
             teacher: teacher.as_ref().map(|teacher| Distillation { logits: &teacher.logits, weight: arm.distill, routers: &routers }),
         };
         let report = self.learner.step(clock, text, rate(self.spec, clock))?;
-        self.note_step(&report, windows.inputs.len(), teacher.map_or(0, |teacher| teacher.executed()));
-        self.record.milliseconds.push((cpu_time() - started).as_secs_f64() * 1e3);
-        self.updates += 1;
+        for (layer, action) in &report.actions {
+            self.record.remedy(&format!(", layer {layer}"), action);
+        }
+        let update = self.update(&report, windows.inputs.len(), teacher.map_or(0, |teacher| teacher.executed()));
+        self.record.update(Update { milliseconds: (cpu_time() - started).as_secs_f64() * 1e3, ..update });
         Ok(report.lm_loss.is_finite() && report.outcome != Outcome::Skipped)
     }
 
     /// `teacher` are the rows that a teacher's experts ran.
-    fn note_step(&mut self, report: &StepReport, tokens: usize, teacher: u64) {
-        let rows = (tokens * report.layers.len()) as u64;
+    fn update(&self, report: &StepReport, tokens: usize, teacher: u64) -> Update {
         let executed: u64 = report.layers.iter().map(|stats| stats.executed).sum();
         // Whatever the decoder runs it differentiates, also where the weight is 0.
         let products = Rows { forward: executed, backward: executed, teacher }.products(&report.estimator, self.spec.task.experts());
-        self.spent += products / rows.max(1) as f64;
-        let record = &mut self.record;
-        record.executed += executed;
-        record.products += products;
-        record.rows += rows;
-        record.norms.push(report.task_gradient);
-        record.remedy_actions += report.actions.len();
-        for (layer, action) in &report.actions {
-            if record.remedies.len() < REMEDY_LINES {
-                record.remedies.push(format!("step {}, layer {layer}: {action}", self.updates));
-            }
-        }
+        let rows = (tokens * report.layers.len()) as u64;
+        Update { rows, executed, products, norm: report.task_gradient, milliseconds: 0.0 }
     }
 
     fn model(&self, clock: usize) -> Model<'_> {
@@ -224,46 +183,19 @@ impl<'a> Cell<'a> {
     }
 
     fn note_point(&mut self, clock: usize, windows: &Windows) -> Result<()> {
-        let model = self.model(clock);
-        let point = model.point(windows)?;
-        let steps = self.spec.size.steps;
-        let sharpness = ["temperature", "width"].iter().find_map(|name| self.own.estimator.number_at(name, clock, steps));
-        let norms = &self.record.norms[self.record.norms_at_point..];
-        let grad_norm = if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) };
-        let curves = &mut self.record.curves;
-        curves.step.push(clock);
-        curves.loss.push(finite(point.soft));
-        curves.hard1.push(finite(point.hard));
-        curves.gap.push(point.apart.relative());
-        curves.sharpness.push(sharpness);
-        curves.grad_norm.push(grad_norm);
-        curves.load.push(point.load);
-        self.record.norms_at_point = self.record.norms.len();
+        let point = self.model(clock).point(windows)?;
+        self.record.point(point, &self.own.estimator, clock, self.spec.size.steps);
         Ok(())
     }
 
-    fn result(&self) -> Result<CellResult> {
-        let steps = self.spec.size.steps;
+    /// The trained model on all test windows, and what its settings are.
+    fn measured(&self) -> Result<CellResult> {
         let teacher = self.teacher.as_ref().map(|teacher| teacher::soft(teacher, &self.test)).transpose()?;
-        let model = self.model(steps);
-        let (record, norms) = (&self.record, &self.record.norms);
+        let model = self.model(self.spec.size.steps);
         Ok(CellResult {
             settings: self.spec.settings()?,
             trivial: self.corpus.trivial(&self.test),
-            router_grad: RouterGradient {
-                norm: if norms.is_empty() { None } else { finite(norms.iter().sum::<f64>() / norms.len() as f64) },
-                ..RouterGradient::default()
-            },
-            executed_per_token: record.executed as f64 / record.rows.max(1) as f64,
-            executed_expected: cost::expected(self.spec, &model.estimator, self.updates),
-            products_per_token: record.products / record.rows.max(1) as f64,
-            step_ms: Duration { median: quantile(&record.milliseconds, 0.5), p90: quantile(&record.milliseconds, 0.9) },
-            peak_bytes: record.peak_bytes,
-            steps: self.updates,
-            diverged: record.diverged,
-            remedies: record.remedies.clone(),
-            remedy_actions: record.remedy_actions,
-            curves: record.curves.clone(),
+            executed_expected: cost::expected(self.spec, &model.estimator, self.record.updates),
             ..model.measure(&self.test, teacher.as_ref().map(|teacher| &teacher.logits[..]))?
         })
     }

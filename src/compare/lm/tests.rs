@@ -5,8 +5,8 @@ use std::path::Path;
 use super::*;
 use crate::compare::{
     arms::arms,
-    results::Expected,
-    spec::{LAB_VERSION, Mode, Size, TaskName},
+    results::{CellResult, Expected},
+    spec::{Budget, LAB_VERSION, Mode, Size, TaskName},
 };
 
 fn spec(arm: Arm, mode: Mode, steps: usize) -> CellSpec {
@@ -20,7 +20,7 @@ fn named(mode: Mode, name: &str) -> Arm {
 }
 
 fn untimed(mut result: CellResult) -> CellResult {
-    result.step_ms = Duration::default();
+    result.step_ms = Default::default();
     result.peak_bytes = None;
     result
 }
@@ -33,7 +33,7 @@ fn every_arm_runs_as_many_experts_as_it_says() {
         assert!(!result.diverged && result.steps == 2, "{name}");
         assert!(result.loss.train.is_some() && result.loss.hard1.is_some(), "{name}: {:?}", result.loss);
         let (end, all) = (result.curves.hard1.last().copied().flatten().unwrap(), result.loss.hard1.unwrap());
-        assert!((end - all).abs() < 1e-9 * all, "{name}: curves end at the figures of the tables: {end}, {all}");
+        assert!((end - all).abs() < 1e-4 * all, "{name}: points of the curves are of all windows, where there are so few: {end}, {all}");
         let by_domain = result.domains.iter().filter_map(|of| of.loss.hard1).sum::<f64>() / result.domains.len() as f64;
         assert!((by_domain - all).abs() < 1e-9 * all, "{name}: domains have equally many windows: {by_domain}, {all}");
         match result.executed_expected {

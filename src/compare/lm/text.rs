@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use crate::compare::random::Random;
+use crate::compare::{
+    data::{CODE, PROSE, RECORDS},
+    random::Random,
+};
 
 /// Bytes of a window.
 pub(super) const LENGTH: usize = 64;
@@ -37,10 +40,7 @@ pub(super) struct Windows {
 impl Corpus {
     /// The text is the same for every seed.
     pub(super) fn new() -> Self {
-        let prose = include_bytes!("../../../models/demo/data/heldout.txt").to_vec();
-        let code = include_bytes!("../data/code.txt").to_vec();
-        let records = include_bytes!("../data/records.txt").to_vec();
-        Self { domains: [prose, code, records, arithmetic()] }
+        Self { domains: [PROSE.to_vec(), CODE.to_vec(), RECORDS.to_vec(), arithmetic()] }
     }
 
     fn part(&self, domain: usize, test: bool) -> &[u8] {

@@ -1,12 +1,13 @@
 //! Values over the run.
 
-use super::{BELOW_BEST, Drawn, WIDTH, curve, picture};
+use super::{BELOW_BEST, Drawn, GAP, ROUTER_GRADIENT, WIDTH, curve, picture};
 use crate::{
     compare::{
         arm::Route,
         results::CellResult,
         table::{Runs, Spread, Table},
     },
+    moe::estimator::catalog,
     plot::{Axis, Chart, Colour, Dash, Figure, Form, Legend, Panel, Series},
 };
 
@@ -42,8 +43,8 @@ pub(super) fn losses(table: &Table<'_>) -> Drawn {
     let (low, high) = window(&curves)?;
     let axis = Axis::log("test loss / best constant prediction").from_to(low, high);
     let caption = format!(
-        "Test loss of task `{0}` under hard top-1 over the run, in units of the best constant prediction, on a part of the test rows and at the end on all: the ends are the figures \
-         of the table. Medians over seeds of the {CURVES} best estimators and (dashed) the controls; the tint is from the best to the worst seed \
+        "Test loss of task `{0}` under hard top-1 over the run, in units of the best constant prediction, on a part of the test rows, so that the ends are near the figures \
+         of the table and not the same. Medians over seeds of the {CURVES} best estimators and (dashed) the controls; the tint is from the best to the worst seed \
          of the best one. The axis leaves out the first tenth of the run, and what is below {BELOW_BEST} of the best estimator.",
         table.task.id()
     );
@@ -79,7 +80,12 @@ type Way = (String, Vec<(f64, f64)>);
 
 /// What hardening changes against the temperature in force, over the run.
 pub(super) fn gap(table: &Table<'_>) -> Drawn {
-    let shown: Vec<Way> = table.estimators.iter().map(|runs| (runs.label(), hardening(runs))).filter(|way| !way.1.is_empty()).collect();
+    // Of others what sharpens is a width, which is no temperature.
+    let has_temperature = |runs: &&Runs<'_>| {
+        catalog::find(&runs.arm.estimator.name).is_some_and(|row| row.params.iter().any(|param| param.name == "temperature"))
+    };
+    let ways = table.estimators.iter().filter(has_temperature).map(|runs| (runs.label(), hardening(runs)));
+    let shown: Vec<Way> = ways.filter(|way| !way.1.is_empty()).collect();
     let (moving, still): (Vec<Way>, Vec<Way>) = shown.into_iter().partition(|(_, points)| points.iter().any(|at| at.0 != points[0].0));
     let end = |points: &[(f64, f64)]| points.last().copied().into_iter().collect::<Vec<_>>();
     let grey = Colour::new([190; 3]);
@@ -99,18 +105,18 @@ pub(super) fn gap(table: &Table<'_>) -> Drawn {
     }
     let chart = Chart {
         title: "temperature against gap, task equal".into(),
-        x: Axis::log("temperature (or width of the kernel) in force"),
+        x: Axis::log("temperature in force"),
         y: Axis::log("‖y − y hard top-1‖ / ‖y‖"),
         series,
         legend: Legend::Right,
     };
     let caption = format!(
         "What hardening changes over the runs of task `equal`, which go from the right to a dot at their end: relative L2 distance between the outputs \
-         of the training routing and of hard top-1 against the temperature (or width) in force, medians over seeds. Named: of the estimators whose \
+         of the training routing and of hard top-1 against the temperature in force, medians over seeds. Named: of the estimators whose \
          temperature changes, the {CURVES} with the lowest loss, in the order of their ends. Grey: the others, those of a constant temperature as a \
          dot at their end."
     );
-    Some((picture("gap-temperature", caption, table), single(chart)))
+    Some((picture(GAP, caption, table), single(chart)))
 }
 
 /// (temperature, gap) in the order of the run, medians over seeds.
@@ -135,7 +141,7 @@ pub(super) fn router_gradient(table: &Table<'_>) -> Drawn {
         "Norm of the task's gradient at the router's weights, task `equal`: medians over seeds of the {CURVES} best estimators, the tint from the \
          least to the largest seed of the best one. Estimators whose router gets no gradient at all have no curve."
     );
-    Some((picture("router-gradient", caption, table), single(chart)))
+    Some((picture(ROUTER_GRADIENT, caption, table), single(chart)))
 }
 
 /// The first of the arms in turn the colours of the palette.

@@ -3,7 +3,7 @@
 mod curves;
 mod rows;
 
-use std::path::Path;
+use std::{fs, io, path::Path};
 
 use super::{
     results::{CellResult, Results},
@@ -11,7 +11,7 @@ use super::{
     table::{Runs, Spread, Table, tables},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     plot::{ColourBar, Figure, HeatMap, Panel},
 };
 
@@ -33,9 +33,15 @@ type Drawn = Option<(Picture, Figure)>;
 
 /// Width of a picture, pixels.
 const WIDTH: f64 = 880.0;
-/// Estimators whose load is shown, and what is done for it; suffixes of arms.
-const TREATED: [&str; 3] = ["onehot", "raw_topk", "ste"];
-const TREATMENTS: [&str; 5] = ["", "+switch", "+bias", "+reinit", "+remedies"];
+/// Arms whose load over the run is shown: a row for each estimator, a column for each of what is done for it; by suffixes.
+struct Shown {
+    estimators: &'static [&'static str],
+    treatments: &'static [&'static str],
+}
+
+const COLLAPSED: Shown =
+    Shown { estimators: &["onehot", "raw_topk", "ste"], treatments: &["", "+switch", "+bias", "+reinit", "+remedies"] };
+const TEXT: Shown = Shown { estimators: &["raw_topk", "ste"], treatments: &["", "+switch", "+bias"] };
 /// Arms that are much better than all estimators, as an oracle may be, are beyond the axis of losses, which ends at this
 /// share of the best estimator's.
 const BELOW_BEST: f64 = 0.3;
@@ -50,8 +56,36 @@ pub fn draw(results: &Results, folder: &Path) -> Result<Vec<Picture>> {
         figure.save(&folder.join(&picture.stem))?;
         pictures.push(picture);
     }
+    remove_stale(folder, &pictures)?;
     Ok(pictures)
 }
+
+/// Removes what earlier runs with other tasks drew: the report would not speak of it. Files of other names stay.
+fn remove_stale(folder: &Path, pictures: &[Picture]) -> Result<()> {
+    for stem in stems().filter(|stem| pictures.iter().all(|picture| picture.stem != *stem)) {
+        for extension in ["svg", "png"] {
+            let path = folder.join(format!("{stem}.{extension}"));
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io(&path, error)),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every name that a picture may have.
+fn stems() -> impl Iterator<Item = String> {
+    let of_task = |task: TaskName| ["loss", "cost", "load", "fidelity"].map(|kind| format!("{kind}-{}", task.id()));
+    let others = [GAP, ROUTER_GRADIENT, ALONG, ONE_TOKEN].map(str::to_owned);
+    TaskName::ALL.into_iter().flat_map(of_task).chain(others)
+}
+
+/// Names of the pictures that are there once.
+const GAP: &str = "gap-temperature";
+const ROUTER_GRADIENT: &str = "router-gradient";
+const ALONG: &str = "gradient-quality-equal";
+const ONE_TOKEN: &str = "gradient-quality";
 
 fn of_table(table: &Table<'_>) -> Vec<Drawn> {
     match (table.mode, table.task) {
@@ -59,7 +93,8 @@ fn of_table(table: &Table<'_>) -> Vec<Drawn> {
         (_, TaskName::Equal) => {
             vec![curves::losses(table), rows::cost(table), curves::gap(table), curves::router_gradient(table), rows::along_the_run(table)]
         }
-        (_, TaskName::Collapsed) => vec![curves::losses(table), loads(table)],
+        (_, TaskName::Collapsed) => vec![curves::losses(table), loads(table, &COLLAPSED)],
+        (_, TaskName::Text) => vec![curves::losses(table), rows::cost(table), loads(table, &TEXT)],
         _ => vec![curves::losses(table), rows::cost(table)],
     }
 }
@@ -69,8 +104,8 @@ fn picture(stem: &str, caption: impl Into<String>, table: &Table<'_>) -> Picture
 }
 
 /// Load of each expert over the run, one map for each arm, of the first seed: a row for each estimator, untreated first.
-fn loads(table: &Table<'_>) -> Drawn {
-    let experts = table.task.experts() as f64;
+fn loads(table: &Table<'_>, shown: &Shown) -> Drawn {
+    let (task, experts) = (table.task.id(), table.task.experts() as f64);
     let map = |name: String| {
         let (_, result) = table.find(&name)?.steps.sound.first()?;
         Some(Panel::Heat(HeatMap {
@@ -82,15 +117,22 @@ fn loads(table: &Table<'_>) -> Drawn {
             most: experts / 2.0,
         }))
     };
-    let row = |estimator: &str| TREATMENTS.map(|treatment| map(format!("{estimator}{treatment}")));
-    let panels: Vec<Panel> = TREATED.into_iter().flat_map(row).flatten().collect();
+    let row = |estimator: &&str| shown.treatments.iter().map(|treatment| map(format!("{estimator}{treatment}"))).collect::<Vec<_>>();
+    let panels: Vec<Panel> = shown.estimators.iter().flat_map(row).flatten().collect();
     let bar = Some(ColourBar { label: "load / fair share".into(), most: experts / 2.0 });
-    let title = "load of each expert, task collapsed".into();
-    let columns = TREATMENTS.len();
+    let title = format!("load of each expert, task {task}");
+    let columns = shown.treatments.len();
     let figure = Figure { title, panel: ((WIDTH - 64.0) / columns as f64, 172.0), columns, panels, bar };
-    let caption = "Share of the tokens that hard top-1 gives each expert over the run, times the number of experts (1 is fair), first seed of task \
-                   `collapsed`, in which expert 0 starts far ahead. The darkest colour is half of all tokens.";
-    (!figure.panels.is_empty()).then(|| (picture("load-collapsed", caption, table), figure))
+    let note = match table.task {
+        TaskName::Collapsed => ", in which expert 0 starts far ahead",
+        TaskName::Text => ", in the first layer that has experts",
+        _ => "",
+    };
+    let caption = format!(
+        "Share of the tokens that hard top-1 gives each expert over the run, times the number of experts (1 is fair), first seed of task `{task}`{note}. \
+         The darkest colour is half of all tokens."
+    );
+    (!figure.panels.is_empty()).then(|| (picture(&format!("load-{task}"), caption, table), figure))
 }
 
 /// A value over the steps, spread over the seeds.

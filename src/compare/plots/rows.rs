@@ -1,9 +1,9 @@
 //! A row for each arm: what a scatter plot of dozens of arms would hide.
 
-use super::{BELOW_BEST, Drawn, Picture, WIDTH, picture};
+use super::{ALONG, BELOW_BEST, Drawn, ONE_TOKEN, Picture, WIDTH, picture};
 use crate::{
     compare::{
-        quality::{Bias, OneToken, Quality, along, one_token as measured},
+        quality::{Bias, Quality, along, cross_entropy, one_token as measured, quadratic},
         results::{GradientQuality, GradientResult, Results},
         spec::{Mode, TaskName},
         table::{Runs, Spread, Table},
@@ -93,25 +93,24 @@ pub(super) fn along_the_run(table: &Table<'_>) -> Drawn {
     let caption = format!(
         "Quality of the router's gradient over the runs of task `equal`, against the exact gradient of the expected loss by enumeration: {QUALITY}"
     );
-    Some((picture("gradient-quality-equal", caption, table), figure(plot)?))
+    Some((picture(ALONG, caption, table), figure(plot)?))
 }
 
 /// Quality of the gradient of one token.
 pub(super) fn one_token(results: &Results) -> Drawn {
     let mut rows = measured(results);
-    let of = |row: &OneToken<'_>, loss: fn(&GradientResult) -> GradientQuality| row.quality(loss);
-    rows.retain(|row| of(row, |result| result.quadratic).is_some());
-    let key = |row: &OneToken<'_>| of(row, |result| result.quadratic).map_or(f64::INFINITY, |quality| quality.bias.most());
-    rows.sort_by(|a, b| key(a).total_cmp(&key(b)));
+    rows.retain(|row| row.quality(quadratic).is_some());
     let column = |dot: fn(Quality) -> Dot| {
-        let dots = |loss: fn(&GradientResult) -> GradientQuality| rows.iter().map(|row| of(row, loss).map(dot)).collect();
-        vec![series("squared error", 0, dots(|result| result.quadratic)), series("cross-entropy", 1, dots(|result| result.cross_entropy))]
+        let dots = |loss: fn(&GradientResult) -> GradientQuality| rows.iter().map(|row| row.quality(loss).map(dot)).collect();
+        vec![series("squared error", 0, dots(quadratic)), series("cross-entropy", 1, dots(cross_entropy))]
     };
     let columns = vec![DotColumn { axis: Axis::log(BIAS), series: column(bias) }, DotColumn { axis: Axis::log(STD), series: column(std) }];
     let names = rows.iter().map(|row| row.arm().name.clone()).collect();
     let plot = DotPlot { title: "gradient of one token against the exact one".into(), set_off: rows.len(), names, columns };
-    let caption = format!("Quality of the gradient of one token, by enumeration: {QUALITY}");
-    let picture = Picture { stem: "gradient-quality".into(), caption, task: TaskName::Gradient, mode: Mode::Scratch };
+    let caption = format!(
+        "Quality of the gradient of one token, by enumeration: {QUALITY} Dots are medians over the problems, lines go from the first to the third quartile."
+    );
+    let picture = Picture { stem: ONE_TOKEN.into(), caption, task: TaskName::Gradient, mode: Mode::Scratch };
     Some((picture, figure(plot)?))
 }
 
@@ -121,13 +120,17 @@ const QUALITY: &str = "relative bias, without the noise of its measurement, and 
 
 fn bias(quality: Quality) -> Dot {
     match quality.bias {
-        Bias::Seen(bias) => Dot::At { middle: bias, low: bias, high: bias },
+        Bias::Seen(middle) => {
+            let [low, high] = quality.quartiles.map_or([middle; 2], |of| of.bias.map(Bias::most));
+            Dot::At { middle, low, high }
+        }
         Bias::BelowFloor(floor) => Dot::Below(floor),
     }
 }
 
 fn std(quality: Quality) -> Dot {
-    Dot::At { middle: quality.std, low: quality.std, high: quality.std }
+    let [low, high] = quality.quartiles.map_or([quality.std; 2], |of| of.std);
+    Dot::At { middle: quality.std, low, high }
 }
 
 fn series(name: &str, colour: usize, dots: Vec<Option<Dot>>) -> DotSeries {

@@ -1,6 +1,6 @@
 //! Perplexities by domain, for text.
 
-use super::{heading, line, or_dash, rule, tables::named};
+use super::{framed, line, or_dash, tables::named};
 use crate::compare::{
     results::{ByRouting, CellResult},
     spec::TaskName,
@@ -20,13 +20,10 @@ pub(super) fn block(table: &Table<'_>) -> String {
         let own = |domain: &&str| perplexity(runs, |result| Some(result.domains.iter().find(|of| of.domain == **domain)?.loss));
         line([named(runs), all].into_iter().chain(domains.iter().map(own)))
     };
-    let rows = |runs: &[Runs<'_>]| runs.iter().map(row).collect::<String>();
-    let controls = if table.controls.is_empty() { String::new() } else { rule("*controls*", titles.len()) + &rows(&table.controls) };
     format!(
         "### Perplexity\n\nPer byte under hard top-1, medians; in brackets what hardening costs: how much more that is than under the training \
-         routing.\n\n{}{}{controls}\n",
-        heading(&titles),
-        rows(&table.estimators)
+         routing.\n\n{}",
+        framed(table, &titles, row)
     )
 }
 

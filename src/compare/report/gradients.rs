@@ -2,42 +2,28 @@
 
 use super::{heading, line, or_dash};
 use crate::compare::{
-    quality::{OneToken, Quality, one_token},
-    results::{GradientQuality, GradientResult, Results},
+    quality::{OneToken, Quality, cross_entropy, one_token, quadratic},
+    results::Results,
     spec::TaskName,
     table::figure,
 };
 
 /// The section; it says so if its cells were not run.
 pub(super) fn section(results: &Results) -> String {
-    let mut arms = one_token(results);
+    let arms = one_token(results);
     let title = "## Gradients of one token\n\n";
     let Some(size) = arms.first().map(|arm| arm.spec.size) else {
         return format!("{title}Not run: the task `{}` was not asked for.\n\n", TaskName::Gradient.id());
     };
-    arms.sort_by(|a, b| distance(a).total_cmp(&distance(b)));
     let rows = arms.iter().map(row).collect::<String>();
     format!(
         "{title}{} experts with fixed outputs, everything enumerated; {} random problems, {} draws each of an estimator that draws. Medians over the \
-         problems, for squared error / cross-entropy; least bias first.\n\n{}{rows}\n",
+         problems with [first..third quartile], for squared error / cross-entropy; least bias first.\n\n{}{rows}\n",
         TaskName::Gradient.experts(),
         size.test,
         size.batch,
         heading(&["arm", "in force", "relative bias", "cosine", "relative std of one draw"]),
     )
-}
-
-/// By what rows are sorted; what was not measured is last.
-fn distance(arm: &OneToken<'_>) -> f64 {
-    arm.quality(quadratic).map_or(f64::INFINITY, |quality| quality.bias.most())
-}
-
-fn quadratic(result: &GradientResult) -> GradientQuality {
-    result.quadratic
-}
-
-fn cross_entropy(result: &GradientResult) -> GradientQuality {
-    result.cross_entropy
 }
 
 fn row(arm: &OneToken<'_>) -> String {
@@ -50,10 +36,18 @@ fn row(arm: &OneToken<'_>) -> String {
     line([
         name,
         in_force(arm),
-        pair(|quality| Some(quality.bias.to_string())),
+        pair(|quality| Some(ranging(quality.bias.to_string(), quality.quartiles.map(|of| of.bias.map(|bias| figure(bias.most())))))),
         pair(|quality| quality.cosine.map(figure)),
-        pair(|quality| Some(figure(quality.std))),
+        pair(|quality| Some(ranging(figure(quality.std), quality.quartiles.map(|of| of.std.map(figure))))),
     ])
+}
+
+/// With its quartiles, where they are apart.
+fn ranging(middle: String, quartiles: Option<[String; 2]>) -> String {
+    match quartiles {
+        Some([low, high]) if low != high => format!("{middle} [{low}..{high}]"),
+        _ => middle,
+    }
 }
 
 /// Where schedules stand.

@@ -1,14 +1,14 @@
 //! The table of the four questions: fidelity, stability, cost, needs.
 
 use super::{
-    NOTHING, heading, line, listed, median, or_dash, rule,
+    heading, line, listed, median, or_dash, rule,
     tables::{RAW, as_expected},
 };
 use crate::{
     compare::{
         results::CellResult,
         spec::{Mode, TaskName},
-        table::{Runs, Seeds, Spread, Table, figure},
+        table::{Runs, Seeds, Spread, Table, figure, rough},
     },
     moe::estimator::{EstimatorSpec, Purpose},
 };
@@ -31,19 +31,33 @@ type Column = (&'static str, fn(&Field<'_>, &Arm<'_>) -> String);
 /// A loss below is solved: how far below is the optimizer's, and would rule a mean.
 const SOLVED: f64 = 1e-3;
 
-const COLUMNS: [Column; 11] = [
+const COLUMNS: [Column; 14] = [
     ("arm", |_, arm| arm.named()),
-    ("mean rank [best..worst]", |field, arm| field.ranks(arm).map_or(NOTHING.to_owned(), |ranks| ranks.to_string())),
-    ("hard top-1, geometric mean", |_, arm| figure(arm.loss())),
-    ("**fidelity**: gap, median task", |_, arm| median(arm.gap())),
-    ("gap, worst task", |_, arm| or_dash(arm.gap().map(|gap| figure(gap.high)))),
+    ("mean rank [best..worst]", |field, arm| or_dash(field.ranks(arm, at_equal_steps).map(|ranks| ranks.to_string()))),
+    ("hard top-1, geometric mean", |_, arm| or_dash(arm.loss(at_equal_steps).map(figure))),
+    ("**fidelity**: rel. L2, median task", |_, arm| median(arm.moved())),
+    ("worst task", |_, arm| or_dash(arm.moved().map(|moved| figure(moved.high)))),
+    ("loss gap, worst task", |_, arm| or_dash(arm.gap().map(|gap| figure(gap.high)))),
     ("**stability**: worst seed / median", |_, arm| or_dash(arm.worst_seed().map(figure))),
     ("gradient std, median task", |_, arm| median(arm.over_tasks(|result| result.router_grad.std))),
     ("**cost**: experts/token of 8", |_, arm| median(arm.executed_of_8())),
-    ("step / `raw_topk`'s", |_, arm| median(arm.step())),
-    ("peak MiB, worst task", |_, arm| or_dash(arm.over_tasks(CellResult::peak_mib).map(|peak| figure(peak.high)))),
+    ("at equal expert-FLOPs: mean rank", |field, arm| or_dash(field.ranks(arm, at_equal_flops).map(|ranks| ranks.to_string()))),
+    ("geometric mean", |_, arm| or_dash(arm.loss(at_equal_flops).map(figure))),
+    ("step / `raw_topk`'s", |_, arm| or_dash(arm.step().map(|step| step.roughly()))),
+    ("peak MiB, worst task", |_, arm| or_dash(arm.over_tasks(CellResult::peak_mib).map(|peak| rough(peak.high)))),
     ("**needs**", |_, arm| arm.needs()),
 ];
+
+/// The runs of an arm that count, of those that it has in a task.
+type Budgeted = for<'a> fn(&Table<'a>, &Runs<'a>) -> Option<Seeds<'a>>;
+
+fn at_equal_steps<'a>(_: &Table<'a>, runs: &Runs<'a>) -> Option<Seeds<'a>> {
+    Some(runs.steps.clone())
+}
+
+fn at_equal_flops<'a>(table: &Table<'a>, runs: &Runs<'a>) -> Option<Seeds<'a>> {
+    table.at_equal_flops(runs)
+}
 
 /// The section; empty without a task.
 pub(super) fn write(tables: &[Table<'_>]) -> String {
@@ -59,7 +73,9 @@ pub(super) fn write(tables: &[Table<'_>]) -> String {
         "## The four questions\n\nArms that ran on every one of the tasks {names}, from scratch, at equal steps. They are ordered by their mean rank \
          (rank by hard top-1 within each task, ties shared), because that gives every task one voice: a mean of losses is ruled by the tasks on which \
          losses differ by factors. Ranks in turn do not know small differences from large ones: whether an arm is better than its neighbour is in the \
-         paired differences of each task. Losses below {SOLVED} count as {SOLVED} here. Task `{}` is no vote: it begins broken.\n\n{}{}{}{}\n{}{}",
+         paired differences of each task. Losses below {SOLVED} count as {SOLVED} here. Task `{}` is no vote: it begins broken. \
+         Fidelity is how far hardening moves the outputs; a loss gap near 0 does not tell that they stay. What an arm gets for what its steps cost is \
+         in the columns at equal expert-FLOPs.\n\n{}{}{}{}\n{}{}",
         TaskName::Collapsed.id(),
         heading(&titles),
         rows(estimators),
@@ -93,12 +109,13 @@ impl<'a> Field<'a> {
     }
 
     /// Ranks of an arm in its tasks, among the estimators that have one in every task.
-    fn ranks(&self, arm: &Arm<'_>) -> Option<Ranks> {
+    fn ranks(&self, arm: &Arm<'_>, budgeted: Budgeted) -> Option<Ranks> {
         let of = |(table, runs): &(&Table<'_>, &Runs<'_>)| {
+            let standing = |runs: &Runs<'_>| budgeted(table, runs).map(|seeds| seeds.standing());
             let others = self.arms.iter().filter(|other| self.is_whole(other) && !other.is_control() && other.name != arm.name);
-            let standings = others.filter_map(|other| Some(table.find(other.name)?.standing()));
-            let own = runs.standing();
-            standings.fold(1.0, |rank, other| {
+            let own = standing(runs)?;
+            let standings = others.filter_map(|other| standing(table.find(other.name)?));
+            Some(standings.fold(1.0, |rank, other| {
                 rank + if other < own {
                     1.0
                 } else if other == own {
@@ -106,16 +123,17 @@ impl<'a> Field<'a> {
                 } else {
                     0.0
                 }
-            })
+            }))
         };
-        let ranks: Vec<f64> = arm.places.iter().map(of).collect();
+        let ranks: Vec<f64> = arm.places.iter().map(of).collect::<Option<_>>()?;
         let mean = ranks.iter().sum::<f64>() / ranks.len() as f64;
         Spread::of(ranks.into_iter()).map(|spread| Ranks { mean, best: spread.low, worst: spread.high })
     }
 
     fn sorted<'b>(&self, mut arms: Vec<&'b Arm<'b>>) -> Vec<&'b Arm<'b>> {
-        let rank = |arm: &Arm<'_>| self.ranks(arm).map_or(f64::INFINITY, |ranks| ranks.mean);
-        arms.sort_by(|a, b| rank(a).total_cmp(&rank(b)).then(a.loss().total_cmp(&b.loss())));
+        let rank = |arm: &Arm<'_>| self.ranks(arm, at_equal_steps).map_or(f64::INFINITY, |ranks| ranks.mean);
+        let loss = |arm: &Arm<'_>| arm.loss(at_equal_steps).unwrap_or(f64::INFINITY);
+        arms.sort_by(|a, b| rank(a).total_cmp(&rank(b)).then(loss(a).total_cmp(&loss(b))));
         arms
     }
 
@@ -187,13 +205,16 @@ impl Arm<'_> {
         Spread::of(self.places.iter().filter_map(|(_, runs)| Some(runs.steps.spread(&value)?.median)))
     }
 
-    /// Geometric mean over tasks. Endless without a figure.
-    fn loss(&self) -> f64 {
-        let losses: Vec<f64> = self.places.iter().filter_map(|(_, runs)| Some(runs.steps.hard1()?.median)).collect();
-        match losses.is_empty() {
-            true => f64::INFINITY,
-            false => (losses.iter().map(|loss| loss.max(SOLVED).ln()).sum::<f64>() / losses.len() as f64).exp(),
-        }
+    /// Geometric mean over tasks; `None` without a figure in one of them.
+    fn loss(&self, budgeted: Budgeted) -> Option<f64> {
+        let of = |(table, runs): &(&Table<'_>, &Runs<'_>)| Some(budgeted(table, runs)?.hard1()?.median.max(SOLVED).ln());
+        let losses: Vec<f64> = self.places.iter().map(of).collect::<Option<_>>()?;
+        Some((losses.iter().sum::<f64>() / losses.len() as f64).exp())
+    }
+
+    /// How far hard top-1 moves the outputs of the training routing.
+    fn moved(&self) -> Option<Spread> {
+        self.over_tasks(|result| result.rel_l2.hard1)
     }
 
     fn gap(&self) -> Option<Spread> {

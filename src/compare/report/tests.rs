@@ -8,7 +8,8 @@ use crate::{
         arm::{Arm, Route},
         plots,
         results::{
-            ByRouting, CellRecord, CellResult, Curves, DomainLoss, Fidelity, GradientQuality, GradientResult, Machine, RESULTS_VERSION,
+            By, ByRouting, CellRecord, CellResult, Curves, DomainLoss, Fidelity, GradientQuality, GradientResult, Hardened, Machine,
+            RESULTS_VERSION,
         },
         spec::{Budget, CellSpec, LAB_VERSION, Size},
     },
@@ -26,7 +27,12 @@ fn arm(name: &str, k: Option<usize>) -> Arm {
 fn cell(task: TaskName, mode: Mode, arm: &Arm, seed: u64, outcome: Outcome) -> CellRecord {
     let size = Size { steps: 100, batch: 8, test: 8, points: 3, rate: 0.01 };
     let spec = CellSpec { lab: LAB_VERSION, task, mode, budget: Budget::Steps, arm: arm.clone(), seed, size, teacher_size: None };
-    CellRecord { spec, outcome }
+    CellRecord::new(spec, by(), outcome)
+}
+
+/// What the last run was made by.
+fn by() -> By {
+    By { git: "abc1234".into(), cpu: "a processor".into() }
 }
 
 /// A result with a hard top-1 loss, one fifth above the training routing's, and everything else that can be shown.
@@ -35,6 +41,10 @@ fn trained(hard1: f64, executed: f64) -> CellResult {
     CellResult {
         loss: ByRouting { train: Some(hard1 / 1.2), hard1: Some(hard1), hard2: Some(1.1 * hard1) },
         trivial: 2.0,
+        accuracy: Some(ByRouting { train: Some(0.9), hard1: Some(0.8), hard2: None }),
+        rel_l2: Hardened { hard1: Some(0.25), hard2: Some(0.125) },
+        missed_mass: Some(0.4),
+        utilisation: vec![0.5, 2.04, 0.46, 1.0],
         agreement: Some(0.75),
         nmi: Some(0.5),
         dead: 1,
@@ -59,7 +69,8 @@ fn trained(hard1: f64, executed: f64) -> CellResult {
 }
 
 fn quality(bias: f64) -> GradientQuality {
-    GradientQuality { bias: Some(bias), cosine: Some(0.5), std: Some(0.0) }
+    let bias_quartiles = Some([0.5 * bias, 2.0 * bias]);
+    GradientQuality { bias: Some(bias), cosine: Some(0.5), std: Some(0.0), bias_quartiles, std_quartiles: Some([0.0; 2]) }
 }
 
 /// Half the loss on prose, hardening for nothing there.
@@ -86,11 +97,8 @@ fn results() -> Results {
         cells.push(cell(TaskName::Equal, Mode::Scratch, &raw, seed, done(trained(0.4 + shift, 1.0))));
         cells.push(cell(TaskName::Equal, Mode::Scratch, &frozen, seed, done(trained(1.2 + shift, 1.0))));
     }
-    let flops = CellRecord {
-        spec: CellSpec { budget: Budget::Flops, ..cells[1].spec.clone() },
-        outcome: done(CellResult { steps: 12, ..trained(1.0, 8.0) }),
-    };
-    cells.push(flops);
+    let flops = CellSpec { budget: Budget::Flops, ..cells[1].spec.clone() };
+    cells.push(CellRecord::new(flops, by(), done(CellResult { steps: 12, ..trained(1.0, 8.0) })));
     cells.push(cell(TaskName::Collapsed, Mode::Scratch, &treated, 1, done(trained(0.6, 1.0))));
     let counted = CellResult { executed_expected: Expected::Exactly(1.0), ..trained(0.5, 2.0) };
     cells.push(cell(TaskName::Collapsed, Mode::Scratch, &raw, 1, done(counted)));
@@ -161,9 +169,40 @@ fn the_report_says_what_the_results_hold() {
     assert!(ste.starts_with("| `ste` | 1 | 0.110 [0.100..0.250] |"), "losses over the best constant: {ste}");
     assert!(row(section(equal, "### Quality"), "soft").starts_with("| `soft` | - |"), "no k");
     let cost = section(equal, "### Cost");
-    assert!(row(cost, "ste").contains("| 8 (8) | 16 | 0.500 after 12 steps |"), "without the peak, which no arm has: {cost}");
-    assert!(row(cost, "raw_topk").ends_with("| = |"), "{cost}");
+    let titles =
+        "| arm | experts/token | step, ms | hard top-1 at equal expert-FLOPs | there against `frozen` | there against `raw_topk` |";
+    assert!(cost.contains(titles), "without the peak, which no arm has: {cost}");
+    assert!(row(cost, "ste").ends_with("| 8 (8) | 16 | 0.500 after 12 steps | -0.100, 1 of 1 | 0.300, 0 of 1 |"), "{cost}");
+    let raw = row(cost, "raw_topk");
+    assert!(raw.ends_with("| 0.200 after all steps | -0.400, 1 of 1 | - |"), "of the one seed that others have there: {raw}");
+    let ste = row(section(equal, "### Quality"), "ste");
+    assert!(ste.contains("| 0.250 | 0.125 | 0.400 |"), "how far hardening moves outputs: {ste}");
+    assert!(ste.contains("| 90.0 % / 80.0 % / - |"), "{ste}");
+    assert!(row(section(equal, "### Routing"), "ste").contains("| 2.0 1 0.50 0.46 |"), "loads, busiest first: {equal}");
     assert!(section(&report, "## Task `text`\n").contains("the domain of the text: a label, not an optimum"));
+}
+
+#[test]
+fn the_summary_has_fidelity_of_outputs_and_equal_expert_flops() {
+    // Without `text`, all arms of which are at equal steps only.
+    let equal = results().cells.into_iter().filter(|cell| cell.spec.task == TaskName::Equal).collect();
+    let report = write(&Results { cells: equal, ..results() }, &[]);
+    let summary = section(&report, "## The four questions");
+    assert!(summary.contains("| **fidelity**: rel. L2, median task | worst task | loss gap, worst task |"), "{summary}");
+    let ste = row(summary, "ste");
+    assert!(ste.starts_with("| `ste` | 1 | 0.110 | 0.250 | 0.250 | 0.0183 |"), "{ste}");
+    assert!(ste.contains("| 8 | 4 | 0.500 | 8 |"), "first at equal steps, last at equal expert-FLOPs: {ste}");
+    assert!(row(summary, "raw_topk").contains("| 1 | 2 | 0.200 | 1 |"), "{summary}");
+}
+
+#[test]
+fn cells_of_earlier_builds_are_said() {
+    let mut results = results();
+    assert!(!write(&results, &[]).contains("left by an earlier run"));
+    results.cells[0].by = By { git: "unknown".into(), cpu: "another processor".into() };
+    let report = write(&results, &[]);
+    assert!(report.contains("| left by an earlier run | 1 cells: an unknown commit"), "{report}");
+    assert!(report.contains("another processor |\n"), "{report}");
 }
 
 #[test]
@@ -184,7 +223,10 @@ fn only_arms_of_every_task_are_ranked_together() {
     // First in `equal`, first in `text`, where two of three seeds of `soft` are lost.
     let ste = row(whole, "ste");
     assert!(ste.starts_with("| `ste` | 1 | "), "{ste}");
-    assert!(ste.contains("| 2.27 | - | 8 | 4.50 | - | all experts run, own backward |"), "worst seed, no std, cost, no peak: {ste}");
+    assert!(
+        ste.contains("| 2.27 | - | 8 | - | - | 4.5 [1..8] | - | all experts run, own backward |"),
+        "worst seed, no std, cost, no peak: {ste}"
+    );
     assert!(row(whole, "soft").starts_with("| `soft` (4 of 6 seeds: 1 diverged, 1 failed) | 3 |"), "{whole}");
     assert!(row(whole, "frozen").contains("| 2.50 [1..4] |"), "a control has the rank that it would have: {whole}");
     assert!(partial.contains("*on `equal`:*"), "{partial}");
@@ -226,9 +268,12 @@ fn perplexities_are_by_domain() {
 fn gradients_say_what_is_in_force_and_what_is_below_the_noise() {
     let report = write(&results(), &[]);
     let gradients = section(&report, "## Gradients of one token");
-    assert!(row(gradients, "ste").contains("| temperature 1 | 1.60 / 0.900 | 0.500 / 0.500 | 0 / 0 |"), "{gradients}");
+    assert!(
+        row(gradients, "ste").contains("| temperature 1 | 1.60 [0.800..3.20] / 0.900 [0.450..1.80] | 0.500 / 0.500 | 0 / 0 |"),
+        "{gradients}"
+    );
     // 4 / √8 draws is the error of the mean.
-    assert!(row(gradients, "gumbel_st").contains("| temperature 0.500, noise 1 | < 1.41 / 0.400 |"), "{gradients}");
+    assert!(row(gradients, "gumbel_st").contains("| temperature 0.500, noise 1 | < 1.41 / 0.400 [0.200..0.800] |"), "{gradients}");
     assert!(row(gradients, "remoe").contains("(0 of 1 seeds: 1 failed) | - | - / - |"), "{gradients}");
     let without = Results { cells: results().cells.into_iter().filter(|cell| cell.spec.task == TaskName::Equal).collect(), ..results() };
     assert!(section(&write(&without, &[]), "## Gradients of one token").contains("Not run"));
@@ -238,7 +283,7 @@ fn gradients_say_what_is_in_force_and_what_is_below_the_noise() {
 fn quality_and_fidelity_have_ranks_of_their_own() {
     let report = write(&results(), &[]);
     let tuning = section(section(&report, "tuning a soft-trained model"), "### Quality");
-    assert!(tuning.contains("| arm | k | quality: hard top-1 | fidelity: rel. L2 to the teacher | agreement with the teacher |"), "no KL");
+    assert!(tuning.contains("| arm | k | quality: hard top-1 | distance: rel. L2 to the teacher | agreement with the teacher |"), "no KL");
     assert!(row(tuning, "ste").starts_with("| `ste` | 1 | 0.100 (1) | 0.500 (2) | 0.900 |"), "{tuning}");
     assert!(row(tuning, "raw_topk").starts_with("| `raw_topk` | 1 | 0.200 (2) | 0.100 (1) |"), "{tuning}");
     assert!(row(tuning, "untouched").starts_with("| `untouched` | - | 0.450 | 0.0100 |"), "a control has no rank: {tuning}");
@@ -262,6 +307,10 @@ fn experts_that_should_not_have_run_are_seen() {
 fn pictures_show_the_arms() {
     let folder = tempfile::tempdir().unwrap();
     let results = results();
+    // What another run drew, of a task that this one has not, and what is none of its own.
+    for name in ["loss-digits.svg", "loss-digits.png", "gradient-quality-equal.svg", "mine.svg"] {
+        fs::write(folder.path().join(name), "old").unwrap();
+    }
     let pictures = plots::draw(&results, folder.path()).unwrap();
     let stems: Vec<&str> = pictures.iter().map(|picture| picture.stem.as_str()).collect();
     let expected = [
@@ -274,13 +323,21 @@ fn pictures_show_the_arms() {
         "load-collapsed",
         "loss-text",
         "cost-text",
+        "load-text",
         "gradient-quality",
     ];
     assert_eq!(stems, expected);
+    let left = |name: &str| folder.path().join(name).exists();
+    assert!(left("mine.svg") && ["loss-digits.svg", "loss-digits.png", "gradient-quality-equal.svg"].iter().all(|name| !left(name)));
     let report = write(&results, &pictures);
     let svg = |stem: &str| fs::read_to_string(folder.path().join(stem).with_extension("svg")).unwrap();
     for stem in stems {
-        let arm = if stem.ends_with("collapsed") { "raw_topk+reinit" } else { "ste" };
+        let arm = match stem {
+            _ if stem.ends_with("collapsed") => "raw_topk+reinit",
+            // The only one whose temperature moves.
+            "gap-temperature" => "soft",
+            _ => "ste",
+        };
         assert!(svg(stem).contains(&format!(">{arm}<")), "{stem}");
         assert!(fs::metadata(folder.path().join(stem).with_extension("png")).unwrap().len() > 1000, "{stem}");
         assert_eq!(report.matches(&format!("](plots/{stem}.svg)")).count(), 1, "{stem}");

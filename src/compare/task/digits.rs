@@ -4,7 +4,7 @@
 
 use super::{Batch, Targets, Task};
 use crate::{
-    compare::random::Random,
+    compare::{data::DIGITS, random::Random},
     error::{Error, Result},
 };
 
@@ -14,8 +14,6 @@ const CLASSES: usize = 10;
 const ROTATIONS: usize = 4;
 /// Largest pixel value of the file.
 const WHITE: f64 = 16.0;
-
-static FILE: &str = include_str!("../data/digits.csv");
 
 /// The task.
 #[derive(Clone, Debug)]
@@ -35,7 +33,7 @@ struct Image {
 impl Digits {
     /// Splits the images by `seed`: four fifths to train, one fifth to test, every test image in all rotations.
     pub fn new(seed: u64) -> Result<Self> {
-        let images = FILE.lines().enumerate().map(|(i, line)| image(line).ok_or_else(|| broken(i + 1))).collect::<Result<Vec<_>>>()?;
+        let images = DIGITS.lines().enumerate().map(|(i, line)| image(line).ok_or_else(|| broken(i + 1))).collect::<Result<Vec<_>>>()?;
         let order = Random::new(seed, "digits").permutation(images.len());
         let (test, train) = order.split_at(images.len() / 5);
         let pick = |chosen: &[usize]| chosen.iter().filter_map(|&i| images.get(i).cloned()).collect::<Vec<_>>();
