@@ -63,7 +63,7 @@ class Browser:
             self.events.append((message["method"], message.get("params", {})))
         return True
 
-    def call(self, method, timeout=30, **params):
+    def call(self, method, timeout=60, **params):
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         if self.session:
@@ -111,7 +111,7 @@ class Browser:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def until(self, expression, timeout=30):
+    def until(self, expression, timeout=60):
         """Waits until the expression is true."""
         end = time.monotonic() + timeout
         while True:

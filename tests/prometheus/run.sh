@@ -46,7 +46,7 @@ serve() { # NAME MODEL
         --max-batch-requests 4 --max-queue-requests 4 --kv-cache-tokens 256 --expert-metrics per-expert \
         --shadow-rate 1 --shadow-budget 0.3 2>"$log" &
     processes+=($!)
-    until grep -q '"message":"serving"' "$log"; do
+    until grep -qs '"message":"serving"' "$log"; do
         if ! kill -0 $! 2>/dev/null || ((++tries > 600)); then cat "$log" >&2 && die "$1 does not serve"; fi
         sleep 0.1
     done
