@@ -24,6 +24,9 @@ pub const MAX_LOGIT_BIASES: usize = 1024;
 /// Most tokens that a request may allow: each is looked at after every token.
 pub const MAX_ALLOWED_TOKENS: usize = 8192;
 
+/// Largest weight of an expert in a replay: far beyond what a router gives, and far from what the sums of weights could not hold.
+const MAX_REPLAY_WEIGHT: f32 = 1000.0;
+
 /// Largest bias of a token, either way: no token with it is drawn by chance, or else no other one.
 const MAX_BIAS: f32 = 100.0;
 
@@ -39,14 +42,17 @@ pub(super) fn check(request: &Request, spec: &ModelSpec, eos_token_ids: &[u32], 
         Task::Read => {}
     }
     if let LayerChoices::Replay { replay, .. } = &request.routing {
-        check_replay(&replay.trace, spec)?;
+        check_replay(&replay.trace, request.prompt.len(), spec)?;
     }
     spec.check_routing(&request.routing)
 }
 
 /// The given experts are those of the model.
-fn check_replay(trace: &RoutingTrace, spec: &ModelSpec) -> Result<()> {
+fn check_replay(trace: &RoutingTrace, prompt_tokens: usize, spec: &ModelSpec) -> Result<()> {
     let field = "traces";
+    if trace.num_tokens() > prompt_tokens {
+        return Err(Error::invalid(field, format!("{} tokens are more than the {prompt_tokens} of the input", trace.num_tokens())));
+    }
     let layers: Vec<(usize, usize)> = spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect();
     if !trace.layers.iter().eq(layers.iter().map(|(layer, _)| layer)) {
         let expected = layers.iter().map(|(layer, _)| layer.to_string()).collect::<Vec<_>>().join(", ");
@@ -66,8 +72,8 @@ fn check_replay(trace: &RoutingTrace, spec: &ModelSpec) -> Result<()> {
         if let Some((at, expert)) = row.experts.iter().enumerate().find(|(at, expert)| row.experts[..*at].contains(expert)) {
             return Err(Error::invalid(field, format!("{}: expert {expert} comes again at place {at}", place())));
         }
-        if let Some(weight) = row.weights.iter().find(|weight| !(weight.is_finite() && **weight >= 0.0)) {
-            return Err(Error::invalid(field, format!("{}: the weight {weight} is not a finite number from 0", place())));
+        if let Some(weight) = row.weights.iter().find(|weight| !(0.0..=MAX_REPLAY_WEIGHT).contains(*weight)) {
+            return Err(Error::invalid(field, format!("{}: the weight {weight} is not from 0 to {MAX_REPLAY_WEIGHT}", place())));
         }
     }
     Ok(())

@@ -82,7 +82,8 @@ impl RoutingTrace {
             self.weights.push(routing.weights[route]);
         }
         self.offsets.push(self.expert_ids.len() as u32);
-        self.entropy.push(route::entropy(logits, &mut Vec::new()) as f32);
+        let finite = logits.iter().all(|z| z.is_finite());
+        self.entropy.push(if finite { route::entropy(logits, &mut Vec::new()) as f32 } else { f32::NAN });
         self.margin.push(margin(logits, &self.expert_ids[first..]));
         Ok(())
     }

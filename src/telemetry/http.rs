@@ -1,5 +1,5 @@
 //! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever sends requests here: 503 while loading and draining, and the
-//! live page ([`page`](super::page)) for people.
+//! live page ([`super::page`]) for people.
 
 use std::{
     io,

@@ -159,6 +159,8 @@ async fn replays_that_do_not_fit_are_refused() {
     assert!(refused(&|t| t.expert_ids[1] = t.expert_ids[0]).contains("comes again"));
     assert!(refused(&|t| t.weights[2] = f32::NAN).contains("NaN"));
     assert!(refused(&|t| t.weights[2] = -1.0).contains("-1"));
+    assert!(refused(&|t| t.weights[2] = 3e38).contains("1000"));
+    assert!(refused(&|t| t.append(&t.part(0..8))).contains("16 tokens"));
 }
 
 #[tokio::test]
