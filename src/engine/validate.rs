@@ -50,13 +50,13 @@ pub(super) fn check(request: &Request, spec: &ModelSpec, eos_token_ids: &[u32], 
 /// The given experts are those of the model.
 fn check_replay(trace: &RoutingTrace, prompt_tokens: usize, spec: &ModelSpec) -> Result<()> {
     let field = "traces";
-    if trace.num_tokens() > prompt_tokens {
-        return Err(Error::invalid(field, format!("{} tokens are more than the {prompt_tokens} of the input", trace.num_tokens())));
-    }
     let layers: Vec<(usize, usize)> = spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect();
     if !trace.layers.iter().eq(layers.iter().map(|(layer, _)| layer)) {
         let expected = layers.iter().map(|(layer, _)| layer.to_string()).collect::<Vec<_>>().join(", ");
         return Err(Error::invalid(field, format!("their layers are not those of the model: {expected}")));
+    }
+    if trace.num_tokens() > prompt_tokens {
+        return Err(Error::invalid(field, format!("{} tokens are more than the {prompt_tokens} of the input", trace.num_tokens())));
     }
     if trace.first_position != 0 {
         return Err(Error::invalid(field, format!("the first begins at position {}, not at 0", trace.first_position)));

@@ -116,7 +116,7 @@ function heatColour(load, ends) {
   const place = Math.max(-1, Math.min(1, Math.log2(load) / 2));
   const end = place < 0 ? ends.low : ends.high, share = Math.abs(place) ** 0.85;
   const mixed = ends.even.map((c, i) => Math.round(c + (end[i] - c) * share));
-  return { back: `rgb(${mixed.join(",")})`, ink: luminance(mixed) > 0.179 ? "#101214" : "#fff" };
+  return { back: `rgb(${mixed.join(",")})`, ink: luminance(mixed) > 0.179 ? "#000" : "#fff" };
 }
 
 function heatEnds() {
