@@ -5,10 +5,6 @@ use std::{ops::Range, sync::Arc};
 use super::{LayerRouting, Routing, SparseRouting, route};
 use crate::error::{Error, Result};
 
-/// Logits of the last chosen and the first refused expert that are closer than this are a near tie: other arithmetic (bf16 has 8 bits of
-/// mantissa) may choose otherwise.
-pub const NEAR_TIE: f32 = 0.01;
-
 /// The routing of consecutive tokens of one sequence. Rows are (token, layer): all MoE layers of the first token, then of the second.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RoutingTrace {
@@ -187,7 +183,7 @@ mod tests {
         assert_eq!(trace.row(9, 1).unwrap().experts, [0]);
         assert!((trace.row(9, 3).unwrap().weights[3] - 0.25).abs() < 1e-7);
         assert!(trace.row(6, 1).is_none() && trace.row(10, 1).is_none() && trace.row(7, 2).is_none());
-        assert!((trace.margin[0] - 0.005).abs() < 1e-6 && trace.margin[0] < NEAR_TIE, "1.995 was nearly chosen");
+        assert!((trace.margin[0] - 0.005).abs() < 1e-6 && trace.margin[0] < route::NEAR_TIE, "1.995 was nearly chosen");
         assert_eq!((trace.margin[1], trace.margin[2], trace.margin[4]), (f32::INFINITY, 2.0, 0.0));
         assert!((trace.entropy[4] - 4f32.ln()).abs() < 1e-6);
     }

@@ -41,6 +41,28 @@ pub(super) enum Input {
     Ids(Vec<u32>),
 }
 
+/// The messages that carry one, each with a oneof of its own.
+macro_rules! carry_input {
+    ($($message:ident :: $oneof:ident),+ $(,)?) => {
+        $(impl From<proto::$message::$oneof> for Input {
+            fn from(input: proto::$message::$oneof) -> Self {
+                match input {
+                    proto::$message::$oneof::Text(text) => Self::Text(text),
+                    proto::$message::$oneof::TokenIds(ids) => Self::Ids(ids.ids),
+                }
+            }
+        })+
+    };
+}
+
+carry_input!(
+    generate_request::Prompt,
+    score_request::Input,
+    trace_routing_request::Input,
+    replay_routing_request::Input,
+    measure_fidelity_request::Input,
+);
+
 impl Context {
     /// Fails where a layer of the model cannot follow `config.routing`.
     pub(super) fn new(engine: Engine, config: ServiceConfig) -> Result<Self> {

@@ -33,7 +33,6 @@ pub struct FidelityStream {
 
 impl FidelityStream {
     pub(super) async fn start(context: &Context, call: &Call, request: proto::MeasureFidelityRequest) -> Result<Self> {
-        use proto::measure_fidelity_request::Input as Prompt;
         context.check_model(&request.model)?;
         let spec = context.engine.spec();
         let reference = match request.reference {
@@ -50,10 +49,7 @@ impl FidelityStream {
         let case =
             |rule: &RoutingRule, field: &str| Ok::<_, Error>(Case { name: rule.to_string(), choices: context.layer_choices(rule, field)? });
         let cases = policies.iter().enumerate().map(|(index, rule)| case(rule, &format!("policies[{index}]"))).collect::<Result<_>>()?;
-        let input = request.input.map(|input| match input {
-            Prompt::Text(text) => Input::Text(text),
-            Prompt::TokenIds(ids) => Input::Ids(ids.ids),
-        });
+        let input = request.input.map(Input::from);
         let deadline = call.due(request.timeout_seconds)?;
         let progress = context.engine.measure(MeasureRequest {
             id: call.id.clone(),

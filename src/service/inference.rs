@@ -60,14 +60,10 @@ impl InferenceService {
     }
 
     async fn start_generation(&self, call: &Call, request: proto::GenerateRequest) -> Result<GenerateStream> {
-        use proto::generate_request::Prompt;
         let context = &*self.context;
         context.check_model(&request.model)?;
         let routing = context.routing(request.routing)?;
-        let input = request.prompt.map(|prompt| match prompt {
-            Prompt::Text(text) => Input::Text(text),
-            Prompt::TokenIds(ids) => Input::Ids(ids.ids),
-        });
+        let input = request.prompt.map(Input::from);
         let deadline = call.due(request.timeout_seconds)?;
         let prompt = context.prompt(input, "prompt").await?;
         let params = convert::generate_params(request.sampling, &context.config.sampling);
@@ -81,12 +77,8 @@ impl InferenceService {
     }
 
     async fn score_request(&self, call: &Call, request: proto::ScoreRequest) -> Result<Finished> {
-        use proto::score_request::Input as Prompt;
         self.context.check_model(&request.model)?;
-        let input = request.input.map(|input| match input {
-            Prompt::Text(text) => Input::Text(text),
-            Prompt::TokenIds(ids) => Input::Ids(ids.ids),
-        });
+        let input = request.input.map(Input::from);
         let scoring = Scoring {
             input,
             routing: self.context.routing(request.routing)?,

@@ -57,14 +57,10 @@ impl RoutingService {
     }
 
     async fn start_trace(&self, call: &Call, request: proto::TraceRoutingRequest) -> Result<TraceStream> {
-        use proto::trace_routing_request::Input as Prompt;
         let context = &*self.context;
         context.check_model(&request.model)?;
         let routing = context.routing(request.routing)?;
-        let input = request.input.map(|input| match input {
-            Prompt::Text(text) => Input::Text(text),
-            Prompt::TokenIds(ids) => Input::Ids(ids.ids),
-        });
+        let input = request.input.map(Input::from);
         let deadline = call.due(request.timeout_seconds)?;
         let prompt = context.prompt(input, "input").await?;
         let tokens = prompt.clone();
@@ -76,15 +72,11 @@ impl RoutingService {
     }
 
     async fn replay(&self, call: &Call, request: proto::ReplayRoutingRequest) -> Result<Finished> {
-        use proto::replay_routing_request::Input as Prompt;
         self.context.check_model(&request.model)?;
         let form = request.weight_form.map_or(Ok(None), |form| convert::weight_form("weight_form", form))?;
         let replay =
             Replay { trace: trace::joined("traces", &request.traces)?, weight_form: form, rest: self.context.routing(request.routing)? };
-        let input = request.input.map(|input| match input {
-            Prompt::Text(text) => Input::Text(text),
-            Prompt::TokenIds(ids) => Input::Ids(ids.ids),
-        });
+        let input = request.input.map(Input::from);
         let scoring = Scoring {
             input,
             routing: LayerChoices::Replay { replay: Arc::new(replay), first: 0 },

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{convert::saturate, proto};
 use crate::{
     error::{Error, Result},
-    moe::trace::{NEAR_TIE, RoutingTrace},
+    moe::{route::NEAR_TIE, trace::RoutingTrace},
 };
 
 /// Routes in one message: about 600 kB.
