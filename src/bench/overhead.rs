@@ -1,7 +1,9 @@
 //! What watching costs: the throughput of an engine whose batch is always full, unwatched and watched in several ways, in turns.
 //!
-//! Every arm has an engine of its own over the same weights, and asks it the same requests in every turn. Arms take turns, and each is
-//! compared with the first arm of its own turn; the second one is the first again, and says how much of a difference is noise.
+//! Every arm has an engine of its own over the same weights, and asks it the same requests in every turn. Arms run one after the other,
+//! each turn beginning with another one, and each is compared with the first arm of its own turn. The second one is the first again, and
+//! says how much of a difference is noise. On a shared machine the time of a turn swings far more than what is looked for, the CPU time
+//! that it took much less; so both are told, each with an interval for its median.
 
 use std::{
     sync::Arc,
@@ -10,9 +12,13 @@ use std::{
 
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde::Serialize;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, interval, sleep},
+};
 
 use super::{
+    cpu_time::CpuTime,
     experiment::ExperimentConfig,
     stats::Sample,
     subject::{Subject, cache_for},
@@ -21,11 +27,14 @@ use crate::{
     engine::{Engine, EngineConfig, EngineParts, Event, GenerateParams, PrefixCache, Request, ShadowChoice, ShadowConfig, Task},
     error::{Error, Result},
     moe::policy::RoutingChoice,
-    telemetry::metrics::{Metrics, MetricsConfig},
+    telemetry::metrics::{ExpertMetrics, Metrics, MetricsConfig, SeriesOptions},
 };
 
 /// Requests that each client sends in one turn, one after the other.
-const REQUESTS: usize = 8;
+const REQUESTS: usize = 16;
+
+/// How often the metrics of every arm are read while it works: more often than a Prometheus does.
+const SCRAPE: Duration = Duration::from_secs(1);
 
 /// How often an engine is asked whether it has measured all that it took.
 const POLL: Duration = Duration::from_millis(5);
@@ -35,6 +44,8 @@ const ARMS: &[Arm] = &[
     Arm { name: "nothing", watch: |_| {} },
     Arm { name: "nothing, again", watch: |_| {} },
     Arm { name: "shadow at 1 %", watch: |setup| setup.engine.shadow.rate = 0.01 },
+    Arm { name: "per-expert metrics", watch: |setup| setup.metrics.series.experts = ExpertMetrics::PerExpert },
+    Arm { name: "every request traced", watch: |setup| setup.request.trace = true },
 ];
 
 /// A way to be watched.
@@ -76,16 +87,30 @@ pub struct OverheadRow {
     pub arm: &'static str,
     /// Median over turns: generated tokens over the time of all requests of a turn.
     pub tokens_per_second: f64,
-    /// Median over turns of the time of this arm over that of the first, less 1.
-    pub overhead: f64,
-    /// The least of any turn.
-    pub least: f64,
-    /// The most of any turn.
-    pub most: f64,
+    /// Of the time of a turn.
+    pub time: Difference,
+    /// Of the CPU time of the engine and of the threads that compute, in a turn. `None` where the system does not count it.
+    pub cpu: Option<Difference>,
     /// Shadow samples measured.
     pub samples: u64,
     /// Shadow samples dropped.
     pub dropped: u64,
+}
+
+/// What an arm takes more than the first one, as a share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Difference {
+    /// Over that of the first arm in the same turn, less 1: median over turns.
+    pub median: f64,
+    /// In which the median of many more turns would lie, in 95 of 100 cases.
+    pub interval: [f64; 2],
+}
+
+/// What one turn took.
+#[derive(Clone, Copy)]
+struct Turn {
+    seconds: f64,
+    cpu: Option<f64>,
 }
 
 /// An arm at work.
@@ -95,7 +120,8 @@ struct Running {
     metrics: Arc<Metrics>,
     request: Request,
     rate: Sample,
-    overhead: Sample,
+    time: Sample,
+    cpu: Sample,
 }
 
 /// Runs every arm in every turn, with as many requests at once as the largest batch of `config`.
@@ -111,15 +137,15 @@ pub async fn measure(subject: &Subject, routing: RoutingChoice, config: &Experim
     let clients = config.batches.iter().copied().max().unwrap_or(1);
     let mut arms = ARMS.iter().map(|arm| arm.start(subject, routing, clients, config)).collect::<Result<Vec<_>>>()?;
     for turn in 0..=config.repeats {
-        let mut first = None;
-        for arm in &mut arms {
-            let seconds = arm.turn(clients, config, turn, spec.vocab_size as u32).await?;
+        let mut took = vec![None; arms.len()];
+        for place in 0..arms.len() {
+            let arm = (turn + place) % arms.len();
+            took[arm] = Some(arms[arm].turn(clients, config, turn, spec.vocab_size as u32).await?);
+        }
+        // The first turn warms up.
+        if let (Some(first), true) = (took[0], turn > 0) {
             let tokens = (clients * REQUESTS * config.generate) as f64;
-            // The first turn warms up.
-            if turn > 0 {
-                arm.rate.push(tokens / seconds);
-                arm.overhead.push(seconds / *first.get_or_insert(seconds) - 1.0);
-            }
+            arms.iter_mut().zip(took.into_iter().flatten()).for_each(|(arm, turn)| arm.note(turn, first, tokens));
         }
     }
     Ok(OverheadReport {
@@ -150,6 +176,7 @@ impl Arm {
                 num_layers: spec.layers.len(),
                 max_context: spec.max_context,
                 shadow: true,
+                series: SeriesOptions { experts: ExpertMetrics::Off, ..SeriesOptions::default() },
                 ..MetricsConfig::default()
             },
             request: Request {
@@ -174,19 +201,21 @@ impl Arm {
             config: setup.engine,
             metrics: Arc::clone(&metrics),
         })?;
-        Ok(Running { name: self.name, engine, metrics, request: setup.request, rate: Sample::default(), overhead: Sample::default() })
+        let [rate, time, cpu] = [const { Sample::new() }; 3];
+        Ok(Running { name: self.name, engine, metrics, request: setup.request, rate, time, cpu })
     }
 }
 
 impl Running {
-    /// All requests of one turn, in seconds. What they left to be measured is waited for after that, so that the next arm has the machine
+    /// All requests of one turn. What they left to be measured is waited for after that, so that the next arm has the machine
     /// to itself.
-    async fn turn(&self, clients: usize, config: &ExperimentConfig, turn: usize, vocab_size: u32) -> Result<f64> {
+    async fn turn(&self, clients: usize, config: &ExperimentConfig, turn: usize, vocab_size: u32) -> Result<Turn> {
         let mut work = JoinSet::new();
         let mut rng = StdRng::seed_from_u64(config.seed.wrapping_add(turn as u64));
         let mut prompt = || (0..config.prompt_tokens).map(|_| rng.random_range(0..vocab_size.max(1))).collect::<Vec<u32>>();
         let prompts: Vec<Vec<Vec<u32>>> = (0..clients).map(|_| (0..REQUESTS).map(|_| prompt()).collect()).collect();
-        let begun = Instant::now();
+        let (begun, before) = (Instant::now(), CpuTime::now());
+        let scraper = tokio::spawn(scrape(Arc::clone(&self.metrics)));
         for prompts in prompts {
             let (engine, request) = (self.engine.clone(), self.request.clone());
             work.spawn(async move {
@@ -200,24 +229,48 @@ impl Running {
             client.map_err(|error| Error::Internal(format!("a client failed: {error}")))??;
         }
         let seconds = begun.elapsed().as_secs_f64();
+        let cpu = CpuTime::now().zip(before).map(|(now, before)| now - before).map(|used| (used.compute + used.engine).as_secs_f64());
+        scraper.abort();
         while self.metrics.fidelity_snapshot().pending > 0 {
             sleep(POLL).await;
         }
-        Ok(seconds)
+        Ok(Turn { seconds, cpu })
+    }
+
+    fn note(&mut self, turn: Turn, first: Turn, tokens: f64) {
+        self.rate.push(tokens / turn.seconds);
+        self.time.push(turn.seconds / first.seconds - 1.0);
+        if let (Some(cpu), Some(first)) = (turn.cpu, first.cpu.filter(|&cpu| cpu > 0.0)) {
+            self.cpu.push(cpu / first - 1.0);
+        }
     }
 
     fn row(&self) -> OverheadRow {
         let snapshot = self.metrics.fidelity_snapshot();
-        let overhead = |percent| self.overhead.percentile(percent).unwrap_or(0.0);
         OverheadRow {
             arm: self.name,
             tokens_per_second: self.rate.median().unwrap_or(0.0),
-            overhead: overhead(50.0),
-            least: overhead(0.0),
-            most: overhead(100.0),
+            time: Difference::of(&self.time),
+            cpu: (!self.cpu.is_empty()).then(|| Difference::of(&self.cpu)),
             samples: snapshot.samples,
             dropped: snapshot.dropped,
         }
+    }
+}
+
+impl Difference {
+    fn of(sample: &Sample) -> Self {
+        Self { median: sample.median().unwrap_or(0.0), interval: sample.median_interval().unwrap_or_default() }
+    }
+}
+
+/// Reads the metrics until it is ended.
+async fn scrape(metrics: Arc<Metrics>) {
+    let mut ticks = interval(SCRAPE);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        std::hint::black_box(metrics.render());
     }
 }
 
@@ -259,7 +312,9 @@ mod tests {
         let top_1 = RoutingChoice::TopK { k: 1, weight_form: None };
         let report = measure(&subject, top_1, &config).await.unwrap();
         assert_eq!((report.clients, report.turns, report.rows.len()), (4, 3, ARMS.len()));
-        assert_eq!((report.rows[0].overhead, report.rows[0].samples), (0.0, 0));
-        assert!(report.rows.iter().all(|row| row.tokens_per_second > 0.0 && row.least <= row.overhead && row.overhead <= row.most));
+        assert_eq!((report.rows[0].time, report.rows[0].samples), (Difference::default(), 0));
+        assert!(report.rows.iter().all(|row| row.tokens_per_second > 0.0));
+        let within = |it: &Difference| it.interval[0] <= it.median && it.median <= it.interval[1];
+        assert!(report.rows.iter().all(|row| within(&row.time) && row.cpu.is_none_or(|cpu| within(&cpu))), "{report:?}");
     }
 }

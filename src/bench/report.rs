@@ -9,7 +9,7 @@ use super::{
     experiment::{ExpertsReport, PrefixReport, SoftRow},
     grpc::GrpcMeasurement,
     limits::{Limits, Readings, last_level_cache},
-    overhead::OverheadReport,
+    overhead::{Difference, OverheadReport},
     soak::SoakReport,
     stats::Latency,
     steps::{Measurement, Work},
@@ -361,14 +361,17 @@ fn write_overhead(f: &mut fmt::Formatter<'_>, report: &OverheadReport) -> fmt::R
         "What watching costs: {} requests at once under {}, prompts of {} tokens, {} generated; medians over {} turns.",
         report.clients, report.routing, report.prompt_tokens, report.generate, report.turns
     );
-    let mut table = Table::new(title, &["watched", "tok/s", "slower by", "least", "most", "samples", "dropped"]);
+    let mut table = Table::new(title, &["watched", "tok/s", "time", "95 of 100", "CPU time", "95 of 100", "samples", "dropped"]);
+    let signed = |share: f64| format!("{:+.1} %", share * 100.0);
+    let interval = |difference: Difference| difference.interval.map(signed).join(" to ");
     for row in &report.rows {
         table.row([
             row.arm.to_owned(),
             number(row.tokens_per_second),
-            percent(row.overhead),
-            percent(row.least),
-            percent(row.most),
+            signed(row.time.median),
+            interval(row.time),
+            row.cpu.map_or_else(|| "-".into(), |cpu| signed(cpu.median)),
+            row.cpu.map_or_else(|| "-".into(), interval),
             row.samples.to_string(),
             row.dropped.to_string(),
         ]);
