@@ -27,7 +27,7 @@ use crate::{
     error::{Error, Result},
     model::{Batch, Forward, LanguageModel, LogitRows, Span},
     moe::LayerRouting,
-    telemetry::metrics::{Completed, Generated, Outcome, Rejection, Step},
+    telemetry::metrics::{Completed, Generated, Outcome, Rejection, SampleOutcome, Step},
 };
 
 /// Generation of the weights that the engine starts with.
@@ -196,7 +196,7 @@ impl Worker {
 
     /// After a panic no count can be trusted: fails everything that is inside, and starts with empty blocks.
     fn start_anew(&mut self) {
-        self.background.end();
+        self.background.end(SampleOutcome::Failed, started_anew);
         self.scheduler = Scheduler::new(self.limits, self.model.cache());
         self.deadlines.clear();
         self.streaming.clear();
@@ -207,7 +207,7 @@ impl Worker {
             self.shared.metrics.finished(Outcome::Error);
             if !told.contains(&id) {
                 told = group;
-                let _ = events.try_send(Event::Failed(Error::Internal("the engine panicked and was started anew".into())));
+                let _ = events.try_send(Event::Failed(started_anew()));
             }
         }
         self.show_cache();
@@ -526,7 +526,7 @@ impl Worker {
     /// Ends everything that is left, and whatever was sent before the handle said so.
     fn end_all(&mut self) {
         self.shared.update(|status| status.draining = true);
-        self.background.end();
+        self.background.end(SampleOutcome::DroppedDraining, || Error::Draining);
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submission) = command {
                 self.enqueue(*submission);
@@ -536,6 +536,11 @@ impl Worker {
             self.end(id, Ending::Failed(Error::Draining));
         }
     }
+}
+
+/// What everything that was inside when the engine panicked is told.
+fn started_anew() -> Error {
+    Error::Internal("the engine panicked and was started anew".into())
 }
 
 /// Rows of logits that a span asks for.
