@@ -110,7 +110,7 @@ pub struct ServeArgs {
     /// Most continuations that a request may ask for (`n`).
     #[arg(long, env = "HARDMAX_MAX_CHOICES", value_name = "N", default_value = "8")]
     pub max_choices: NonZeroUsize,
-    /// Messages that may wait for a slow reader before its request pauses.
+    /// Messages that may wait for a slow reader before its request pauses, and as many times 16 KiB of routing traces.
     #[arg(long, env = "HARDMAX_EVENT_BUFFER", value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(2..))]
     pub event_buffer: u32,
     /// How long a request may wait for its reader before it ends with CANCELLED: it holds a place in the batch.

@@ -41,6 +41,7 @@ use self::{
     measure::{Measurement, Slot},
     sequence::Submission,
     status::Shared,
+    stream::UnreadTraces,
     worker::{Clock, Command, Worker},
 };
 pub use self::{
@@ -77,7 +78,8 @@ pub struct EngineConfig {
     pub max_new_tokens: usize,
     /// Choices that one request may ask for. At least 1.
     pub max_choices: usize,
-    /// Events that a slow reader may leave unread before its request pauses. At least 2: one is kept for the last event.
+    /// Events that a slow reader may leave unread before its request pauses, and as many times 16 KiB of traces: the last step may go
+    /// beyond that. At least 2: one is kept for the last event.
     pub event_buffer: usize,
     /// How long a request may wait for its reader before it ends: it holds a place that others could use.
     pub reader_timeout: Duration,
@@ -251,12 +253,14 @@ impl Engine {
         let tickets = inner.shared.count_in(choices, request.prompt.len(), &inner.config)?;
         // One place more for each choice: every one may have an event in a step.
         let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer + choices - 1);
+        let unread = Arc::new(UnreadTraces::new(inner.config.event_buffer));
         let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
         let ids = first..first + choices as u64;
         let milestones = Arc::new(Milestones::new(submitted));
-        let submission = Box::new(Submission { request, events, milestones: milestones.clone(), ids: ids.clone(), tickets });
-        inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
-        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids, milestones))
+        let submission =
+            Submission { request, events, unread: unread.clone(), milestones: milestones.clone(), ids: ids.clone(), tickets };
+        inner.commands.send(Command::Submit(Box::new(submission))).map_err(|_| inner.shared.why_stopped())?;
+        Ok(EventStream::new(reader, unread, inner.shared.clone(), inner.commands.clone(), ids, milestones))
     }
 
     /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].

@@ -26,7 +26,10 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{Batch, Forward, LanguageModel, LogitRows, Span},
-    moe::LayerRouting,
+    moe::{
+        LayerRouting,
+        trace::{self, TracedLayer},
+    },
     telemetry::metrics::{Completed, Generated, Outcome, Rejection, SampleOutcome, Step},
 };
 
@@ -355,7 +358,8 @@ impl Worker {
         let (now, forward_time) = ((self.clock)(), launched.elapsed());
         let settled = forward.and_then(|forward| {
             self.measure(&batch, now.saturating_duration_since(started));
-            let settled = forward.read_logits(|logits| self.settle(shares, &batch, (&forward.layers, logits), now));
+            let layers = self.traced_layers(shares, &forward.layers)?;
+            let settled = forward.read_logits(|logits| self.settle(shares, &batch, (&layers, logits), now));
             settled.map_err(|error| format!("the logits cannot be read: {error}"))?;
             Ok(forward)
         });
@@ -428,6 +432,14 @@ impl Worker {
         }
     }
 
+    /// What the traces of a step are made of: nothing where none is asked for.
+    fn traced_layers<'a>(&self, shares: &[Share], layers: &'a [LayerRouting]) -> Result<Vec<TracedLayer<'a>>, String> {
+        if !shares.iter().any(|share| self.sequences.get(&share.id).is_some_and(Sequence::is_traced)) {
+            return Ok(Vec::new());
+        }
+        trace::traced_layers(layers).map_err(|error| format!("the routing cannot be read: {error}"))
+    }
+
     fn report_panic(&self, panic: &(dyn Any + Send), place: &'static str) {
         tracing::error!(place, message = panic_message(panic), "panic in the engine; its requests fail, the engine goes on");
         self.shared.metrics.engine_panicked();
@@ -439,7 +451,7 @@ impl Worker {
     }
 
     /// Gives each sequence its rows, and its reader what came of them.
-    fn settle(&mut self, shares: &[Share], batch: &Batch, (layers, logits): (&[LayerRouting], &[f32]), now: Instant) {
+    fn settle(&mut self, shares: &[Share], batch: &Batch, (layers, logits): (&[TracedLayer<'_>], &[f32]), now: Instant) {
         let (mut rest, mut first) = (logits, 0);
         for (share, span) in shares.iter().zip(&batch.spans) {
             let Some((mine, others)) = rest.split_at_checked(rows(span) * self.surroundings.vocab_size) else { continue };
