@@ -270,7 +270,10 @@ impl Background {
         }
         match result {
             Ok(Ok((tokens, done))) => {
-                measurements.size.ran(tokens, spent);
+                // What only told how far it is says nothing about the size of pieces.
+                if tokens > 0 {
+                    measurements.size.ran(tokens, spent);
+                }
                 if !done {
                     measurements.queue.push_front(measurement);
                 }

@@ -38,7 +38,7 @@ use tokenizers::Tokenizer;
 
 use self::{
     background::Background,
-    measure::{Measurement, Slot},
+    measure::Measurement,
     sequence::Submission,
     status::Shared,
     stream::UnreadTraces,
@@ -46,7 +46,9 @@ use self::{
 };
 pub use self::{
     background::ObservableSource,
-    measure::{LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
+    measure::{
+        LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureSlot, MeasureStream, PolicyFidelity,
+    },
     request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
@@ -206,7 +208,7 @@ impl Engine {
         let shared = Arc::new(Shared::new(worker::FIRST_GENERATION, metrics));
         #[expect(
             clippy::disallowed_methods,
-            reason = "bounded by `count_in` and `Slot`: a request sends two commands at most, a measurement one"
+            reason = "bounded by `count_in` and `MeasureSlot`: a request sends two commands at most, a measurement one"
         )]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
@@ -257,31 +259,36 @@ impl Engine {
         let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
         let ids = first..first + choices as u64;
         let milestones = Arc::new(Milestones::new(submitted));
-        let submission =
-            Submission { request, events, unread: unread.clone(), milestones: milestones.clone(), ids: ids.clone(), tickets };
+        let submission = Submission { request, events, unread: unread.clone(), milestones: milestones.clone(), ids: ids.clone(), tickets };
         inner.commands.send(Command::Submit(Box::new(submission))).map_err(|_| inner.shared.why_stopped())?;
         Ok(EventStream::new(reader, unread, inner.shared.clone(), inner.commands.clone(), ids, milestones))
     }
 
-    /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].
+    /// A place for a measurement, to be taken before a long text is read.
     ///
-    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded`, `QueueFull`, `Draining`, or
-    /// `FailedPrecondition` where this server measures nothing.
-    pub fn measure(&self, request: MeasureRequest) -> Result<MeasureStream> {
+    /// Fails with `QueueFull`, `Draining`, or `FailedPrecondition` where this server measures nothing.
+    pub fn measure_slot(&self) -> Result<MeasureSlot> {
         let inner = &*self.inner;
         let Some(measuring) = &inner.measuring else {
             let message = "this server takes no measurements: start it with --max-measure-requests above 0";
             return Err(Error::FailedPrecondition(message.into()));
         };
-        let checked = request.check(&inner.spec, inner.cache, &inner.config.measure)?;
-        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            return Err(Error::DeadlineExceeded { phase: "queued" });
-        }
         let status = self.status();
         if status.draining || !status.alive {
             return Err(inner.shared.why_stopped());
         }
-        let slot = Slot::take(measuring, inner.config.measure.max_requests)?;
+        MeasureSlot::take(measuring, inner.config.measure.max_requests)
+    }
+
+    /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].
+    ///
+    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded` or `Draining`.
+    pub fn measure(&self, slot: MeasureSlot, request: MeasureRequest) -> Result<MeasureStream> {
+        let inner = &*self.inner;
+        let checked = request.check(&inner.spec, inner.cache, &inner.config.measure)?;
+        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(Error::DeadlineExceeded { phase: "queued" });
+        }
         let (measurement, stream) = Measurement::new(request, checked, slot, inner.shared.clone());
         inner.commands.send(Command::Measure(Box::new(measurement))).map_err(|_| inner.shared.why_stopped())?;
         Ok(stream)
