@@ -24,7 +24,8 @@ const ASSUMED_MEMORY: u64 = 4 << 30;
 pub struct CacheArgs {
     /// Tokens whose keys and values are kept, over all requests. Default: --max-batch-requests full contexts, but at most
     /// 4 GiB and a fourth of the memory of the machine or cgroup; one full context may take half of it. A request that
-    /// could not fit alone is refused with OUT_OF_RANGE.
+    /// could not fit alone is refused with OUT_OF_RANGE. Beside it MeasureFidelity takes up to a fourth as much while it runs, and
+    /// shadow samples keep room for twice --shadow-max-tokens.
     #[arg(long, env = "HARDMAX_KV_CACHE_TOKENS", value_name = "N")]
     pub kv_cache_tokens: Option<NonZeroUsize>,
     /// Tokens of a block of the cache, a power of two from 8 to 256. Blocks are given out and shared as a whole.

@@ -110,7 +110,7 @@ pub struct ServeArgs {
     /// Most continuations that a request may ask for (`n`).
     #[arg(long, env = "HARDMAX_MAX_CHOICES", value_name = "N", default_value = "8")]
     pub max_choices: NonZeroUsize,
-    /// Messages that may wait for a slow reader before its request pauses.
+    /// Messages that may wait for a slow reader before its request pauses, and as many times 16 KiB of routing traces.
     #[arg(long, env = "HARDMAX_EVENT_BUFFER", value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(2..))]
     pub event_buffer: u32,
     /// How long a request may wait for its reader before it ends with CANCELLED: it holds a place in the batch.
@@ -157,7 +157,8 @@ pub struct FidelityArgs {
     /// Requests that may wait to be measured. More are dropped and counted, and so is what has waited for a minute.
     #[arg(long, env = "HARDMAX_SHADOW_QUEUE", value_name = "N", default_value_t = ShadowConfig::default().queue)]
     pub shadow_queue: usize,
-    /// Tokens of such a request that are measured: the first ones, prompt and continuation.
+    /// Tokens of such a request that are measured: the first ones, prompt and continuation. From the first sample on a cache for twice as
+    /// many is kept beside that of requests.
     #[arg(long, env = "HARDMAX_SHADOW_MAX_TOKENS", value_name = "N", default_value = "512", value_parser = clap::value_parser!(u32).range(2..=8192))]
     pub shadow_max_tokens: u32,
     /// A request whose mean KL(reference || serving) is above this is told in the log, with its id.
@@ -167,7 +168,8 @@ pub struct FidelityArgs {
     #[arg(long, env = "HARDMAX_MEASURE_BUDGET", value_name = "SHARE", default_value = "0.1", value_parser = share)]
     pub measure_budget: f64,
     /// Calls of MeasureFidelity at once, of which one runs. One more is refused with RESOURCE_EXHAUSTED. 0 refuses all with
-    /// FAILED_PRECONDITION.
+    /// FAILED_PRECONDITION. While one runs it has a cache of its own, of at most a fourth of --kv-cache-tokens: larger windows are refused
+    /// with OUT_OF_RANGE.
     #[arg(long, env = "HARDMAX_MAX_MEASURE_REQUESTS", value_name = "N", default_value_t = MeasureConfig::default().max_requests)]
     pub max_measure_requests: usize,
     /// Tokens of one text of MeasureFidelity. More are refused with OUT_OF_RANGE.

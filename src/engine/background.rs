@@ -184,7 +184,7 @@ impl Background {
             return false;
         }
         if self.shared.status.borrow().draining {
-            self.end();
+            self.end(SampleOutcome::DroppedDraining, || Error::Draining);
             return false;
         }
         self.sweep(clock());
@@ -270,7 +270,10 @@ impl Background {
         }
         match result {
             Ok(Ok((tokens, done))) => {
-                measurements.size.ran(tokens, spent);
+                // What only told how far it is says nothing about the size of pieces.
+                if tokens > 0 {
+                    measurements.size.ran(tokens, spent);
+                }
                 if !done {
                     measurements.queue.push_front(measurement);
                 }
@@ -284,12 +287,12 @@ impl Background {
         }
     }
 
-    /// Ends everything: the server stops, or nothing that was known can be trusted.
-    pub(super) fn end(&mut self) {
+    /// Ends everything: the server stops, or nothing that was known can be trusted. Samples have this outcome, measurements are told `why`.
+    pub(super) fn end(&mut self, outcome: SampleOutcome, why: fn() -> Error) {
         let samples = self.shadows.waiting.clear() + usize::from(self.shadows.current.take().is_some());
-        self.drop_samples(samples, SampleOutcome::DroppedDraining);
+        self.drop_samples(samples, outcome);
         self.shadows.resting = None;
-        self.measurements.queue.drain(..).for_each(|measurement| measurement.fail(Error::Draining));
+        self.measurements.queue.drain(..).for_each(|measurement| measurement.fail(why()));
     }
 }
 

@@ -36,8 +36,8 @@ pub(super) enum Salt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum RoutingKey {
     Same(ChoiceKey),
-    /// Another for each layer: the place of the list in [`RoutingKeys`].
-    Each(usize),
+    /// Another for each layer: the number of the list in [`RoutingKeys`].
+    Each(u64),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,9 +57,21 @@ pub(super) enum ChoiceKey {
     Soft(Option<u32>),
 }
 
-/// Lists of routings that have a key. A client can think of any number: those beyond the limit share nothing.
+/// Numbers of lists of routings. A client can think of any number of lists: for a new one that has no place the one that was not asked for
+/// for the longest time is forgotten. Numbers are not used twice, so what was published under a forgotten one is never found again.
 #[derive(Debug, Default)]
-pub(super) struct RoutingKeys(HashMap<Vec<ChoiceKey>, usize>);
+pub(super) struct RoutingKeys {
+    lists: HashMap<Vec<ChoiceKey>, KnownList>,
+    /// Lists that were asked for so far, with repetitions.
+    asked: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct KnownList {
+    number: u64,
+    /// What [`RoutingKeys::asked`] was when it was asked for last.
+    last_asked: u64,
+}
 
 /// Lists in [`RoutingKeys`].
 const MAX_LISTS: usize = 1024;
@@ -69,16 +81,20 @@ impl RoutingKeys {
     pub(super) fn key(&mut self, routing: &LayerChoices) -> Option<RoutingKey> {
         match routing {
             LayerChoices::Same(choice) => Some(RoutingKey::Same((*choice).into())),
-            LayerChoices::Each(choices) => {
-                let list: Vec<ChoiceKey> = choices.iter().map(|&choice| choice.into()).collect();
-                let next = self.0.len();
-                if next >= MAX_LISTS && !self.0.contains_key(&list) {
-                    return None;
-                }
-                Some(RoutingKey::Each(*self.0.entry(list).or_insert(next)))
-            }
+            LayerChoices::Each(choices) => Some(RoutingKey::Each(self.number(choices.iter().map(|&choice| choice.into()).collect()))),
             LayerChoices::Replay { .. } => None,
         }
+    }
+
+    fn number(&mut self, list: Vec<ChoiceKey>) -> u64 {
+        self.asked += 1;
+        if self.lists.len() >= MAX_LISTS && !self.lists.contains_key(&list) {
+            let oldest = self.lists.values().map(|known| known.last_asked).min();
+            self.lists.retain(|_, known| Some(known.last_asked) != oldest);
+        }
+        let known = self.lists.entry(list).or_insert(KnownList { number: self.asked, last_asked: 0 });
+        known.last_asked = self.asked;
+        known.number
     }
 }
 
@@ -333,6 +349,8 @@ impl BlockPool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
     use super::*;
@@ -407,6 +425,24 @@ mod tests {
         for (&salt, table) in salts.iter().zip(&tables) {
             assert_eq!(&pool.find(salt, &[1, 2]).blocks, table);
         }
+    }
+
+    #[test]
+    fn a_flood_of_lists_takes_the_prefixes_of_nobody_who_is_there() {
+        let mut keys = RoutingKeys::default();
+        let list = |bits: usize| {
+            let k = |layer: usize| RoutingChoice::TopK { k: 1 + ((bits >> layer) & 1), weight_form: None };
+            LayerChoices::Each((0..12).map(k).collect())
+        };
+        let (served, seldom) = (keys.key(&list(0)), keys.key(&list(1)));
+        let mut seen = HashSet::from([served, seldom]);
+        for bits in 2..3 * MAX_LISTS {
+            let key = keys.key(&list(bits));
+            assert!(key.is_some() && seen.insert(key), "every list has a key of its own");
+            assert_eq!(keys.key(&list(0)), served, "what is asked for again and again stays");
+        }
+        assert!(seen.insert(keys.key(&list(1))), "what was forgotten is another now");
+        assert_eq!(keys.lists.len(), MAX_LISTS);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
         RopeScaling, RopeSpec,
     },
     moe::{
-        LayerRouting, Routing, RoutingStats,
+        LayerRouting, Routing, RoutingStats, SparseRouting,
         policy::{RoutingChoice, WeightForm},
     },
 };
@@ -174,6 +174,12 @@ impl FakeModel {
         Self { cache: CacheShape { block_tokens, num_blocks }, ..self }
     }
 
+    /// With a context of so many tokens.
+    pub(super) fn with_context(mut self, max_context: usize) -> Self {
+        self.spec.max_context = max_context;
+        self
+    }
+
     /// Certain of `next(history)`.
     pub(super) fn certain(next: impl Fn(&[u32]) -> u32 + Send + 'static) -> Self {
         Self::new(move |history| one_hot(next(history)))
@@ -247,17 +253,18 @@ impl LanguageModel for FakeModel {
         }
         let rows = wanted.len() + usize::from(matches!(verdict, Verdict::Misshape));
         logits.resize(rows * VOCAB, 0.0);
-        let tokens = batch.tokens.len() as u64;
-        let mut stats = RoutingStats { tokens, routes: tokens, ..RoutingStats::new(EXPERTS) };
-        stats.expert_tokens[0] = tokens;
-        let routing = LayerRouting {
-            layer: 0,
-            router_logits: Tensor::zeros((batch.tokens.len(), EXPERTS), candle_core::DType::F32, &Device::Cpu)?,
-            routing: Routing::Sparse(Default::default()),
-            stats,
-        };
-        Ok(Forward { logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?, layers: vec![routing], time: ForwardTime::default() })
+        let logits = Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?;
+        Ok(Forward { logits, layers: vec![routing(batch.tokens.len())?], time: ForwardTime::default() })
     }
+}
+
+/// Every token goes to the first expert.
+fn routing(tokens: usize) -> Result<LayerRouting> {
+    let mut stats = RoutingStats { tokens: tokens as u64, routes: tokens as u64, ..RoutingStats::new(EXPERTS) };
+    stats.expert_tokens[0] = tokens as u64;
+    let routing = SparseRouting { offsets: (0..=tokens as u32).collect(), expert_ids: vec![0; tokens], weights: vec![1.0; tokens] };
+    let router_logits = Tensor::zeros((tokens, EXPERTS), candle_core::DType::F32, &Device::Cpu)?;
+    Ok(LayerRouting { layer: 0, router_logits, routing: Routing::Sparse(routing), stats })
 }
 
 fn extend(hash: u64, value: &impl Hash) -> u64 {

@@ -31,8 +31,14 @@ use crate::{
 /// Most routings that one measurement compares with the reference.
 pub const MAX_MEASURE_POLICIES: usize = 8;
 
-/// Tokens of a window where nothing is said and the context is not shorter.
+/// Tokens of a window where nothing is said, and neither the context nor the cache asks for less.
 const WINDOW: usize = 512;
+
+/// The cache of a measurement has at most this part of the tokens of that of requests, beside which it is allocated, but for whole blocks.
+const CACHE_PART: usize = 4;
+
+/// Tokens between two messages at least, the last one apart: what they say is found by selection among thousands of values.
+const TOLD_EVERY: usize = 512;
 
 /// Messages that a slow reader may leave unread. One place is kept for the last: later sums have the earlier ones in them.
 const UNREAD: usize = 8;
@@ -62,13 +68,13 @@ pub struct MeasureRequest {
     pub cases: Vec<Case>,
     /// What to compare with; `None`: the routing that the checkpoint was trained under.
     pub reference: Option<Case>,
-    /// The text is read in windows of so many tokens, each from an empty context; `None`: 512, or a shorter context.
+    /// The text is read in windows of so many tokens, each from an empty context; `None`: 512, or what context and cache allow.
     pub window_tokens: Option<usize>,
     /// After this instant it fails with `DeadlineExceeded`.
     pub deadline: Option<Instant>,
 }
 
-/// The sums after a window.
+/// The sums after some windows.
 #[derive(Clone, Debug)]
 pub struct MeasureProgress {
     /// Tokens measured so far.
@@ -86,7 +92,7 @@ pub struct MeasureProgress {
 /// The gap of one routing.
 #[derive(Clone, Debug)]
 pub struct PolicyFidelity {
-    /// At the logits. The perplexity gap has an interval in the last message only.
+    /// At the logits. The perplexity gap has no interval: a bootstrap would keep requests waiting.
     pub output: OutputGaps,
     /// The MoE layers, in order of depth.
     pub layers: Vec<LayerFidelity>,
@@ -120,9 +126,9 @@ pub struct MeasureStream {
     ended: bool,
 }
 
-/// The place of one measurement among those that may be inside. It is given back when this is dropped.
+/// The place of one measurement among those that may be inside: [`super::Engine::measure_slot`]. It is given back when this is dropped.
 #[derive(Debug)]
-pub(super) struct Slot(Arc<AtomicUsize>);
+pub struct MeasureSlot(Arc<AtomicUsize>);
 
 /// A measurement on the engine's thread.
 #[derive(Debug)]
@@ -135,11 +141,15 @@ pub(super) struct Measurement {
     window: usize,
     /// Of the text, in whole windows.
     done: usize,
+    /// Of those, at the last message.
+    told: usize,
+    /// What the next message says of the first policies, while it is made.
+    telling: Option<Vec<PolicyFidelity>>,
     generation: u64,
     /// `None` before the first piece.
     work: Option<Probed>,
     events: mpsc::Sender<Result<MeasureProgress>>,
-    _slot: Slot,
+    _slot: MeasureSlot,
 }
 
 impl Default for MeasureConfig {
@@ -182,27 +192,28 @@ impl MeasureRequest {
         Ok(std::iter::once(reference).chain(self.cases.iter().cloned()).collect())
     }
 
-    /// The cache of a measurement is bounded by that of the requests.
     fn check_window(&self, spec: &ModelSpec, cache: CacheShape, cases: usize) -> Result<usize> {
-        let (field, context) = ("window_tokens", spec.max_context);
-        let window = self.window_tokens.unwrap_or(WINDOW.min(context)).min(self.tokens.len().max(2));
+        let (field, context, room) = ("window_tokens", spec.max_context, cache.tokens() / CACHE_PART);
+        let usual = || WINDOW.min(context).min(room / cases).max(2);
+        let window = self.window_tokens.unwrap_or_else(usual).min(self.tokens.len());
         if self.window_tokens.is_some_and(|window| window < 2) {
             return Err(Error::invalid(field, format!("{window} predicts nothing: at least 2")));
         }
         if let Some(window) = self.window_tokens.filter(|&window| window > context) {
             return Err(Error::out_of_range(field, format!("{window} is above the {context} of the model's context")));
         }
-        let (needed, has) = (window.saturating_mul(cases), cache.tokens());
-        if needed > has {
-            let message =
-                format!("{window} tokens under {cases} routings are more than the {has} tokens of the cache: use smaller windows");
+        if window.saturating_mul(cases) > room {
+            let message = format!(
+                "{window} tokens under {cases} routings, the reference among them, are more than {room}, a fourth of the tokens of the \
+                 cache: use smaller windows or fewer policies"
+            );
             return Err(Error::out_of_range(field, message));
         }
         Ok(window)
     }
 }
 
-impl Slot {
+impl MeasureSlot {
     /// Takes one of `limit` places.
     pub(super) fn take(inside: &Arc<AtomicUsize>, limit: usize) -> Result<Self> {
         let place = |inside: usize| (inside < limit).then_some(inside + 1);
@@ -213,7 +224,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for MeasureSlot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
@@ -221,12 +232,18 @@ impl Drop for Slot {
 
 impl Measurement {
     /// With the stream of what comes of it. `checked` is what [`MeasureRequest::check`] said.
-    pub(super) fn new(request: MeasureRequest, checked: (Vec<Case>, usize), slot: Slot, shared: Arc<Shared>) -> (Self, MeasureStream) {
+    pub(super) fn new(
+        request: MeasureRequest,
+        checked: (Vec<Case>, usize),
+        slot: MeasureSlot,
+        shared: Arc<Shared>,
+    ) -> (Self, MeasureStream) {
         let MeasureRequest { id, tokens, deadline, .. } = request;
         let (cases, window) = checked;
         let (events, progress) = mpsc::channel(UNREAD);
         let generation = shared.status.borrow().generation;
-        let measurement = Self { id, deadline, tokens, cases, window, done: 0, generation, work: None, events, _slot: slot };
+        let (done, told, telling, work) = (0, 0, None, None);
+        let measurement = Self { id, deadline, tokens, cases, window, done, told, telling, generation, work, events, _slot: slot };
         (measurement, MeasureStream { progress, shared, ended: false })
     }
 
@@ -246,33 +263,46 @@ impl Measurement {
         self.cases.len()
     }
 
-    /// One piece of at most so many tokens in every routing. How many it read, and whether it was the last.
+    /// One piece: at most so many tokens in every routing, or the sums of one. How many tokens it read, and whether it was the last.
     pub(super) fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, most: usize) -> Result<(usize, bool)> {
+        if let Some(telling) = self.telling.take() {
+            return Ok((0, self.tell(telling)));
+        }
         let work = match &mut self.work {
             Some(work) => work,
             none => none.insert(Probed::start(source, spec, None, &self.cases, self.window)?),
         };
         let window = &self.tokens[self.done..self.tokens.len().min(self.done + self.window)];
         let chunk = work.step(window, most)?;
-        if !chunk.done {
-            return Ok((chunk.tokens, false));
+        if chunk.done {
+            self.done += window.len();
+            // A reader that is behind is told later: the last message always has a place.
+            let due = self.done - self.told >= TOLD_EVERY && self.events.capacity() > 1;
+            self.telling = (due || self.done == self.tokens.len()).then(Vec::new);
         }
-        self.done += window.len();
-        let done = self.done == self.tokens.len();
-        if done || self.events.capacity() > 1 {
-            let policies = work.sides.values().iter().enumerate();
-            let policies = policies.map(|(case, output)| PolicyFidelity::new(case, output, &work.probe.layers, done)).collect();
-            let (tokens_done, tokens_total, generation) = (self.done, self.tokens.len(), self.generation);
-            let _ = self.events.try_send(Ok(MeasureProgress { tokens_done, tokens_total, policies, done, generation }));
+        Ok((chunk.tokens, false))
+    }
+
+    /// Adds the sums of the next policy to `telling`, and sends the message that has all of them. Whether it was the last one.
+    fn tell(&mut self, mut telling: Vec<PolicyFidelity>) -> bool {
+        let Some(work) = &self.work else { return false };
+        let (values, case) = (work.sides.values(), telling.len());
+        telling.extend(values.get(case).map(|output| PolicyFidelity::new(case, output, &work.probe.layers)));
+        if telling.len() < values.len() {
+            self.telling = Some(telling);
+            return false;
         }
-        Ok((chunk.tokens, done))
+        let (tokens_done, tokens_total, generation) = (self.done, self.tokens.len(), self.generation);
+        let done = tokens_done == tokens_total;
+        self.told = tokens_done;
+        let _ = self.events.try_send(Ok(MeasureProgress { tokens_done, tokens_total, policies: telling, done, generation }));
+        done
     }
 }
 
 impl PolicyFidelity {
-    fn new(case: usize, output: &OutputValues, layers: &[LayerProbe], done: bool) -> Self {
-        let layers = layers.iter().map(|layer| LayerFidelity::new(layer, case)).collect();
-        Self { output: if done { output.gaps() } else { output.gaps_so_far() }, layers }
+    fn new(case: usize, output: &OutputValues, layers: &[LayerProbe]) -> Self {
+        Self { output: output.gaps_so_far(), layers: layers.iter().map(|layer| LayerFidelity::new(layer, case)).collect() }
     }
 }
 

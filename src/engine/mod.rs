@@ -38,14 +38,17 @@ use tokenizers::Tokenizer;
 
 use self::{
     background::Background,
-    measure::{Measurement, Slot},
+    measure::Measurement,
     sequence::Submission,
     status::Shared,
+    stream::UnreadTraces,
     worker::{Clock, Command, Worker},
 };
 pub use self::{
     background::ObservableSource,
-    measure::{LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
+    measure::{
+        LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureSlot, MeasureStream, PolicyFidelity,
+    },
     request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
     status::EngineStatus,
     stream::EventStream,
@@ -77,7 +80,8 @@ pub struct EngineConfig {
     pub max_new_tokens: usize,
     /// Choices that one request may ask for. At least 1.
     pub max_choices: usize,
-    /// Events that a slow reader may leave unread before its request pauses. At least 2: one is kept for the last event.
+    /// Events that a slow reader may leave unread before its request pauses, and as many times 16 KiB of traces: the last step may go
+    /// beyond that. At least 2: one is kept for the last event.
     pub event_buffer: usize,
     /// How long a request may wait for its reader before it ends: it holds a place that others could use.
     pub reader_timeout: Duration,
@@ -204,7 +208,7 @@ impl Engine {
         let shared = Arc::new(Shared::new(worker::FIRST_GENERATION, metrics));
         #[expect(
             clippy::disallowed_methods,
-            reason = "bounded by `count_in` and `Slot`: a request sends two commands at most, a measurement one"
+            reason = "bounded by `count_in` and `MeasureSlot`: a request sends two commands at most, a measurement one"
         )]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
@@ -251,33 +255,40 @@ impl Engine {
         let tickets = inner.shared.count_in(choices, request.prompt.len(), &inner.config)?;
         // One place more for each choice: every one may have an event in a step.
         let (events, reader) = tokio::sync::mpsc::channel(inner.config.event_buffer + choices - 1);
+        let unread = Arc::new(UnreadTraces::new(inner.config.event_buffer));
         let first = inner.next_id.fetch_add(choices as u64, Ordering::Relaxed);
         let ids = first..first + choices as u64;
         let milestones = Arc::new(Milestones::new(submitted));
-        let submission = Box::new(Submission { request, events, milestones: milestones.clone(), ids: ids.clone(), tickets });
-        inner.commands.send(Command::Submit(submission)).map_err(|_| inner.shared.why_stopped())?;
-        Ok(EventStream::new(reader, inner.shared.clone(), inner.commands.clone(), ids, milestones))
+        let submission = Submission { request, events, unread: unread.clone(), milestones: milestones.clone(), ids: ids.clone(), tickets };
+        inner.commands.send(Command::Submit(Box::new(submission))).map_err(|_| inner.shared.why_stopped())?;
+        Ok(EventStream::new(reader, unread, inner.shared.clone(), inner.commands.clone(), ids, milestones))
     }
 
-    /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].
+    /// A place for a measurement, to be taken before a long text is read.
     ///
-    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded`, `QueueFull`, `Draining`, or
-    /// `FailedPrecondition` where this server measures nothing.
-    pub fn measure(&self, request: MeasureRequest) -> Result<MeasureStream> {
+    /// Fails with `QueueFull`, `Draining`, or `FailedPrecondition` where this server measures nothing.
+    pub fn measure_slot(&self) -> Result<MeasureSlot> {
         let inner = &*self.inner;
         let Some(measuring) = &inner.measuring else {
             let message = "this server takes no measurements: start it with --max-measure-requests above 0";
             return Err(Error::FailedPrecondition(message.into()));
         };
-        let checked = request.check(&inner.spec, inner.cache, &inner.config.measure)?;
-        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            return Err(Error::DeadlineExceeded { phase: "queued" });
-        }
         let status = self.status();
         if status.draining || !status.alive {
             return Err(inner.shared.why_stopped());
         }
-        let slot = Slot::take(measuring, inner.config.measure.max_requests)?;
+        MeasureSlot::take(measuring, inner.config.measure.max_requests)
+    }
+
+    /// Measures the fidelity gap of a text between the steps of requests, within [`MeasureConfig::budget`].
+    ///
+    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded` or `Draining`.
+    pub fn measure(&self, slot: MeasureSlot, request: MeasureRequest) -> Result<MeasureStream> {
+        let inner = &*self.inner;
+        let checked = request.check(&inner.spec, inner.cache, &inner.config.measure)?;
+        if request.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(Error::DeadlineExceeded { phase: "queued" });
+        }
         let (measurement, stream) = Measurement::new(request, checked, slot, inner.shared.clone());
         inner.commands.send(Command::Measure(Box::new(measurement))).map_err(|_| inner.shared.why_stopped())?;
         Ok(stream)

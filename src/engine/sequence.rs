@@ -16,13 +16,17 @@ use super::{
     sampler::{self, Sampler},
     scheduler::{Readiness, SequenceId, Sequences, Share},
     status::Ticket,
+    stream::UnreadTraces,
     text::{Detokenizer, StopStrings},
 };
 use crate::{
     error::{Error, Result},
     fidelity::shadow::ShadowChoice,
     model::LogitRows,
-    moe::{LayerRouting, policy::LayerChoices, trace::RoutingTrace},
+    moe::{
+        policy::LayerChoices,
+        trace::{RoutingTrace, TracedLayer},
+    },
 };
 
 /// After this long behind its reader a request gives its place to one that waits.
@@ -33,6 +37,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(1);
 pub(super) struct Submission {
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
+    pub(super) unread: Arc<UnreadTraces>,
     pub(super) milestones: Arc<Milestones>,
     /// One for each choice.
     pub(super) ids: Range<SequenceId>,
@@ -64,6 +69,7 @@ pub(super) struct Sequence {
     /// All choices of the request.
     pub(super) group: Range<SequenceId>,
     pub(super) events: mpsc::Sender<Event>,
+    unread: Arc<UnreadTraces>,
     pub(super) ticket: Ticket,
     pub(super) routing: LayerChoices,
     pub(super) shadow: ShadowChoice,
@@ -119,8 +125,8 @@ pub(super) enum Progress {
 pub(super) struct Rows<'a> {
     /// `[rows, V]`, as many as [`Sequence::logit_rows`] asked for.
     pub(super) logits: &'a [f32],
-    /// What the routers did for the whole step.
-    pub(super) layers: &'a [LayerRouting],
+    /// What the routers did for the whole step; empty where no sequence of it is traced.
+    pub(super) layers: &'a [TracedLayer<'a>],
     /// The first row of the sequence in `layers`.
     pub(super) first: usize,
     /// End of the step.
@@ -130,7 +136,7 @@ pub(super) struct Rows<'a> {
 impl Sequence {
     /// Sequences that nothing has been done for, one for each choice. Fails if the tokenizer cannot decode the prompt.
     pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Vec<Self>> {
-        let Submission { request, events, milestones, ids, tickets } = submission;
+        let Submission { request, events, unread, milestones, ids, tickets } = submission;
         let name: Arc<str> = request.id.into();
         let sequence = |(choice, ticket)| {
             let task = match &request.task {
@@ -146,6 +152,7 @@ impl Sequence {
                 trace_id: request.trace_id.clone(),
                 group: ids.clone(),
                 events: events.clone(),
+                unread: unread.clone(),
                 ticket,
                 routing: request.routing.clone(),
                 shadow: request.shadow,
@@ -168,9 +175,10 @@ impl Sequence {
         tickets.into_iter().enumerate().map(sequence).collect()
     }
 
-    /// Its reader has to catch up: there is a place in the channel for one event of each choice, and one for the last word.
+    /// Its reader has to catch up: there is a place in the channel for one event of each choice, and one for the last word; or what is in
+    /// it is too large.
     fn blocked(&self) -> bool {
-        self.events.capacity() <= self.group.clone().count()
+        self.events.capacity() <= self.group.clone().count() || self.unread.are_too_many()
     }
 
     /// How long it has been waiting for its reader; `None` if it is not.
@@ -215,6 +223,11 @@ impl Sequence {
         }
     }
 
+    /// Whether its routing is to be told.
+    pub(super) fn is_traced(&self) -> bool {
+        self.trace.is_some()
+    }
+
     /// Notes the routing of what a step computed of it, if that is asked for. What was read before a preemption has been noted.
     fn note_routing(&mut self, share: Share, rows: Rows<'_>) -> Result<()> {
         let Some(trace) = &mut self.trace else { return Ok(()) };
@@ -226,6 +239,7 @@ impl Sequence {
     fn take_trace(&mut self) -> Option<Box<RoutingTrace>> {
         let trace = self.trace.as_mut().filter(|trace| trace.num_tokens() > 0)?;
         let next = RoutingTrace::new(trace.first_position + trace.num_tokens(), Arc::clone(&trace.layers));
+        self.unread.add(trace);
         Some(Box::new(std::mem::replace(trace, next)))
     }
 

@@ -3,7 +3,11 @@
 use std::{
     ops::Range,
     pin::Pin,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
     task::{Context, Poll, ready},
 };
 
@@ -15,6 +19,11 @@ use super::{
     status::Shared,
     worker::Command,
 };
+use crate::moe::trace::RoutingTrace;
+
+/// Bytes of traces that the channel of a request may have for each place of
+/// [`EngineConfig::event_buffer`](super::EngineConfig::event_buffer): the trace of one step can have megabytes.
+const PLACE_BYTES: usize = 16 << 10;
 
 /// Events of one request: any number of `Tokens` and one `Finished` for each of its choices, or one `Failed` for all that have not
 /// finished; then `None`.
@@ -25,6 +34,7 @@ use super::{
 #[derive(Debug)]
 pub struct EventStream {
     events: tokio::sync::mpsc::Receiver<Event>,
+    unread: Arc<UnreadTraces>,
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     ids: Range<SequenceId>,
@@ -33,16 +43,46 @@ pub struct EventStream {
     left: usize,
 }
 
+/// How much of the traces of a request its reader has not taken yet.
+#[derive(Debug)]
+pub(super) struct UnreadTraces {
+    bytes: AtomicUsize,
+    most: usize,
+}
+
+impl UnreadTraces {
+    pub(super) fn new(event_buffer: usize) -> Self {
+        Self { bytes: AtomicUsize::new(0), most: event_buffer.saturating_mul(PLACE_BYTES) }
+    }
+
+    /// A trace is about to be sent. Before it is: so that its reader does not subtract what was not added.
+    pub(super) fn add(&self, trace: &RoutingTrace) {
+        self.bytes.fetch_add(trace.bytes(), Ordering::Relaxed);
+    }
+
+    fn taken(&self, trace: Option<&RoutingTrace>) {
+        if let Some(trace) = trace {
+            self.bytes.fetch_sub(trace.bytes(), Ordering::Relaxed);
+        }
+    }
+
+    /// The request is to wait for its reader.
+    pub(super) fn are_too_many(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) > self.most
+    }
+}
+
 impl EventStream {
     pub(super) fn new(
         events: tokio::sync::mpsc::Receiver<Event>,
+        unread: Arc<UnreadTraces>,
         shared: Arc<Shared>,
         commands: mpsc::Sender<Command>,
         ids: Range<SequenceId>,
         milestones: Arc<Milestones>,
     ) -> Self {
         let left = ids.clone().count();
-        Self { events, shared, commands, ids, milestones, left }
+        Self { events, unread, shared, commands, ids, milestones, left }
     }
 
     /// How far the request has come; it is kept up to date after the stream is gone.
@@ -60,9 +100,12 @@ impl EventStream {
             return Poll::Ready(None);
         }
         let event = ready!(self.events.poll_recv(cx)).unwrap_or_else(|| Event::Failed(self.shared.why_stopped()));
-        match event {
-            Event::Tokens(_) => {}
-            Event::Finished(_) => self.left -= 1,
+        match &event {
+            Event::Tokens(tokens) => self.unread.taken(tokens.trace.as_deref()),
+            Event::Finished(finished) => {
+                self.unread.taken(finished.tail.trace.as_deref());
+                self.left -= 1;
+            }
             Event::Failed(_) => self.left = 0,
         }
         Poll::Ready(Some(event))

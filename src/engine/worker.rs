@@ -26,8 +26,11 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{Batch, Forward, LanguageModel, LogitRows, Span},
-    moe::LayerRouting,
-    telemetry::metrics::{Completed, Generated, Outcome, Rejection, Step},
+    moe::{
+        LayerRouting,
+        trace::{self, TracedLayer},
+    },
+    telemetry::metrics::{Completed, Generated, Outcome, Rejection, SampleOutcome, Step},
 };
 
 /// Generation of the weights that the engine starts with.
@@ -196,7 +199,7 @@ impl Worker {
 
     /// After a panic no count can be trusted: fails everything that is inside, and starts with empty blocks.
     fn start_anew(&mut self) {
-        self.background.end();
+        self.background.end(SampleOutcome::Failed, started_anew);
         self.scheduler = Scheduler::new(self.limits, self.model.cache());
         self.deadlines.clear();
         self.streaming.clear();
@@ -207,7 +210,7 @@ impl Worker {
             self.shared.metrics.finished(Outcome::Error);
             if !told.contains(&id) {
                 told = group;
-                let _ = events.try_send(Event::Failed(Error::Internal("the engine panicked and was started anew".into())));
+                let _ = events.try_send(Event::Failed(started_anew()));
             }
         }
         self.show_cache();
@@ -355,7 +358,8 @@ impl Worker {
         let (now, forward_time) = ((self.clock)(), launched.elapsed());
         let settled = forward.and_then(|forward| {
             self.measure(&batch, now.saturating_duration_since(started));
-            let settled = forward.read_logits(|logits| self.settle(shares, &batch, (&forward.layers, logits), now));
+            let layers = self.traced_layers(shares, &forward.layers)?;
+            let settled = forward.read_logits(|logits| self.settle(shares, &batch, (&layers, logits), now));
             settled.map_err(|error| format!("the logits cannot be read: {error}"))?;
             Ok(forward)
         });
@@ -428,6 +432,14 @@ impl Worker {
         }
     }
 
+    /// What the traces of a step are made of: nothing where none is asked for.
+    fn traced_layers<'a>(&self, shares: &[Share], layers: &'a [LayerRouting]) -> Result<Vec<TracedLayer<'a>>, String> {
+        if !shares.iter().any(|share| self.sequences.get(&share.id).is_some_and(Sequence::is_traced)) {
+            return Ok(Vec::new());
+        }
+        trace::traced_layers(layers).map_err(|error| format!("the routing cannot be read: {error}"))
+    }
+
     fn report_panic(&self, panic: &(dyn Any + Send), place: &'static str) {
         tracing::error!(place, message = panic_message(panic), "panic in the engine; its requests fail, the engine goes on");
         self.shared.metrics.engine_panicked();
@@ -439,7 +451,7 @@ impl Worker {
     }
 
     /// Gives each sequence its rows, and its reader what came of them.
-    fn settle(&mut self, shares: &[Share], batch: &Batch, (layers, logits): (&[LayerRouting], &[f32]), now: Instant) {
+    fn settle(&mut self, shares: &[Share], batch: &Batch, (layers, logits): (&[TracedLayer<'_>], &[f32]), now: Instant) {
         let (mut rest, mut first) = (logits, 0);
         for (share, span) in shares.iter().zip(&batch.spans) {
             let Some((mine, others)) = rest.split_at_checked(rows(span) * self.surroundings.vocab_size) else { continue };
@@ -526,7 +538,7 @@ impl Worker {
     /// Ends everything that is left, and whatever was sent before the handle said so.
     fn end_all(&mut self) {
         self.shared.update(|status| status.draining = true);
-        self.background.end();
+        self.background.end(SampleOutcome::DroppedDraining, || Error::Draining);
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submission) = command {
                 self.enqueue(*submission);
@@ -536,6 +548,11 @@ impl Worker {
             self.end(id, Ending::Failed(Error::Draining));
         }
     }
+}
+
+/// What everything that was inside when the engine panicked is told.
+fn started_anew() -> Error {
+    Error::Internal("the engine panicked and was started anew".into())
 }
 
 /// Rows of logits that a span asks for.

@@ -2,8 +2,13 @@
 
 use std::{ops::Range, sync::Arc};
 
+use candle_core::{Device, Tensor};
+
 use super::{LayerRouting, Routing, SparseRouting, route};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    ops::cpu_slice,
+};
 
 /// The routing of consecutive tokens of one sequence. Rows are (token, layer): all MoE layers of the first token, then of the second.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -59,18 +64,25 @@ impl RoutingTrace {
         Some(TraceRow { experts: self.expert_ids.get(routes.clone())?, weights: self.weights.get(routes).unwrap_or_default() })
     }
 
+    /// Bytes of its rows and routes.
+    pub fn bytes(&self) -> usize {
+        let rows = size_of_val(&self.offsets[..]) + size_of_val(&self.entropy[..]) + size_of_val(&self.margin[..]);
+        rows + size_of_val(&self.expert_ids[..]) + size_of_val(&self.weights[..])
+    }
+
     /// Adds the next tokens: rows `tokens` of a forward, whose layers are those of this trace.
-    ///
-    /// Fails where the forward was one of training.
-    pub fn record(&mut self, forward: &[LayerRouting], tokens: Range<usize>) -> Result<()> {
-        let layers = forward.iter().map(|layer| HostLayer::new(layer, &tokens)).collect::<Result<Vec<_>>>()?;
-        for token in tokens.clone() {
-            layers.iter().try_for_each(|layer| self.record_row(layer.routing, token, layer.logits(token - tokens.start)))?;
+    pub fn record(&mut self, layers: &[TracedLayer<'_>], tokens: Range<usize>) -> Result<()> {
+        let mut scratch = Scratch::default();
+        for token in tokens {
+            for TracedLayer { routing, router_logits, experts } in layers {
+                let row = token * experts..(token + 1) * experts;
+                cpu_slice::<f32, _>(router_logits, |logits| self.record_row(routing, token, &logits[row], &mut scratch))?;
+            }
         }
         Ok(())
     }
 
-    fn record_row(&mut self, routing: &SparseRouting, token: usize, logits: &[f32]) -> Result<()> {
+    fn record_row(&mut self, routing: &SparseRouting, token: usize, logits: &[f32], scratch: &mut Scratch) -> Result<()> {
         let first = self.expert_ids.len();
         for route in routing.routes(token) {
             let expert = routing.expert_ids[route];
@@ -79,8 +91,8 @@ impl RoutingTrace {
         }
         self.offsets.push(self.expert_ids.len() as u32);
         let finite = logits.iter().all(|z| z.is_finite());
-        self.entropy.push(if finite { route::entropy(logits, &mut Vec::new()) as f32 } else { f32::NAN });
-        self.margin.push(margin(logits, &self.expert_ids[first..]));
+        self.entropy.push(if finite { route::entropy(logits, &mut scratch.probabilities) as f32 } else { f32::NAN });
+        self.margin.push(margin(logits, &self.expert_ids[first..], &mut scratch.chosen));
         Ok(())
     }
 
@@ -113,39 +125,59 @@ impl RoutingTrace {
     }
 }
 
-/// What a trace reads of one layer of a forward.
-struct HostLayer<'a> {
+/// What traces read of one MoE layer of a forward.
+#[derive(Debug)]
+pub struct TracedLayer<'a> {
     routing: &'a SparseRouting,
+    /// `[T, E]` f32, contiguous, on the CPU.
+    router_logits: Tensor,
+    /// E.
     experts: usize,
-    /// `[T, E]` of the tokens that are read.
-    router_logits: Vec<f32>,
 }
 
-impl<'a> HostLayer<'a> {
-    fn new(layer: &'a LayerRouting, tokens: &Range<usize>) -> Result<Self> {
+/// Memory for what is computed of one row after the other.
+#[derive(Default)]
+struct Scratch {
+    /// `[E]`.
+    probabilities: Vec<f32>,
+    /// `[E]`.
+    chosen: Vec<bool>,
+}
+
+/// The MoE layers of a forward as traces read them: copied only from a device other than the CPU, once for all sequences.
+///
+/// Fails where the forward was one of training.
+pub fn traced_layers(forward: &[LayerRouting]) -> Result<Vec<TracedLayer<'_>>> {
+    forward.iter().map(TracedLayer::new).collect()
+}
+
+impl<'a> TracedLayer<'a> {
+    fn new(layer: &'a LayerRouting) -> Result<Self> {
         let Routing::Sparse(routing) = &layer.routing else {
             return Err(Error::Internal("a forward of training cannot be traced".into()));
         };
-        let rows = layer.router_logits.narrow(0, tokens.start, tokens.len())?;
-        Ok(Self { routing, experts: rows.dim(1)?, router_logits: rows.flatten_all()?.to_vec1()? })
-    }
-
-    fn logits(&self, token: usize) -> &[f32] {
-        &self.router_logits[token * self.experts..(token + 1) * self.experts]
+        let router_logits = layer.router_logits.to_device(&Device::Cpu)?.contiguous()?;
+        Ok(Self { routing, experts: router_logits.dim(1)?, router_logits })
     }
 }
 
 /// As [`RoutingTrace::margin`] says; NaN logits make it infinite, as they have no route.
-fn margin(logits: &[f32], chosen: &[u16]) -> f32 {
+fn margin(logits: &[f32], experts: &[u16], chosen: &mut Vec<bool>) -> f32 {
+    if experts.is_empty() {
+        return f32::INFINITY;
+    }
+    chosen.clear();
+    chosen.resize(logits.len(), false);
+    experts.iter().for_each(|&expert| chosen[usize::from(expert)] = true);
     let (mut least, mut largest) = (f32::INFINITY, f32::NEG_INFINITY);
-    for (expert, &logit) in logits.iter().enumerate() {
-        if chosen.iter().any(|&id| usize::from(id) == expert) {
+    for (&logit, &chosen) in logits.iter().zip(&*chosen) {
+        if chosen {
             least = least.min(logit);
         } else {
             largest = largest.max(logit);
         }
     }
-    if chosen.is_empty() { f32::INFINITY } else { least - largest }
+    least - largest
 }
 
 #[cfg(test)]
@@ -172,11 +204,15 @@ mod tests {
         vec![layer(1, RoutingPolicy::TopK { k: 1, weight_form: WeightForm::Raw }), layer(3, RoutingPolicy::Soft { temperature: 1.0 })]
     }
 
+    fn record(trace: &mut RoutingTrace, tokens: Range<usize>) {
+        trace.record(&traced_layers(&forward()).unwrap(), tokens).unwrap();
+    }
+
     #[test]
     fn records_what_the_routers_did() {
         let mut trace = RoutingTrace::new(7, [1, 3].into());
-        trace.record(&forward(), 0..2).unwrap();
-        trace.record(&forward(), 2..3).unwrap();
+        record(&mut trace, 0..2);
+        record(&mut trace, 2..3);
         assert_eq!((trace.num_tokens(), trace.num_rows()), (3, 6));
         assert_eq!(trace.row(7, 1).unwrap().experts, [1]);
         assert_eq!(trace.row(8, 3).unwrap().experts, [0, 3, 2, 1]);
@@ -186,12 +222,29 @@ mod tests {
         assert!((trace.margin[0] - 0.005).abs() < 1e-6 && trace.margin[0] < route::NEAR_TIE, "1.995 was nearly chosen");
         assert_eq!((trace.margin[1], trace.margin[2], trace.margin[4]), (f32::INFINITY, 2.0, 0.0));
         assert!((trace.entropy[4] - 4f32.ln()).abs() < 1e-6);
+        assert_eq!(trace.bytes(), 4 * 7 + 6 * (3 + 12) + 8 * 6, "offsets, routes, and what is told of rows");
+    }
+
+    #[test]
+    fn the_margin_is_between_the_chosen_and_the_others() {
+        let mut chosen = vec![true; 9];
+        for (experts, expected) in [
+            (&[1][..], 0.005),
+            (&[1, 3], 0.995),
+            // Given by a replay, whatever the router prefers.
+            (&[2, 0], -2.0),
+            (&[3, 0, 1, 2], f32::INFINITY),
+            (&[], f32::INFINITY),
+        ] {
+            let found = margin(&LOGITS[0], experts, &mut chosen);
+            assert!(found == expected || (found - expected).abs() < 1e-6, "{experts:?}: {found}");
+        }
     }
 
     #[test]
     fn parts_and_wholes_are_the_same() {
         let mut whole = RoutingTrace::new(0, [1, 3].into());
-        whole.record(&forward(), 0..3).unwrap();
+        record(&mut whole, 0..3);
         let mut joined = whole.part(0..1);
         joined.append(&whole.part(1..3));
         assert_eq!(joined, whole);

@@ -15,7 +15,7 @@ use super::{
     proto,
 };
 use crate::{
-    engine::{LayerFidelity, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
+    engine::{LayerFidelity, MAX_MEASURE_POLICIES, MeasureProgress, MeasureRequest, MeasureStream, PolicyFidelity},
     error::{Error, Result},
     fidelity::{case::Case, run::OutputGaps, summary::Summary},
     moe::policy::RoutingRule,
@@ -34,6 +34,10 @@ pub struct FidelityStream {
 impl FidelityStream {
     pub(super) async fn start(context: &Context, call: &Call, request: proto::MeasureFidelityRequest) -> Result<Self> {
         context.check_model(&request.model)?;
+        let asked = request.policies.len();
+        if asked > MAX_MEASURE_POLICIES {
+            return Err(Error::out_of_range("policies", format!("{asked} are above {MAX_MEASURE_POLICIES}, the limit")));
+        }
         let spec = context.engine.spec();
         let reference = match request.reference {
             None => spec.reference.choice().into(),
@@ -51,14 +55,18 @@ impl FidelityStream {
         let cases = policies.iter().enumerate().map(|(index, rule)| case(rule, &format!("policies[{index}]"))).collect::<Result<_>>()?;
         let input = request.input.map(Input::from);
         let deadline = call.due(request.timeout_seconds)?;
-        let progress = context.engine.measure(MeasureRequest {
+        let reference_case = Some(case(&reference, "reference")?);
+        // Before the text is tokenised: that takes seconds of a core where it is long.
+        let slot = context.engine.measure_slot()?;
+        let measure = MeasureRequest {
             id: call.id.clone(),
             tokens: context.long_text(input, "input").await?,
             cases,
-            reference: Some(case(&reference, "reference")?),
+            reference: reference_case,
             window_tokens: request.window_tokens.map(|tokens| tokens as usize),
             deadline,
-        })?;
+        };
+        let progress = context.engine.measure(slot, measure)?;
         Ok(Self { progress, call: call.clone(), reference, policies })
     }
 

@@ -144,6 +144,12 @@ fn unpacked(field: &str, message: &proto::RoutingTrace) -> Result<RoutingTrace> 
 
 #[cfg(test)]
 mod tests {
+    use rand::{
+        Rng as _, SeedableRng as _,
+        rngs::StdRng,
+        seq::{IndexedMutRandom as _, IndexedRandom as _},
+    };
+
     use super::*;
 
     /// Two layers; the rows of `counts` have experts in a pattern that goes up to `most`.
@@ -221,5 +227,51 @@ mod tests {
         };
         assert_eq!(field(&[]), "traces");
         assert_eq!(field(&[good.clone(), good.clone()]), "traces[1].first_position");
+    }
+
+    /// Changes one field.
+    fn damage(part: &mut proto::RoutingTrace, random: &mut StdRng) {
+        let number = *[0, 1, 2, 3, 4, 8, 255, 1 << 16, u32::MAX].choose(random).unwrap();
+        let (length, byte) = (random.random_range(0..40), random.random());
+        match random.random_range(0..9) {
+            0 => part.first_position = number,
+            1 => part.num_tokens = number,
+            2 => part.layers.resize(length / 8, number),
+            3 => part.experts_per_token = number,
+            4 => part.counts.resize(length, byte),
+            5 => part.expert_bytes = number,
+            6 => part.experts.resize(length, byte),
+            7 => part.weights.resize(length, byte),
+            _ => part.experts.fill(byte),
+        }
+    }
+
+    #[test]
+    fn whatever_is_sent_is_refused_or_consistent() {
+        let mut random = StdRng::seed_from_u64(4);
+        let (mut accepted, mut refused) = (0, 0);
+        for round in 0..20_000 {
+            let counts = if round % 2 == 0 { [2, 2, 2, 2] } else { [1, 2, 0, 3] };
+            let mut parts = vec![message(&trace(&counts, 300), proto::TraceOptions::default()); random.random_range(1..3)];
+            parts.iter_mut().skip(1).for_each(|part| part.first_position += 2);
+            for _ in 0..random.random_range(1..3) {
+                damage(parts.choose_mut(&mut random).unwrap(), &mut random);
+            }
+            match joined("traces", &parts) {
+                Ok(whole) => {
+                    let (routes, weights) = (whole.expert_ids.len(), whole.weights.len());
+                    assert_eq!(whole.num_rows(), whole.num_tokens() * whole.layers.len(), "{parts:?}");
+                    assert!(whole.offsets.is_sorted() && whole.offsets.last() == Some(&(routes as u32)), "{parts:?}");
+                    assert!(weights == 0 || weights == routes, "{parts:?}");
+                    accepted += 1;
+                }
+                Err(Error::InvalidArgument { field, .. }) => {
+                    assert!(field.starts_with("traces["), "{field}");
+                    refused += 1;
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert!(accepted > 1000 && refused > 10_000, "{accepted} accepted, {refused} refused");
     }
 }

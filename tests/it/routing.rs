@@ -277,7 +277,7 @@ async fn measurements_are_bounded() {
         EngineConfig { measure: MeasureConfig { max_requests: 1, max_tokens: 1000, ..MeasureConfig::default() }, ..Options::demo().engine };
     let server = TestServer::start(Options { engine, ..Options::demo() }).await;
     let mut client = client(&server).await;
-    let refused: [(&str, Code, Change<MeasureFidelityRequest>); 8] = [
+    let refused: [(&str, Code, Change<MeasureFidelityRequest>); 9] = [
         ("input", Code::InvalidArgument, &|r| r.input = None),
         ("input", Code::InvalidArgument, &|r| r.input = ids(1)),
         ("input", Code::OutOfRange, &|r| r.input = ids(1001)),
@@ -285,7 +285,10 @@ async fn measurements_are_bounded() {
         ("window_tokens", Code::OutOfRange, &|r| r.window_tokens = Some(1 << 20)),
         ("policies[1].top_k.k", Code::InvalidArgument, &|r| r.policies = vec![rule("top-1"), rule("top-99")]),
         ("reference.mass.threshold", Code::InvalidArgument, &|r| r.reference = Some(rule("mass-7"))),
-        ("policies", Code::OutOfRange, &|r| r.policies = vec![rule("top-1"); 9]),
+        // Counted before they are looked at.
+        ("policies", Code::OutOfRange, &|r| r.policies = vec![rule("top-99"); 9]),
+        // Nine routings, in a fourth of a cache of 4096 tokens.
+        ("window_tokens", Code::OutOfRange, &|r| (r.input, r.policies, r.window_tokens) = (ids(1000), vec![rule("top-1"); 8], Some(120))),
     ];
     for (name, code, change) in refused {
         let mut bad = measure(&["top-1"], 32);
@@ -299,6 +302,9 @@ async fn measurements_are_bounded() {
     let second = soon(client.measure_fidelity(long())).await.unwrap_err();
     assert_eq!(second.code(), Code::ResourceExhausted);
     assert!(second.get_details_retry_info().is_some());
+    let too_long = MeasureFidelityRequest { input: ids(1001), ..long() };
+    let status = soon(client.measure_fidelity(too_long)).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "who has no place is not even read");
     drop(first);
     let again = async {
         while client.measure_fidelity(measure(&["top-1"], 32)).await.is_err() {

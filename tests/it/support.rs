@@ -457,7 +457,8 @@ impl RawCall {
         Self::raw(method, message.encode_to_vec())
     }
 
-    /// `message` framed as one message, whatever it is.
+    /// `message` framed as one message, whatever it is. The method is one of Inference, or has its service before it, as in
+    /// `Routing/TraceRouting`.
     pub fn raw(method: &str, message: Vec<u8>) -> Self {
         let length = u32::try_from(message.len()).unwrap().to_be_bytes();
         let body = [&[0], &length[..], &message].concat();
@@ -484,7 +485,8 @@ impl RawCall {
         let socket = tokio::net::TcpStream::connect(address).await.unwrap();
         let (mut requests, connection) = h2::client::handshake(socket).await.unwrap();
         let connection = tokio::spawn(connection);
-        let uri = format!("http://{address}/hardmax.v1.Inference/{}", self.method);
+        let service = if self.method.contains('/') { "" } else { "Inference/" };
+        let uri = format!("http://{address}/hardmax.v1.{service}{}", self.method);
         let mut request = http::Request::post(uri).header("content-type", "application/grpc").header("te", "trailers");
         for (name, value) in &self.headers {
             request = request.header(*name, value);

@@ -1,6 +1,6 @@
 //! Work below requests, on a small random checkpoint: what it measures is what an offline run measures, and no request feels it.
 
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, atomic::AtomicBool, mpsc};
 
 use candle_core::{DType, Device};
 
@@ -9,8 +9,9 @@ use crate::{
     checkpoint::{Checkpoint, LoadOptions},
     engine::{
         background::{Background, Load},
-        measure::{Measurement, Slot},
+        measure::Measurement,
         status::Shared,
+        worker::Clock,
     },
     fidelity::{case::Case, probe::Probe, run},
     model::{
@@ -53,6 +54,15 @@ fn all_that_ask() -> EngineConfig {
 }
 
 fn start_over(weights: &ServingModel, source: impl ObservableSource + 'static, config: EngineConfig) -> (Engine, Arc<Metrics>) {
+    start_with_clock(weights, source, config, Box::new(Instant::now))
+}
+
+fn start_with_clock(
+    weights: &ServingModel,
+    source: impl ObservableSource + 'static,
+    config: EngineConfig,
+    clock: Clock,
+) -> (Engine, Arc<Metrics>) {
     let layers = weights.spec().moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect();
     let facts = MetricsConfig { model: "golden".into(), layers, max_context: 64, shadow: true, ..MetricsConfig::default() };
     let metrics = Arc::new(Metrics::new(&facts).unwrap());
@@ -64,7 +74,7 @@ fn start_over(weights: &ServingModel, source: impl ObservableSource + 'static, c
         config,
         metrics: metrics.clone(),
     };
-    (Engine::start(parts).unwrap(), metrics)
+    (Engine::start_with_clock(parts, clock).unwrap(), metrics)
 }
 
 fn text(n: usize) -> Vec<u32> {
@@ -318,12 +328,41 @@ async fn a_panic_fails_one_sample() {
     let snapshot = ended(&metrics, 2).await;
     assert_eq!((snapshot.samples, snapshot.tokens, source.started.load(Ordering::SeqCst)), (1, 48, 2), "on a new model");
     fuse.store(1, Ordering::SeqCst);
-    let mut stream = engine.measure(measure(40)).unwrap();
+    let mut stream = begin(&engine, measure(40)).unwrap();
     let error = progress(&mut stream).await.unwrap_err();
     assert!(matches!(&error, Error::Internal(message) if message.contains("panicked")), "{error}");
-    let mut stream = engine.measure(measure(40)).unwrap();
+    let mut stream = begin(&engine, measure(40)).unwrap();
     assert!(progress(&mut stream).await.unwrap().done);
     super::cache::nothing_is_left(&engine, &metrics).await;
+}
+
+#[tokio::test]
+async fn a_panic_of_the_engine_itself_is_no_drain() {
+    let weights = soft();
+    let (source, begins, go) = gated(&weights);
+    let explode = Arc::new(AtomicBool::new(false));
+    let fuse = explode.clone();
+    let clock = Box::new(move || if fuse.swap(false, Ordering::SeqCst) { panic!("as the test wished") } else { Instant::now() });
+    let (engine, metrics) = start_with_clock(&weights, source, all_that_ask(), clock);
+    // One piece of a sample, then one of a measurement; neither is done with it.
+    ask(&engine, always(TOP_1, tokens(&text(40), 8))).await;
+    begins.recv_timeout(PATIENCE).unwrap();
+    let mut stream = begin(&engine, measure(40)).unwrap();
+    go.send(()).unwrap();
+    begins.recv_timeout(PATIENCE).unwrap();
+    explode.store(true, Ordering::SeqCst);
+    go.send(()).unwrap();
+    let error = progress(&mut stream).await.unwrap_err();
+    assert!(matches!(&error, Error::Internal(message) if message.contains("anew")), "{error}");
+    ended(&metrics, 1).await;
+    assert_eq!((outcome(&metrics, "failed"), outcome(&metrics, "dropped_draining")), (1.0, 0.0));
+    drop(go);
+    let mut stream = begin(&engine, measure(40)).unwrap();
+    assert!(progress(&mut stream).await.unwrap().done, "the engine goes on");
+}
+
+fn begin(engine: &Engine, request: MeasureRequest) -> Result<MeasureStream> {
+    engine.measure(engine.measure_slot()?, request)
 }
 
 fn measure(tokens: usize) -> MeasureRequest {
@@ -340,10 +379,10 @@ async fn a_measurement_is_an_offline_run() {
     let weights = soft();
     let (engine, metrics) = start_over(&weights, weights.clone(), all_that_ask());
     let busy = engine.submit(tokens(&text(20), 30)).unwrap();
-    let request = MeasureRequest { window_tokens: Some(40), ..measure(150) };
+    let request = MeasureRequest { window_tokens: Some(40), ..measure(1100) };
     let windows: Vec<&[u32]> = request.tokens.chunks(40).collect();
     let cases: Vec<Case> = [RoutingChoice::Soft { temperature: None }, TOP_1, RoutingChoice::Native].map(Case::from).into();
-    let mut stream = engine.measure(request.clone()).unwrap();
+    let mut stream = begin(&engine, request.clone()).unwrap();
     let mut done = Vec::new();
     let last = loop {
         let message = progress(&mut stream).await.unwrap();
@@ -356,7 +395,7 @@ async fn a_measurement_is_an_offline_run() {
             near(found.output.kl.mean, expected.kl.mean, "kl");
             near(found.output.kl.p95, expected.kl.p95, "kl p95");
             near(found.output.perplexity.gap, expected.perplexity.gap, "perplexity");
-            assert_eq!(found.output.perplexity.interval, expected.perplexity.interval.filter(|_| message.done));
+            assert_eq!(found.output.perplexity.interval, None, "a bootstrap is not for the engine's thread");
             for (found, layer) in found.layers.iter().zip(&probe.layers) {
                 let gap = &layer.gaps[case];
                 assert_eq!((found.layer, found.l2_rel, found.missed_mass), (layer.layer, gap.l2_rel.summary(), gap.missed_mass.summary()));
@@ -367,10 +406,49 @@ async fn a_measurement_is_an_offline_run() {
             break message;
         }
     };
-    assert_eq!((done.as_slice(), last.tokens_total, last.generation), (&[40, 80, 120, 150][..], 150, 1));
+    assert_eq!((done.as_slice(), last.tokens_total, last.generation), (&[520, 1040, 1100][..], 1100, 1));
     assert!(stream.recv().await.is_none(), "nothing after the last");
     assert_eq!(collect(busy).await.ids.len(), 30);
     super::cache::nothing_is_left(&engine, &metrics).await;
+}
+
+/// With the stream of what it tells.
+fn measurement(spec: &ModelSpec, request: MeasureRequest) -> (Measurement, MeasureStream) {
+    let checked = request.check(spec, ROOM, &MeasureConfig::default()).unwrap();
+    let slot = MeasureSlot::take(&Arc::default(), 1).unwrap();
+    Measurement::new(request, checked, slot, Arc::new(Shared::new(1, metrics())))
+}
+
+#[tokio::test]
+async fn what_is_told_is_told_in_pieces_and_not_after_every_window() {
+    let weights = soft();
+    let pieces = |request| {
+        let (mut measurement, stream) = measurement(weights.spec(), request);
+        let mut pieces = Vec::new();
+        loop {
+            let (tokens, done) = measurement.advance(&weights, weights.spec(), 128).unwrap();
+            pieces.push(tokens);
+            if done {
+                return (pieces, stream);
+            }
+        }
+    };
+    let (found, mut stream) = pieces(measure(40));
+    assert_eq!(found, [40, 0, 0], "each of two policies for itself");
+    let message = progress(&mut stream).await.unwrap();
+    assert!(message.done && message.policies.len() == 2);
+    let (found, _) = pieces(MeasureRequest { window_tokens: Some(2), ..measure(1100) });
+    assert_eq!((found.len(), found[256..260].to_vec()), (550 + 3 * 2, vec![0, 0, 2, 2]));
+
+    // Nobody reads while it runs: some messages are missing, and what the last one says is whole.
+    let (_, mut stream) = pieces(MeasureRequest { window_tokens: Some(32), ..measure(9 * 512) });
+    let mut done = Vec::new();
+    while let Some(message) = stream.recv().await {
+        let message = message.unwrap();
+        assert!(message.policies.iter().all(|policy| policy.output.tokens == message.tokens_done as u64));
+        done.push(message.tokens_done);
+    }
+    assert_eq!(done, [512, 1024, 1536, 2048, 2560, 3072, 3584, 9 * 512]);
 }
 
 #[tokio::test]
@@ -378,16 +456,16 @@ async fn measurements_are_bounded_and_can_be_cancelled() {
     let weights = soft();
     let (source, begins, go) = gated(&weights);
     let (engine, _) = start_over(&weights, source, all_that_ask());
-    let first = engine.measure(measure(60)).unwrap();
+    let first = begin(&engine, measure(60)).unwrap();
     begins.recv_timeout(PATIENCE).unwrap();
-    let second = engine.measure(measure(60)).unwrap();
-    let refused = engine.measure(measure(60)).unwrap_err();
+    let second = begin(&engine, measure(60)).unwrap();
+    let refused = begin(&engine, measure(60)).unwrap_err();
     assert!(matches!(&refused, Error::QueueFull { limit: QueueLimit::Measurements(2), .. }), "{refused}");
     drop(first);
     go.send(()).unwrap();
     // The next forward is of the second: the first is gone with its place.
     begins.recv_timeout(PATIENCE).unwrap();
-    let third = engine.measure(measure(60)).unwrap();
+    let third = begin(&engine, measure(60)).unwrap();
     drop(go);
     for mut stream in [second, third] {
         assert!(progress(&mut stream).await.unwrap().done);
@@ -400,24 +478,24 @@ async fn a_measurement_ends_at_its_deadline_and_with_the_server() {
     let (source, begins, go) = gated(&weights);
     let (engine, _) = start_over(&weights, source, all_that_ask());
     let late = MeasureRequest { deadline: Some(Instant::now()), ..measure(60) };
-    assert_eq!(engine.measure(late).unwrap_err().kind(), ErrorKind::DeadlineExceeded);
+    assert_eq!(begin(&engine, late).unwrap_err().kind(), ErrorKind::DeadlineExceeded);
     let deadline = Instant::now() + Duration::from_millis(20);
-    let mut stream = engine.measure(MeasureRequest { deadline: Some(deadline), ..measure(60) }).unwrap();
+    let mut stream = begin(&engine, MeasureRequest { deadline: Some(deadline), ..measure(60) }).unwrap();
     begins.recv_timeout(PATIENCE).unwrap();
     tokio::time::sleep_until(deadline.into()).await;
     go.send(()).unwrap();
     assert!(matches!(progress(&mut stream).await, Err(Error::DeadlineExceeded { phase: "measuring" })));
 
-    let mut stream = engine.measure(measure(60)).unwrap();
+    let mut stream = begin(&engine, measure(60)).unwrap();
     begins.recv_timeout(PATIENCE).unwrap();
     engine.drain();
-    assert_eq!(engine.measure(measure(60)).unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!(begin(&engine, measure(60)).unwrap_err().kind(), ErrorKind::Unavailable);
     drop(go);
     assert!(matches!(progress(&mut stream).await, Err(Error::Draining)));
 
     let (source, begins, go) = gated(&weights);
     let (engine, _) = start_over(&weights, source, all_that_ask());
-    let mut streams = [engine.measure(measure(60)).unwrap(), engine.measure(measure(60)).unwrap()];
+    let mut streams = [begin(&engine, measure(60)).unwrap(), begin(&engine, measure(60)).unwrap()];
     begins.recv_timeout(PATIENCE).unwrap();
     let closing = engine.clone();
     let shutdown = tokio::task::spawn_blocking(move || closing.shutdown());
@@ -446,16 +524,19 @@ async fn fields_are_named_as_clients_know_them() {
         (MeasureRequest { reference: Some(top(0)), ..base.clone() }, "reference.top_k.k: 0 is not"),
         (MeasureRequest { window_tokens: Some(1), ..base.clone() }, "window_tokens: 1 predicts nothing"),
         (MeasureRequest { window_tokens: Some(context + 1), ..base.clone() }, "window_tokens: "),
-        (MeasureRequest { cases: vec![top(1); 8], ..base.clone() }, "window_tokens: 60 tokens under 9 routings are more than the 512"),
+        (
+            MeasureRequest { cases: vec![top(1); 8], window_tokens: Some(15), ..base.clone() },
+            "window_tokens: 15 tokens under 9 routings, the reference among them, are more than 128, a fourth",
+        ),
     ];
     for (request, expected) in cases {
-        let error = engine.measure(request).unwrap_err().to_string();
+        let error = begin(&engine, request).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error} instead of {expected}");
     }
     let config = EngineConfig { measure: MeasureConfig { max_requests: 0, ..config.measure }, ..config };
     let (engine, _) = start_over(&weights, weights.clone(), config);
-    assert_eq!(engine.measure(base.clone()).unwrap_err().kind(), ErrorKind::FailedPrecondition);
-    assert_eq!(start(FakeModel::sum(), fake::config()).measure(base).unwrap_err().kind(), ErrorKind::FailedPrecondition);
+    assert_eq!(begin(&engine, base.clone()).unwrap_err().kind(), ErrorKind::FailedPrecondition);
+    assert_eq!(begin(&start(FakeModel::sum(), fake::config()), base).unwrap_err().kind(), ErrorKind::FailedPrecondition);
 }
 
 #[tokio::test]
@@ -464,13 +545,10 @@ async fn beside_requests_only_what_is_paid_for_runs() {
     let (spec, source) = (ModelSpec::clone(weights.spec()), Watched::new(&weights, || ()));
     let config = EngineConfig { measure: MeasureConfig { budget: 0.1, ..MeasureConfig::default() }, ..all_that_ask() };
     let shared = Arc::new(Shared::new(1, metrics()));
-    let mut background = Background::new(Some(Box::new(source.clone())), spec.clone(), &config, shared.clone());
-    let request = measure(300);
-    let checked = request.check(&spec, ROOM, &config.measure).unwrap();
-    let slot = Slot::take(&Arc::default(), 1).unwrap();
-    let (measurement, mut stream) = Measurement::new(request, checked, slot, shared);
+    let mut background = Background::new(Some(Box::new(source.clone())), spec.clone(), &config, shared);
+    let (measurement, mut stream) = measurement(&spec, measure(300));
     background.measure(measurement);
-    let clock: crate::engine::worker::Clock = Box::new(Instant::now);
+    let clock: Clock = Box::new(Instant::now);
     let step = Load::Busy(Duration::from_millis(1));
     let mut turn = |load| background.turn(load, &clock);
     for _ in 0..150 {

@@ -26,9 +26,9 @@ const ROUTINGS: [RoutingChoice; 4] = [
     RoutingChoice::Soft { temperature: None },
 ];
 
-pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
+pub(super) fn decoder(case: &str, forward: Forward, cache: CacheShape) -> Box<dyn LanguageModel> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
-    let model: Box<dyn LanguageModel> = match forward {
+    match forward {
         Forward::Tensors => {
             let loaded = load(&folder, DeviceKind::Cpu, WeightType::F32, false).unwrap();
             Box::new(CachedDecoder::new(loaded.decoder, cache).unwrap())
@@ -37,8 +37,15 @@ pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, con
             let options = ServingOptions { device: DeviceKind::Cpu, weights, reduction: Reduction::BatchInvariant };
             load_to_serve(&folder, options, false).unwrap().1.start(cache).unwrap()
         }
-    };
+    }
+}
+
+pub(super) fn start_over(model: Box<dyn LanguageModel>, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
     Engine::start(EngineParts { model, background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics }).unwrap()
+}
+
+pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
+    start_over(decoder(case, forward, cache), config, metrics)
 }
 
 /// Every routing, prompts of all lengths that begin alike in pairs, one of them with several sampled choices.

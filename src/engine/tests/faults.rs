@@ -168,6 +168,25 @@ async fn larger_priorities_go_first() {
     }
 }
 
+/// Three events are within four places, two traces of 3000 tokens beyond the bytes of those.
+#[tokio::test]
+async fn traces_that_nobody_reads_pause_their_request() {
+    let metrics = metrics();
+    let (model, control) = FakeModel::sum().with_context(1 << 14).with_cache(16, 1024).gated();
+    let engine = start_with(model, EngineConfig { event_buffer: 4, max_step_tokens: 3000, ..fake::config() }, metrics.clone());
+    let traced = engine.submit(Request { task: Task::Read, trace: true, ..fake::request(&[1; 12_000]) }).unwrap();
+    assert_eq!(control.go().tokens.len(), 3000);
+    assert_eq!(control.step().tokens.len(), 3000);
+    // A request that runs beside it shows that it is not scheduled any more.
+    let other = engine.submit(tokens(&[2], 1)).unwrap();
+    control.decide(Verdict::Go);
+    assert_eq!(control.go().tokens, [2]);
+    assert_eq!(collect(other).await.ids, [2]);
+    drop(control);
+    assert_eq!(collect(traced).await.trace.unwrap().num_tokens(), 12_000);
+    nothing_is_left(&engine, &metrics).await;
+}
+
 #[tokio::test]
 async fn a_reader_that_is_behind_gives_its_place_away_and_gets_it_back() {
     let metrics = metrics();

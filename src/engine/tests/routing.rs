@@ -1,20 +1,29 @@
 //! Routings that are not one choice for all layers, traces of what was routed, and traces that are routed again: on a small random
 //! checkpoint, whose routers are real.
 
+use std::sync::Mutex;
+
 use super::{
-    decoder::{Forward, start_decoder},
+    decoder::{Forward, start_decoder, start_over},
     *,
 };
 use crate::{
-    model::{CacheShape, load::WeightType},
+    model::{CacheShape, Forward as Computed, Span, load::WeightType},
     moe::policy::{LayerChoices, Replay, RoutingChoice, RoutingRule, WeightForm},
+    telemetry::metrics::Scope,
 };
 
 const ROOMY: CacheShape = CacheShape { block_tokens: 16, num_blocks: 64 };
+/// So few blocks that requests of 36 tokens lose their places.
+const TIGHT: CacheShape = CacheShape { block_tokens: 4, num_blocks: 14 };
 const HOST: Forward = Forward::Host(WeightType::F32);
 
 fn decoder(case: &str, forward: Forward) -> Engine {
     start_decoder(case, forward, ROOMY, fake::config(), metrics())
+}
+
+fn small_steps() -> EngineConfig {
+    EngineConfig { max_step_tokens: 7, max_batch_requests: 4, max_queue_requests: 20, ..fake::config() }
 }
 
 /// As many as asked for, of a vocabulary of 80.
@@ -56,10 +65,8 @@ async fn a_text_is_traced_in_any_chunks_and_any_company() {
         assert!(whole.layers.iter().all(|&layer| whole.row(29, layer).is_some_and(|row| row.experts.len() == 2)));
         assert_eq!((whole.entropy.len(), whole.margin.len()), (whole.num_rows(), whole.num_rows()));
 
-        // So few blocks that requests lose their places and are read again.
         let metrics = metrics();
-        let config = EngineConfig { max_step_tokens: 7, max_batch_requests: 4, ..fake::config() };
-        let engine = start_decoder(case, forward, CacheShape { block_tokens: 4, num_blocks: 14 }, config, metrics.clone());
+        let engine = start_decoder(case, forward, TIGHT, small_steps(), metrics.clone());
         let continued = |routing: RoutingChoice| {
             let request = generate(&text(22), |params| params.max_new_tokens = Some(14));
             Request { trace: true, routing: routing.into(), ..request }
@@ -95,6 +102,13 @@ async fn each_choice_has_its_own_trace_and_nothing_comes_from_the_cache() {
     assert!(silent.trace.is_none());
 }
 
+/// Other experts than those of `trace`, as many, whatever the router makes of them.
+fn others(trace: &RoutingTrace, engine: &Engine) -> RoutingTrace {
+    let experts = engine.spec().moe_layers().next().unwrap().1.num_experts as u16;
+    let expert_ids = trace.expert_ids.iter().map(|id| (id + 1) % experts).collect();
+    RoutingTrace { expert_ids, weights: Vec::new(), ..trace.clone() }
+}
+
 #[tokio::test]
 async fn what_was_routed_is_routed_again() {
     for (case, forward) in [("mixtral_gqa", HOST), ("olmoe_clip", HOST), ("mixtral_gqa", Forward::Tensors)] {
@@ -127,9 +141,7 @@ async fn the_experts_of_a_replay_are_obeyed() {
     let engine = decoder("mixtral_gqa", HOST);
     let prompt = text(16);
     let trace = traced(&engine, read(&prompt, top(1))).await;
-    let experts = engine.spec().moe_layers().next().unwrap().1.num_experts as u16;
-    let others = trace.expert_ids.iter().map(|id| (id + 1) % experts).collect();
-    let other = RoutingTrace { expert_ids: others, weights: Vec::new(), ..trace };
+    let other = others(&trace, &engine);
     let routing = replay(other.clone(), None, RoutingChoice::Native);
     let obeyed = traced(&engine, read(&prompt, routing)).await;
     assert_eq!(obeyed.expert_ids, other.expert_ids);
@@ -139,6 +151,141 @@ async fn the_experts_of_a_replay_are_obeyed() {
     assert!(obeyed.weights.iter().all(|weight| *weight == 1.0), "Mixtral scales the chosen to 1");
     let raw = traced(&engine, read(&prompt, replay(other, Some(WeightForm::Raw), RoutingChoice::Native))).await;
     assert!(raw.weights.iter().step_by(raw.layers.len()).all(|weight| *weight < 0.5), "its probability, which is not the largest");
+}
+
+#[tokio::test]
+async fn a_replay_is_obeyed_in_small_steps_and_after_a_preemption() {
+    for (case, forward) in [("mixtral_gqa", HOST), ("qwen2_shared_sparse_step", HOST), ("mixtral_gqa", Forward::Tensors)] {
+        let roomy = decoder(case, forward);
+        let prompt = text(22);
+        // It ends within a step.
+        let given = others(&traced(&roomy, read(&prompt, top(2))).await.part(0..18), &roomy);
+        let replayed = || replay(given.clone(), None, top(1));
+        let continued = || {
+            let request = generate(&prompt, |p| (p.max_new_tokens, p.logprobs) = (Some(14), Some(0)));
+            Request { trace: true, routing: replayed(), ..request }
+        };
+        let (alone, scored) = (ask(&roomy, continued()).await, likelihoods(&roomy, score(&prompt, replayed())).await);
+        let metrics = metrics();
+        let engine = start_decoder(case, forward, TIGHT, small_steps(), metrics.clone());
+        let streams: Vec<_> = (0..4).map(|_| engine.submit(continued()).unwrap()).collect();
+        for stream in streams {
+            let answer = collect(stream).await;
+            assert_eq!((&answer.ids, &answer.logprobs), (&alone.ids, &alone.logprobs), "{case}, {forward:?}");
+            assert_eq!(answer.trace.unwrap().part(0..18).expert_ids, given.expert_ids, "{case}, {forward:?}");
+        }
+        assert!(series(&metrics, "hardmax_preemptions_total") > 0.0, "{case}, {forward:?}");
+        assert_eq!(likelihoods(&engine, score(&prompt, replayed())).await, scored, "{case}, {forward:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_replay_neither_finds_nor_leaves_a_prefix() {
+    let engine = decoder("mixtral_gqa", HOST);
+    let prompt = text(36);
+    let native = || generate(&prompt, |p| (p.max_new_tokens, p.logprobs) = (Some(6), Some(0)));
+    let first = ask(&engine, native()).await;
+    let given = others(&traced(&engine, read(&prompt, RoutingChoice::Native)).await.part(0..30), &engine);
+    let replayed = || replay(given.clone(), None, RoutingChoice::Native);
+    let scored = likelihoods(&engine, score(&prompt, replayed())).await;
+    assert_eq!(scored, likelihoods(&decoder("mixtral_gqa", HOST), score(&prompt, replayed())).await);
+    for _ in 0..2 {
+        let answer = ask(&engine, Request { routing: replayed(), ..native() }).await;
+        assert!(answer.finished().cached_prompt_tokens == 0 && answer.logprobs != first.logprobs);
+    }
+    let again = ask(&engine, native()).await;
+    assert_eq!(again.finished().cached_prompt_tokens, 32);
+    assert_eq!((again.ids, again.logprobs), (first.ids, first.logprobs));
+}
+
+/// Remembers what it was asked to compute.
+struct Recorded {
+    model: Box<dyn LanguageModel>,
+    spans: Arc<Mutex<Vec<Span>>>,
+}
+
+impl LanguageModel for Recorded {
+    fn spec(&self) -> &ModelSpec {
+        self.model.spec()
+    }
+
+    fn cache(&self) -> CacheShape {
+        self.model.cache()
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Computed> {
+        self.spans.lock().unwrap().extend_from_slice(&batch.spans);
+        self.model.forward(batch)
+    }
+}
+
+/// In a mix of all routings and tasks, with and without a trace, in small steps, under preemption and with known prefixes: the load of
+/// every expert is what tokens were sent to it, as traces of the same texts tell one by one.
+#[tokio::test]
+async fn every_route_of_any_mix_is_counted_once() {
+    let roomy = decoder("mixtral_gqa", HOST);
+    let (spec, prompt) = (roomy.spec().clone(), text(22));
+    let given = others(&traced(&roomy, read(&prompt, top(2))).await.part(0..18), &roomy);
+    let routings: [LayerChoices; 6] = [
+        top(1).into(),
+        top(2).into(),
+        RoutingChoice::Soft { temperature: Some(0.7) }.into(),
+        spec.layer_choices(&RoutingRule::LayerTopK { k: [3, 1].into(), weight_form: None }, "k").unwrap(),
+        RoutingChoice::Mass { threshold: 0.5, max_k: Some(4), weight_form: None }.into(),
+        replay(given, None, top(3)),
+    ];
+    let layers: Vec<(usize, usize)> = spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect();
+    let facts = MetricsConfig { model: "golden".into(), layers: layers.clone(), max_context: 128, ..MetricsConfig::default() };
+    let metrics = Arc::new(Metrics::new(&facts).unwrap());
+    let spans = Arc::new(Mutex::new(Vec::new()));
+    let model = Recorded { model: decoder::decoder("mixtral_gqa", HOST, TIGHT), spans: spans.clone() };
+    let engine = start_over(Box::new(model), small_steps(), metrics.clone());
+
+    let continued = |routing: &LayerChoices, trace| {
+        let request = generate(&prompt, |p| p.max_new_tokens = Some(14));
+        Request { trace, routing: routing.clone(), ..request }
+    };
+    let mut streams = Vec::new();
+    for (n, routing) in routings.iter().enumerate() {
+        streams.push(engine.submit(continued(routing, n % 2 == 0)).unwrap());
+        let other = if n % 2 == 0 { score(&prompt, routing.clone()) } else { read(&prompt, routing.clone()) };
+        streams.push(engine.submit(other).unwrap());
+    }
+    let mut told = Vec::new();
+    for stream in streams {
+        let answer = collect(stream).await;
+        answer.end.unwrap();
+        told.push(answer.ids);
+    }
+    for _ in 0..2 {
+        ask(&engine, continued(&routings[1], false)).await;
+    }
+    engine.shutdown();
+    assert!(series(&metrics, "hardmax_preemptions_total") > 0.0 && series(&metrics, "hardmax_prefix_cache_hits_total") > 0.0);
+
+    // What each routing makes of its whole text.
+    let mut traces = Vec::new();
+    for (routing, ids) in routings.iter().zip(told.iter().step_by(2)) {
+        let whole: Vec<u32> = prompt.iter().chain(&ids[..13]).copied().collect();
+        traces.push(traced(&roomy, read(&whole, routing.clone())).await);
+    }
+    for (routing, k) in [(0, [1, 1]), (1, [2, 2]), (2, [5, 5]), (3, [3, 1])] {
+        assert!(traces[routing].offsets.windows(2).zip(k.iter().cycle()).all(|(row, k)| row[1] - row[0] == *k), "{:?}", routings[routing]);
+    }
+    let load = metrics.expert_load(Scope::Total);
+    assert_eq!(load.layers.len(), layers.len());
+    for (found, (layer, experts)) in load.layers.iter().zip(layers) {
+        let (mut tokens, mut expected) = (0, vec![0; experts]);
+        for span in spans.lock().unwrap().iter() {
+            let of = routings.iter().position(|routing| *routing == span.routing.from_position(0)).unwrap();
+            for position in span.past..span.past + span.new {
+                tokens += 1;
+                traces[of].row(position, layer).unwrap().experts.iter().for_each(|&expert| expected[usize::from(expert)] += 1);
+            }
+        }
+        assert_eq!((found.layer, found.stats.tokens, &found.stats.expert_tokens), (layer, tokens, &expected));
+        assert_eq!(found.stats.routes, expected.iter().sum::<u64>());
+    }
 }
 
 #[tokio::test]
