@@ -32,6 +32,9 @@ use crate::{
     },
 };
 
+/// Routings of a sample: the reference, and the one that it was served under.
+const SIDES: usize = 2;
+
 /// Makes models over the weights that are served, each with a cache of its own, on the engine's thread.
 pub trait ObservableSource: Send {
     /// A model with an empty cache of this size.
@@ -87,7 +90,7 @@ struct Sample {
     origin: Origin,
     tokens: Vec<u32>,
     /// The reference first.
-    cases: [Case; 2],
+    cases: [Case; SIDES],
 }
 
 /// Where a sample came from, for the log.
@@ -101,9 +104,8 @@ struct Origin {
 struct Measurements {
     queue: VecDeque<Measurement>,
     credit: Credit,
+    /// For as many routings as the last one had.
     size: PieceSize,
-    /// Routings of the measurement that `size` was found for.
-    sized_for: usize,
 }
 
 impl Probed {
@@ -134,10 +136,10 @@ impl Background {
             waiting: Shadow::new(shadow, rand::random()),
             current: None,
             resting: None,
-            size: PieceSize::default(),
+            size: PieceSize::new(SIDES),
         };
         let credit = Credit::new(config.measure.budget);
-        let measurements = Measurements { queue: VecDeque::new(), credit, size: PieceSize::default(), sized_for: 0 };
+        let measurements = Measurements { queue: VecDeque::new(), credit, size: PieceSize::new(1) };
         Self { source, spec, shared, shadows, measurements, shadow_next: true }
     }
 
@@ -238,15 +240,10 @@ impl Background {
             shadows.credit.spend(spent);
         }
         match result {
-            Ok(Ok((tokens, next))) => {
-                shadows.size.ran(tokens, spent);
-                match next {
-                    Step::Piece(work) => shadows.current = Some((sample, work)),
-                    Step::Done(measured) => {
-                        shared.metrics.fidelity_sample(&measured);
-                        sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
-                    }
-                }
+            Ok(Ok(Step::Piece(work))) => shadows.current = Some((sample, work)),
+            Ok(Ok(Step::Done(measured))) => {
+                shared.metrics.fidelity_sample(&measured);
+                sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
             }
             failed => {
                 let reason = reason(failed.map(|result| result.map(drop)));
@@ -317,19 +314,22 @@ impl Shadows {
         }
     }
 
-    /// One piece. How many tokens it read. After a failure the model is gone with its work, and the next sample has a new one.
-    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<(usize, Step)> {
+    /// One piece. After a failure the model is gone with its work, and the next sample has a new one.
+    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<Step> {
         let longest = self.longest(spec);
         let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, longest);
         let mut work = work.map_or_else(begin, Ok)?;
+        // A new model is paid for, and says nothing of pieces.
+        let begun = Instant::now();
         let chunk = work.step(&sample.tokens, self.size.tokens())?;
+        self.size.ran(chunk.tokens, begun.elapsed());
         if !chunk.done {
-            return Ok((chunk.tokens, Step::Piece(work)));
+            return Ok(Step::Piece(work));
         }
         let Probed { sides, probe } = work;
         let measured = sides.values().first().filter(|values| values.tokens() > 0).map(|values| measured(values, &probe.layers));
         self.resting = Some(sides.into_model());
-        Ok((chunk.tokens, Step::Done(measured.ok_or(Error::NonFinite)?)))
+        measured.map(Step::Done).ok_or(Error::NonFinite)
     }
 }
 
@@ -337,8 +337,8 @@ impl Measurements {
     /// The first one.
     fn next(&mut self) -> Option<Measurement> {
         let measurement = self.queue.pop_front()?;
-        if self.sized_for != measurement.sides() {
-            (self.sized_for, self.size) = (measurement.sides(), PieceSize::default());
+        if self.size.routings() != measurement.sides() {
+            self.size = PieceSize::new(measurement.sides());
         }
         Some(measurement)
     }
