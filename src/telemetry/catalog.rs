@@ -285,6 +285,13 @@ catalog! {
         )
         .per_expert()
         .moves("the layer's load of the last minute changes");
+        LAYER_FAIR_SHARE = gauge(
+            "hardmax_layer_fair_share_tokens",
+            "tokens",
+            "Tokens routed in the layer in the last 60 s over its experts: the fair share of each. With few, an expert is idle by chance.",
+        )
+        .per_layer()
+        .moves("the layer's load of the last minute changes");
         LAYER_BALANCEDNESS = gauge(
             "hardmax_layer_balancedness_ratio",
             "ratio",

@@ -120,6 +120,17 @@ pub(super) struct Fidelity {
     pending: usize,
 }
 
+/// What a page says of a [`Fidelity`] at one moment.
+#[derive(Debug)]
+pub(super) struct FidelityCopy {
+    model: String,
+    detail: Detail,
+    /// Decoder layers.
+    layers: Vec<usize>,
+    totals: Totals,
+    pending: usize,
+}
+
 /// Sums since the start.
 #[derive(Clone, Debug)]
 struct Totals {
@@ -245,6 +256,14 @@ impl Fidelity {
         }
     }
 
+    /// What is written of it, apart from it: formatting takes long, and the engine waits for whoever holds the gap.
+    pub(super) fn copy(&self) -> FidelityCopy {
+        let Self { model, detail, layers, totals, pending, .. } = self;
+        FidelityCopy { model: model.clone(), detail: *detail, layers: layers.clone(), totals: totals.clone(), pending: *pending }
+    }
+}
+
+impl FidelityCopy {
     /// Writes every family that is exported.
     pub(super) fn write(&self, page: &mut Exposition) {
         let (model, totals) = (&self.model, &self.totals);
@@ -313,7 +332,7 @@ mod tests {
 
     fn page(fidelity: &Fidelity) -> String {
         let mut page = Exposition::default();
-        fidelity.write(&mut page);
+        fidelity.copy().write(&mut page);
         page.finish()
     }
 
