@@ -21,7 +21,7 @@ use crate::{
         pacing::{Credit, PieceSize},
         probe::{LayerProbe, Probe},
         run::{Chunk, OutputValues, SideBySide},
-        shadow::{Dropped, Shadow, ShadowConfig},
+        shadow::{Dropped, Shadow, ShadowChoice, ShadowConfig},
         summary::{KEPT, Values},
     },
     model::{CacheShape, ModelSpec, Observable, load::ServingModel},
@@ -150,22 +150,27 @@ impl Background {
         if replayed || !self.shadows.waiting.takes(sequence.shadow) {
             return;
         }
+        match self.take(sequence, generation, now) {
+            Ok(()) => self.show_pending(),
+            Err(outcome) => self.shared.metrics.fidelity_outcome(outcome),
+        }
+    }
+
+    /// Puts a sequence in the queue of samples, or says why not.
+    fn take(&mut self, sequence: &Sequence, generation: u64, now: Instant) -> Result<(), SampleOutcome> {
         let reference = Case::from(self.spec.reference.choice());
         let served = Case { name: "serving".into(), choices: sequence.routing.clone() };
-        let same = matches!((reference.policies(&self.spec), served.policies(&self.spec)), (Ok(a), Ok(b)) if a == b);
+        if sequence.shadow != ShadowChoice::Always && !in_force(&self.shared, &self.spec, &served) {
+            return Err(SampleOutcome::OtherRouting);
+        }
+        if same(&self.spec, &reference, &served) {
+            return Err(SampleOutcome::Same);
+        }
         let most = self.shadows.longest(&self.spec);
         let tokens = &sequence.tokens()[..sequence.tokens().len().min(most)];
-        let outcome = if same {
-            SampleOutcome::Same
-        } else {
-            let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone(), generation };
-            let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
-            match self.shadows.waiting.push(tokens.len(), now, sample) {
-                Ok(()) => return self.show_pending(),
-                Err(dropped) => outcome(dropped),
-            }
-        };
-        self.shared.metrics.fidelity_outcome(outcome);
+        let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone(), generation };
+        let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
+        self.shadows.waiting.push(sequence.shadow, tokens.len(), now, sample).map_err(outcome)
     }
 
     pub(super) fn measure(&mut self, measurement: Measurement) {
@@ -205,8 +210,9 @@ impl Background {
 
     /// Drops what has waited for too long, and what nobody waits for.
     fn sweep(&mut self, now: Instant) {
-        let late = self.shadows.waiting.expire(now);
-        self.drop_samples(late, SampleOutcome::DroppedBudget);
+        for dropped in self.shadows.waiting.expire(now) {
+            self.drop_samples(1, outcome(dropped));
+        }
         let queue = &mut self.measurements.queue;
         for _ in 0..queue.len() {
             let Some(measurement) = queue.pop_front() else { return };
@@ -241,9 +247,14 @@ impl Background {
         }
         match result {
             Ok(Ok(Step::Piece(work))) => shadows.current = Some((sample, work)),
-            Ok(Ok(Step::Done(measured))) => {
+            // The routing in force may have changed since the request ended.
+            Ok(Ok(Step::Done(measured))) if in_force(shared, spec, &sample.cases[1]) => {
                 shared.metrics.fidelity_sample(&measured);
                 sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
+            }
+            Ok(Ok(Step::Done(measured))) => {
+                shared.metrics.fidelity_outcome(SampleOutcome::OtherRouting);
+                sample.origin.tell_other(&measured);
             }
             failed => {
                 let reason = reason(failed.map(|result| result.map(drop)));
@@ -352,7 +363,7 @@ impl Origin {
 
     /// What an operator should look at, with all that leads to the request.
     fn tell_outlier(&self, sample: &FidelitySample, limit: f64) {
-        let kl = sample.kl.sum / sample.tokens.max(1) as f64;
+        let kl = sample.mean_kl();
         if kl <= limit {
             return;
         }
@@ -371,11 +382,30 @@ impl Origin {
             "the serving routing is far from the reference on this request"
         );
     }
+
+    /// What came of a routing that is not the server's: nobody but who asked for it has a use for it.
+    fn tell_other(&self, sample: &FidelitySample) {
+        let ((request, trace_id, generation), tokens, kl) = (self.told(), sample.tokens, sample.mean_kl());
+        tracing::info!(request, trace_id, generation, tokens, kl, "measured under a routing that is not in force");
+    }
+}
+
+/// Whether two routings are the same rule in every layer.
+fn same(spec: &ModelSpec, a: &Case, b: &Case) -> bool {
+    matches!((a.policies(spec), b.policies(spec)), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Whether `served` is what requests without a routing of their own are served under now: its gap is that of the server.
+fn in_force(shared: &Shared, spec: &ModelSpec, served: &Case) -> bool {
+    let serving = shared.serving().map(|choices| Case { name: "in force".into(), choices });
+    serving.is_none_or(|serving| same(spec, &serving, served))
 }
 
 fn outcome(dropped: Dropped) -> SampleOutcome {
     match dropped {
         Dropped::Queue => SampleOutcome::DroppedQueue,
+        Dropped::Late => SampleOutcome::DroppedBudget,
+        Dropped::Asked => SampleOutcome::DroppedAsked,
         Dropped::Short => SampleOutcome::DroppedShort,
     }
 }
