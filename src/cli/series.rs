@@ -8,7 +8,7 @@ use crate::telemetry::metrics::{ExpertMetrics, MetricsAliases, SeriesOptions};
 #[derive(Args, Clone, Copy, Debug)]
 pub struct SeriesArgs {
     /// How finely /metrics shows the load of experts. `auto` is per expert, and per layer where that would be more series than
-    /// --expert-metrics-limit.
+    /// --expert-metrics-limit. `off` leaves out the fidelity gap of each layer as well.
     #[arg(long, env = "HARDMAX_EXPERT_METRICS", value_enum, default_value_t)]
     pub expert_metrics: ExpertMetrics,
     /// Most per-expert series (MoE layers x experts x families) that `--expert-metrics auto` exports.

@@ -154,7 +154,8 @@ pub struct FidelityArgs {
     /// 0 turns it off, series and all.
     #[arg(long, env = "HARDMAX_SHADOW_BUDGET", value_name = "SHARE", default_value = "0.01", value_parser = share)]
     pub shadow_budget: f64,
-    /// Requests that may wait to be measured. More are dropped and counted, and so is what has waited for a minute.
+    /// Requests that may wait to be measured, at most half of them (rounded up) because they ask for it. More are dropped and counted, and
+    /// so is what has waited for a minute.
     #[arg(long, env = "HARDMAX_SHADOW_QUEUE", value_name = "N", default_value_t = ShadowConfig::default().queue)]
     pub shadow_queue: usize,
     /// Tokens of such a request that are measured: the first ones, prompt and continuation. From the first sample on a cache for twice as

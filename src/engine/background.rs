@@ -21,7 +21,7 @@ use crate::{
         pacing::{Credit, PieceSize},
         probe::{LayerProbe, Probe},
         run::{Chunk, OutputValues, SideBySide},
-        shadow::{Dropped, Shadow, ShadowConfig},
+        shadow::{Dropped, Shadow, ShadowChoice, ShadowConfig},
         summary::{KEPT, Values},
     },
     model::{CacheShape, ModelSpec, Observable, load::ServingModel},
@@ -31,6 +31,9 @@ use crate::{
         metrics::SampleOutcome,
     },
 };
+
+/// Routings of a sample: the reference, and the one that it was served under.
+const SIDES: usize = 2;
 
 /// Makes models over the weights that are served, each with a cache of its own, on the engine's thread.
 pub trait ObservableSource: Send {
@@ -87,7 +90,7 @@ struct Sample {
     origin: Origin,
     tokens: Vec<u32>,
     /// The reference first.
-    cases: [Case; 2],
+    cases: [Case; SIDES],
 }
 
 /// Where a sample came from, for the log.
@@ -101,9 +104,8 @@ struct Origin {
 struct Measurements {
     queue: VecDeque<Measurement>,
     credit: Credit,
+    /// For as many routings as the last one had.
     size: PieceSize,
-    /// Routings of the measurement that `size` was found for.
-    sized_for: usize,
 }
 
 impl Probed {
@@ -134,10 +136,10 @@ impl Background {
             waiting: Shadow::new(shadow, rand::random()),
             current: None,
             resting: None,
-            size: PieceSize::default(),
+            size: PieceSize::new(SIDES),
         };
         let credit = Credit::new(config.measure.budget);
-        let measurements = Measurements { queue: VecDeque::new(), credit, size: PieceSize::default(), sized_for: 0 };
+        let measurements = Measurements { queue: VecDeque::new(), credit, size: PieceSize::new(1) };
         Self { source, spec, shared, shadows, measurements, shadow_next: true }
     }
 
@@ -148,22 +150,27 @@ impl Background {
         if replayed || !self.shadows.waiting.takes(sequence.shadow) {
             return;
         }
+        match self.take(sequence, generation, now) {
+            Ok(()) => self.show_pending(),
+            Err(outcome) => self.shared.metrics.fidelity_outcome(outcome),
+        }
+    }
+
+    /// Puts a sequence in the queue of samples, or says why not.
+    fn take(&mut self, sequence: &Sequence, generation: u64, now: Instant) -> Result<(), SampleOutcome> {
         let reference = Case::from(self.spec.reference.choice());
         let served = Case { name: "serving".into(), choices: sequence.routing.clone() };
-        let same = matches!((reference.policies(&self.spec), served.policies(&self.spec)), (Ok(a), Ok(b)) if a == b);
+        if sequence.shadow != ShadowChoice::Always && !in_force(&self.shared, &self.spec, &served) {
+            return Err(SampleOutcome::OtherRouting);
+        }
+        if same(&self.spec, &reference, &served) {
+            return Err(SampleOutcome::Same);
+        }
         let most = self.shadows.longest(&self.spec);
         let tokens = &sequence.tokens()[..sequence.tokens().len().min(most)];
-        let outcome = if same {
-            SampleOutcome::Same
-        } else {
-            let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone(), generation };
-            let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
-            match self.shadows.waiting.push(tokens.len(), now, sample) {
-                Ok(()) => return self.show_pending(),
-                Err(dropped) => outcome(dropped),
-            }
-        };
-        self.shared.metrics.fidelity_outcome(outcome);
+        let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone(), generation };
+        let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
+        self.shadows.waiting.push(sequence.shadow, tokens.len(), now, sample).map_err(outcome)
     }
 
     pub(super) fn measure(&mut self, measurement: Measurement) {
@@ -203,8 +210,9 @@ impl Background {
 
     /// Drops what has waited for too long, and what nobody waits for.
     fn sweep(&mut self, now: Instant) {
-        let late = self.shadows.waiting.expire(now);
-        self.drop_samples(late, SampleOutcome::DroppedBudget);
+        for dropped in self.shadows.waiting.expire(now) {
+            self.drop_samples(1, outcome(dropped));
+        }
         let queue = &mut self.measurements.queue;
         for _ in 0..queue.len() {
             let Some(measurement) = queue.pop_front() else { return };
@@ -238,15 +246,15 @@ impl Background {
             shadows.credit.spend(spent);
         }
         match result {
-            Ok(Ok((tokens, next))) => {
-                shadows.size.ran(tokens, spent);
-                match next {
-                    Step::Piece(work) => shadows.current = Some((sample, work)),
-                    Step::Done(measured) => {
-                        shared.metrics.fidelity_sample(&measured);
-                        sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
-                    }
-                }
+            Ok(Ok(Step::Piece(work))) => shadows.current = Some((sample, work)),
+            // The routing in force may have changed since the request ended.
+            Ok(Ok(Step::Done(measured))) if in_force(shared, spec, &sample.cases[1]) => {
+                shared.metrics.fidelity_sample(&measured);
+                sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
+            }
+            Ok(Ok(Step::Done(measured))) => {
+                shared.metrics.fidelity_outcome(SampleOutcome::OtherRouting);
+                sample.origin.tell_other(&measured);
             }
             failed => {
                 let reason = reason(failed.map(|result| result.map(drop)));
@@ -320,19 +328,22 @@ impl Shadows {
         }
     }
 
-    /// One piece. How many tokens it read. After a failure the model is gone with its work, and the next sample has a new one.
-    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<(usize, Step)> {
+    /// One piece. After a failure the model is gone with its work, and the next sample has a new one.
+    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<Step> {
         let longest = self.longest(spec);
         let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, longest);
         let mut work = work.map_or_else(begin, Ok)?;
+        // A new model is paid for, and says nothing of pieces.
+        let begun = Instant::now();
         let chunk = work.step(&sample.tokens, self.size.tokens())?;
+        self.size.ran(chunk.tokens, begun.elapsed());
         if !chunk.done {
-            return Ok((chunk.tokens, Step::Piece(work)));
+            return Ok(Step::Piece(work));
         }
         let Probed { sides, probe } = work;
         let measured = sides.values().first().filter(|values| values.tokens() > 0).map(|values| measured(values, &probe.layers));
         self.resting = Some(sides.into_model());
-        Ok((chunk.tokens, Step::Done(measured.ok_or(Error::NonFinite)?)))
+        measured.map(Step::Done).ok_or(Error::NonFinite)
     }
 }
 
@@ -340,8 +351,8 @@ impl Measurements {
     /// The first one.
     fn next(&mut self) -> Option<Measurement> {
         let measurement = self.queue.pop_front()?;
-        if self.sized_for != measurement.sides() {
-            (self.sized_for, self.size) = (measurement.sides(), PieceSize::default());
+        if self.size.routings() != measurement.sides() {
+            self.size = PieceSize::new(measurement.sides());
         }
         Some(measurement)
     }
@@ -355,7 +366,7 @@ impl Origin {
 
     /// What an operator should look at, with all that leads to the request.
     fn tell_outlier(&self, sample: &FidelitySample, limit: f64) {
-        let kl = sample.kl.sum / sample.tokens.max(1) as f64;
+        let kl = sample.mean_kl();
         if kl <= limit {
             return;
         }
@@ -374,11 +385,30 @@ impl Origin {
             "the serving routing is far from the reference on this request"
         );
     }
+
+    /// What came of a routing that is not the server's: nobody but who asked for it has a use for it.
+    fn tell_other(&self, sample: &FidelitySample) {
+        let ((request, trace_id, generation), tokens, kl) = (self.told(), sample.tokens, sample.mean_kl());
+        tracing::info!(request, trace_id, generation, tokens, kl, "measured under a routing that is not in force");
+    }
+}
+
+/// Whether two routings are the same rule in every layer.
+fn same(spec: &ModelSpec, a: &Case, b: &Case) -> bool {
+    matches!((a.policies(spec), b.policies(spec)), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Whether `served` is what requests without a routing of their own are served under now: its gap is that of the server.
+fn in_force(shared: &Shared, spec: &ModelSpec, served: &Case) -> bool {
+    let serving = shared.serving().map(|choices| Case { name: "in force".into(), choices });
+    serving.is_none_or(|serving| same(spec, &serving, served))
 }
 
 fn outcome(dropped: Dropped) -> SampleOutcome {
     match dropped {
         Dropped::Queue => SampleOutcome::DroppedQueue,
+        Dropped::Late => SampleOutcome::DroppedBudget,
+        Dropped::Asked => SampleOutcome::DroppedAsked,
         Dropped::Short => SampleOutcome::DroppedShort,
     }
 }

@@ -58,6 +58,7 @@ pub use crate::fidelity::shadow::{ShadowChoice, ShadowConfig};
 use crate::{
     error::{Error, Result},
     model::{CacheShape, LanguageModel, ModelSpec},
+    moe::policy::LayerChoices,
     telemetry::metrics::{Metrics, Rejection},
 };
 
@@ -353,6 +354,12 @@ impl Engine {
     /// Limits.
     pub fn config(&self) -> &EngineConfig {
         &self.inner.config
+    }
+
+    /// Says which routing is in force where a request chooses none: the fidelity gap of the traffic is that of this routing, and what
+    /// was served under another is not part of it. As long as nobody has said, everything is.
+    pub fn set_serving(&self, choices: LayerChoices) {
+        self.inner.shared.set_serving(choices);
     }
 
     /// Refuses new requests from now on; those inside go on.

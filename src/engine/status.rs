@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::EngineConfig;
 use crate::{
     error::{Error, QueueLimit, Result},
+    moe::policy::LayerChoices,
     telemetry::metrics::{Metrics, Rejection},
 };
 
@@ -43,6 +44,8 @@ pub(super) struct Shared {
     pub(super) metrics: Arc<Metrics>,
     /// Tokens of prompts per second at full speed, as last measured; 0 before.
     pub(super) speed: AtomicU32,
+    /// Routing in force where a request chooses none; `None` as long as nobody has said.
+    serving: Mutex<Option<LayerChoices>>,
 }
 
 /// The place of one sequence in the counts. It is given back when this is dropped, however that comes about.
@@ -62,7 +65,15 @@ enum Place {
 impl Shared {
     pub(super) fn new(generation: u64, metrics: Arc<Metrics>) -> Self {
         let status = EngineStatus { running: 0, waiting: 0, waiting_tokens: 0, draining: false, alive: true, generation };
-        Self { status: watch::Sender::new(status), metrics, speed: AtomicU32::new(0) }
+        Self { status: watch::Sender::new(status), metrics, speed: AtomicU32::new(0), serving: Mutex::default() }
+    }
+
+    pub(super) fn set_serving(&self, choices: LayerChoices) {
+        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(choices);
+    }
+
+    pub(super) fn serving(&self) -> Option<LayerChoices> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Changes the status, and the gauges that show it, as one.

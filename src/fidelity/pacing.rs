@@ -6,11 +6,12 @@ use std::time::Duration;
 /// How long a piece of work should take: a request that comes meanwhile waits for it.
 pub const PIECE: Duration = Duration::from_millis(20);
 
-/// Tokens of a piece. A model reads its weights for each piece anew, so very small ones would cost more than they spare.
-const TOKENS: (usize, usize) = (8, 128);
+/// Rows of the smallest piece, over all of its routings. A model reads its weights for each piece anew, so smaller ones would cost more
+/// than they spare. It is the first as well: nothing is known of what it will take.
+const LEAST_ROWS: usize = 8;
 
-/// Tokens of the first piece, of which nothing is known.
-const FIRST_TOKENS: usize = 16;
+/// Tokens of the largest piece.
+const MOST_TOKENS: usize = 128;
 
 /// Credit is saved for so long.
 const SAVED: Duration = Duration::from_secs(10);
@@ -26,6 +27,8 @@ pub struct Credit {
 /// The size of the next piece, by how long the last ones took.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PieceSize {
+    /// Side by side.
+    routings: usize,
     tokens: usize,
     /// Seconds that such a piece is thought to take.
     cost: f64,
@@ -56,13 +59,17 @@ impl Credit {
     }
 }
 
-impl Default for PieceSize {
-    fn default() -> Self {
-        Self { tokens: FIRST_TOKENS, cost: PIECE.as_secs_f64() }
-    }
-}
-
 impl PieceSize {
+    /// Nothing is known of pieces in so many routings.
+    pub fn new(routings: usize) -> Self {
+        Self { routings, tokens: least(routings), cost: PIECE.as_secs_f64() }
+    }
+
+    /// As given.
+    pub fn routings(&self) -> usize {
+        self.routings
+    }
+
     /// Tokens of the next piece, in each routing.
     pub fn tokens(&self) -> usize {
         self.tokens
@@ -73,24 +80,30 @@ impl PieceSize {
         Duration::from_secs_f64(self.cost)
     }
 
-    /// A piece of `tokens` tokens took so long. One that was the rest of a text says nothing of larger ones.
+    /// A piece of `tokens` tokens took so long.
     pub fn ran(&mut self, tokens: usize, took: Duration) {
         let (took, target) = (took.as_secs_f64(), PIECE.as_secs_f64());
+        // The rest of a text is smaller: a whole piece takes at least as long, and at most so much longer as it has more tokens.
+        let longest = took * (self.tokens as f64 / tokens.max(1) as f64).max(1.0);
+        // Half of what was known: a piece that the machine took long over for other reasons does not keep the next ones away.
+        self.cost = 0.5 * (self.cost + self.cost.clamp(took, longest));
         if tokens < self.tokens {
-            self.cost = self.cost.max(took);
             return;
         }
-        let (least, most) = TOKENS;
-        // Half of what was known: a piece that the machine took long over for other reasons does not keep the next ones away.
-        self.cost = 0.5 * (self.cost + took);
+        let least = least(self.routings);
         if took > target && self.tokens > least {
-            // Not halved with the tokens: weights are read all the same.
+            // The cost is not halved with the tokens: weights are read all the same.
             self.tokens = (self.tokens / 2).max(least);
-        } else if took < target / 3.0 && self.tokens < most {
-            self.tokens = (self.tokens * 2).min(most);
+        } else if took < target / 3.0 && self.tokens < MOST_TOKENS {
+            self.tokens = (self.tokens * 2).min(MOST_TOKENS);
             self.cost *= 2.0;
         }
     }
+}
+
+/// Tokens of the smallest piece in so many routings.
+fn least(routings: usize) -> usize {
+    (LEAST_ROWS / routings.max(1)).max(1)
 }
 
 #[cfg(test)]
@@ -136,7 +149,7 @@ mod tests {
     #[test]
     fn pieces_find_their_size() {
         let size_at = |fixed: f64, per_token: f64| {
-            let mut size = PieceSize::default();
+            let mut size = PieceSize::new(1);
             let mut took = Duration::ZERO;
             for _ in 0..20 {
                 took = Duration::from_secs_f64(fixed + per_token * size.tokens() as f64);
@@ -151,10 +164,34 @@ mod tests {
     }
 
     #[test]
+    fn a_piece_has_fewer_tokens_where_it_has_more_routings() {
+        for (routings, first) in [(1, 8), (2, 4), (3, 2), (9, 1)] {
+            let mut size = PieceSize::new(routings);
+            assert_eq!(size.tokens(), first, "nobody knows how long the first one will take");
+            (0..5).for_each(|_| size.ran(size.tokens(), ms(1000)));
+            assert_eq!(size.tokens(), first, "no smaller");
+            (0..9).for_each(|_| size.ran(size.tokens(), ms(1)));
+            assert_eq!(size.tokens(), MOST_TOKENS);
+        }
+    }
+
+    #[test]
     fn the_rest_of_a_text_does_not_make_pieces_larger() {
-        let mut size = PieceSize::default();
-        size.ran(16, ms(10));
-        size.ran(1, ms(1));
-        assert_eq!((size.tokens(), size.cost()), (16, ms(15)), "between what was thought and what was seen");
+        let mut size = PieceSize::new(1);
+        size.ran(8, ms(10));
+        size.ran(1, ms(2));
+        assert_eq!((size.tokens(), size.cost()), (8, ms(15)), "between what was thought and what was seen");
+    }
+
+    #[test]
+    fn one_slow_piece_does_not_stop_short_texts_from_being_measured() {
+        let mut size = PieceSize::new(1);
+        (0..9).for_each(|_| size.ran(size.tokens(), ms(1)));
+        assert_eq!(size.tokens(), 128);
+        // Texts of 100 tokens: none of their pieces is a whole one.
+        size.ran(100, Duration::from_secs(3));
+        assert!(size.cost() > Duration::from_secs(1), "it may have been no accident");
+        (0..12).for_each(|_| size.ran(100, ms(10)));
+        assert!((ms(10)..ms(15)).contains(&size.cost()), "{:?}", size.cost());
     }
 }

@@ -23,7 +23,7 @@ pub struct ShadowConfig {
     pub rate: f64,
     /// Share of the time in which requests are worked on that may be spent beside it; at 0 nothing is ever measured.
     pub budget: f64,
-    /// Samples that may wait.
+    /// Samples that may wait. At most half of them, rounded up, are of requests that ask for it, so that those that are drawn have a place.
     pub queue: usize,
     /// Tokens of a sample, the first ones: positions begin at 0. At least 2.
     pub max_tokens: usize,
@@ -43,11 +43,15 @@ pub enum ShadowChoice {
     Never,
 }
 
-/// Why a sample does not even wait.
+/// Why a sample is not measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dropped {
-    /// Too many do.
+    /// Too many waited.
     Queue,
+    /// It waited for too long.
+    Late,
+    /// Either, of a request that asked for it: nothing that says how well the traffic is sampled.
+    Asked,
     /// It has fewer than two tokens.
     Short,
 }
@@ -57,7 +61,15 @@ pub enum Dropped {
 pub struct Shadow<S> {
     config: ShadowConfig,
     rng: StdRng,
-    waiting: VecDeque<(Instant, S)>,
+    waiting: VecDeque<Waiting<S>>,
+}
+
+#[derive(Debug)]
+struct Waiting<S> {
+    since: Instant,
+    /// The request asked for it.
+    asked: bool,
+    sample: S,
 }
 
 impl Default for ShadowConfig {
@@ -100,27 +112,31 @@ impl<S> Shadow<S> {
     }
 
     /// Puts a sample of a request with so many tokens in the queue.
-    pub fn push(&mut self, tokens: usize, now: Instant, sample: impl FnOnce() -> S) -> Result<(), Dropped> {
+    pub fn push(&mut self, choice: ShadowChoice, tokens: usize, now: Instant, sample: impl FnOnce() -> S) -> Result<(), Dropped> {
         if tokens < LEAST_TOKENS {
             return Err(Dropped::Short);
         }
-        if self.waiting.len() >= self.config.queue {
+        let asked = choice == ShadowChoice::Always;
+        let full = self.waiting.len() >= self.config.queue;
+        if asked && (full || self.waiting.iter().filter(|waiting| waiting.asked).count() >= self.config.queue.div_ceil(2)) {
+            return Err(Dropped::Asked);
+        }
+        if full {
             return Err(Dropped::Queue);
         }
-        self.waiting.push_back((now, sample()));
+        self.waiting.push_back(Waiting { since: now, asked, sample: sample() });
         Ok(())
     }
 
-    /// Drops what has waited for too long; how many.
-    pub fn expire(&mut self, now: Instant) -> usize {
-        let late = self.waiting.iter().take_while(|(since, _)| now.saturating_duration_since(*since) > PATIENCE).count();
-        self.waiting.drain(..late);
-        late
+    /// Drops what has waited for too long.
+    pub fn expire(&mut self, now: Instant) -> Vec<Dropped> {
+        let late = self.waiting.iter().take_while(|waiting| now.saturating_duration_since(waiting.since) > PATIENCE).count();
+        self.waiting.drain(..late).map(|waiting| if waiting.asked { Dropped::Asked } else { Dropped::Late }).collect()
     }
 
     /// The sample that has waited longest.
     pub fn pop(&mut self) -> Option<S> {
-        self.waiting.pop_front().map(|(_, sample)| sample)
+        self.waiting.pop_front().map(|waiting| waiting.sample)
     }
 
     /// Drops everything; how many.
@@ -180,12 +196,30 @@ mod tests {
     fn the_queue_is_bounded_and_in_order() {
         let now = Instant::now();
         let mut shadow = shadow(ShadowConfig { queue: 2, ..ShadowConfig::default() });
-        let pushed: Vec<_> = (0..1000).map(|n| shadow.push(5, now, || n)).collect();
+        let pushed: Vec<_> = (0..1000).map(|n| shadow.push(ShadowChoice::Sampled, 5, now, || n)).collect();
         assert_eq!(pushed[..3], [Ok(()), Ok(()), Err(Dropped::Queue)]);
         assert!(shadow.len() == 2 && shadow.waiting.capacity() < 16, "what is refused takes no memory");
         assert_eq!([shadow.pop(), shadow.pop(), shadow.pop()], [Some(0), Some(1), None]);
-        assert_eq!(shadow.push(1, now, || 9), Err(Dropped::Short));
+        assert_eq!(shadow.push(ShadowChoice::Sampled, 1, now, || 9), Err(Dropped::Short));
         assert!(shadow.is_empty());
+    }
+
+    #[test]
+    fn those_that_ask_leave_places_to_those_that_are_drawn() {
+        use ShadowChoice::{Always, Sampled};
+        let start = Instant::now();
+        for (queue, asked, drawn) in [(0, 0, 0), (1, 1, 0), (4, 2, 2), (5, 3, 2)] {
+            let mut shadow = shadow(ShadowConfig { queue, ..ShadowConfig::default() });
+            let mut taken = |choice| (0..1000).filter(|&n| shadow.push(choice, 5, start, || n).is_ok()).count();
+            assert_eq!((taken(Always), taken(Sampled)), (asked, drawn), "{queue}");
+            assert_eq!(shadow.push(Always, 5, start, || 0), Err(Dropped::Asked));
+            assert_eq!(shadow.push(Sampled, 5, start, || 0), Err(Dropped::Queue));
+            let late = shadow.expire(after(start, 61));
+            let of = |kind| late.iter().filter(|&&dropped| dropped == kind).count();
+            assert_eq!((of(Dropped::Asked), of(Dropped::Late)), (asked, drawn));
+        }
+        let mut shadow = shadow(ShadowConfig { queue: 4, ..ShadowConfig::default() });
+        assert_eq!((0..1000).filter(|&n| shadow.push(Sampled, 5, start, || n).is_ok()).count(), 4, "they may have all of them");
     }
 
     #[test]
@@ -193,9 +227,10 @@ mod tests {
         let start = Instant::now();
         let mut shadow = shadow(ShadowConfig::default());
         for (n, seconds) in [0, 30, 50].into_iter().enumerate() {
-            shadow.push(5, after(start, seconds), || n).unwrap();
+            shadow.push(ShadowChoice::Sampled, 5, after(start, seconds), || n).unwrap();
         }
-        assert_eq!((shadow.expire(after(start, 60)), shadow.expire(after(start, 91)), shadow.len()), (0, 2, 1));
+        assert_eq!((shadow.expire(after(start, 60)), shadow.expire(after(start, 91))), (vec![], vec![Dropped::Late; 2]));
+        assert_eq!(shadow.len(), 1);
         assert_eq!((shadow.clear(), shadow.len()), (1, 0));
     }
 }

@@ -60,9 +60,14 @@ impl RoutingStats {
         self.expert_weights.iter_mut().zip(&other.expert_weights).for_each(|(a, b)| *a += b);
     }
 
+    /// Tokens of each expert if all had the same number. 0 for a layer without experts.
+    pub fn fair_share(&self) -> f64 {
+        self.routes as f64 / self.expert_tokens.len().max(1) as f64
+    }
+
     /// Load over fair share, `[E]`: 1 is fair, 0 is dead. All zero before the first token.
     pub fn utilization(&self) -> Vec<f64> {
-        let fair = self.routes as f64 / self.expert_tokens.len() as f64;
+        let fair = self.fair_share();
         self.expert_tokens.iter().map(|&n| if self.routes == 0 { 0.0 } else { n as f64 / fair }).collect()
     }
 
@@ -79,7 +84,7 @@ impl RoutingStats {
     /// Mean load over maximal load: 1 is even, 1/E is one expert only. 0 before the first token.
     pub fn balancedness(&self) -> f64 {
         let max = self.expert_tokens.iter().copied().max().unwrap_or(0);
-        if max == 0 { 0.0 } else { self.routes as f64 / self.expert_tokens.len() as f64 / max as f64 }
+        if max == 0 { 0.0 } else { self.fair_share() / max as f64 }
     }
 
     /// Coefficient of variation of the load: 0 is even. 0 before the first token.

@@ -67,6 +67,7 @@ impl Context {
     /// Fails where a layer of the model cannot follow `config.routing`.
     pub(super) fn new(engine: Engine, config: ServiceConfig) -> Result<Self> {
         let choices = engine.spec().layer_choices(&config.routing, "routing")?;
+        engine.set_serving(choices.clone());
         let serving = RwLock::new(Serving { rule: config.routing.clone(), choices });
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         Ok(Self { engine, config, serving, tokenizing: Arc::new(Semaphore::new(cores)) })
@@ -86,6 +87,7 @@ impl Context {
         let top_k = self.engine.spec().most_experts_per_token(&choices)?;
         let mut serving = self.serving.write().unwrap_or_else(PoisonError::into_inner);
         tracing::info!(before = %serving.rule, now = %rule, "serving routing changed");
+        self.engine.set_serving(choices.clone());
         self.engine.metrics().set_serving(rule.to_string(), top_k);
         Ok(std::mem::replace(&mut *serving, Serving { rule, choices }).rule)
     }

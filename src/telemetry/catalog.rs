@@ -285,6 +285,13 @@ catalog! {
         )
         .per_expert()
         .moves("the layer's load of the last minute changes");
+        LAYER_FAIR_SHARE = gauge(
+            "hardmax_layer_fair_share_tokens",
+            "tokens",
+            "Tokens routed in the layer in the last 60 s over its experts: the fair share of each. With few, an expert is idle by chance.",
+        )
+        .per_layer()
+        .moves("the layer's load of the last minute changes");
         LAYER_BALANCEDNESS = gauge(
             "hardmax_layer_balancedness_ratio",
             "ratio",
@@ -346,10 +353,10 @@ catalog! {
         ROUTING_GAP = histogram(
             "hardmax_routing_fidelity_gap",
             "ratio",
-            "Gap of a layer per token of shadow samples, reference against serving routing. For equal input: l2_rel and cosine_distance of \
-             the layer's output, and missed_mass, the reference weight outside the served experts. Each on its own hidden state: \
-             expert_disagree, the share of served experts that the reference would not have taken, and argmax_disagree, 1 where the first \
-             expert is another.",
+            "Gap of a layer per token of shadow samples, reference against serving routing, of requests that were served under the routing \
+             in force. For equal input: l2_rel and cosine_distance of the layer's output, and missed_mass, the reference weight outside \
+             the served experts. Each on its own hidden state: expert_disagree, the share of served experts that the reference would not \
+             have taken, and argmax_disagree, 1 where the first expert is another.",
             Buckets::Fixed(LAYER_GAP_BUCKETS),
         )
         .shadow()
@@ -358,8 +365,9 @@ catalog! {
         OUTPUT_GAP = histogram(
             "hardmax_output_fidelity_gap",
             "nats or ratio",
-            "Gap at the logits per token of shadow samples: kl is the divergence of the serving from the reference distribution and js \
-             that of Jensen and Shannon, in nats; logit_l2 is the relative distance of the centred logits.",
+            "Gap at the logits per token of shadow samples, of requests that were served under the routing in force: kl is the \
+             divergence of the serving from the reference distribution and js that of Jensen and Shannon, in nats; logit_l2 is the \
+             relative distance of the centred logits.",
             Buckets::Fixed(OUTPUT_GAP_BUCKETS),
         )
         .shadow()
@@ -369,8 +377,10 @@ catalog! {
             "hardmax_fidelity_samples_total",
             "requests",
             "Requests that were to be measured, by outcome: done; same, served under the reference routing, so without a gap and not in \
-             the histograms; dropped for a full queue, for want of time within --shadow-budget, as too short, or because the server \
-             stops; failed. With --shadow-rate 0 only those that ask for it themselves.",
+             the histograms; other_routing, not served under the routing in force when they were to be counted, so not in the histograms \
+             either, and measured only if they asked for it; dropped for a full queue, for want of time within --shadow-budget, for either \
+             though they asked, as too short, or because the server stops; failed. With --shadow-rate 0 only those that ask for it \
+             themselves.",
         )
         .shadow()
         .by(&[MODEL, SAMPLE_OUTCOME])

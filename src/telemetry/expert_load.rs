@@ -64,6 +64,20 @@ pub(super) struct ExpertLoad {
     batch_tokens: FixedHistogram,
 }
 
+/// What a page says of an [`ExpertLoad`] at one moment.
+#[derive(Debug)]
+pub(super) struct ExpertLoadCopy {
+    model: String,
+    detail: Detail,
+    /// Decoder layers.
+    layers: Vec<usize>,
+    /// Of each layer, since the start.
+    totals: Vec<RoutingStats>,
+    /// Of each layer, in the window.
+    recent: Vec<RoutingStats>,
+    batch_tokens: FixedHistogram,
+}
+
 #[derive(Debug)]
 struct LayerLoad {
     layer: usize,
@@ -150,46 +164,59 @@ impl ExpertLoad {
         now.saturating_duration_since(self.start).as_secs() / BUCKET.as_secs()
     }
 
+    /// What is written of it, apart from it: formatting takes long, and the engine's steps wait for whoever holds the load.
+    pub(super) fn copy(&self, now: Instant) -> ExpertLoadCopy {
+        let bucket = self.bucket(now);
+        ExpertLoadCopy {
+            model: self.model.clone(),
+            detail: self.detail,
+            layers: self.layers.iter().map(|load| load.layer).collect(),
+            totals: self.layers.iter().map(|load| load.total.clone()).collect(),
+            recent: self.layers.iter().map(|load| load.recent(bucket)).collect(),
+            batch_tokens: self.batch_tokens.clone(),
+        }
+    }
+}
+
+impl ExpertLoadCopy {
     /// Writes every family that is exported.
-    pub(super) fn write(&self, page: &mut Exposition, now: Instant) {
+    pub(super) fn write(&self, page: &mut Exposition) {
         page.family(&catalog::EXPERT_BATCH_TOKENS);
         page.histogram(&catalog::EXPERT_BATCH_TOKENS, &[&self.model], &self.batch_tokens);
-        let bucket = self.bucket(now);
-        let recent: Vec<RoutingStats> = self.layers.iter().map(|load| load.recent(bucket)).collect();
-        let recent: Vec<&RoutingStats> = recent.iter().collect();
-        let totals: Vec<&RoutingStats> = self.layers.iter().map(|load| &load.total).collect();
+        let (totals, recent) = (&self.totals, &self.recent);
 
-        self.experts(page, &catalog::EXPERT_TOKENS, &totals, |stats| stats.expert_tokens.iter().map(|&n| n as f64).collect());
-        self.experts(page, &catalog::EXPERT_WEIGHT_SUM, &totals, |stats| stats.expert_weights.clone());
-        self.experts(page, &catalog::EXPERT_UTILIZATION, &recent, RoutingStats::utilization);
+        self.write_experts(page, &catalog::EXPERT_TOKENS, totals, |stats| stats.expert_tokens.iter().map(|&n| n as f64).collect());
+        self.write_experts(page, &catalog::EXPERT_WEIGHT_SUM, totals, |stats| stats.expert_weights.clone());
+        self.write_experts(page, &catalog::EXPERT_UTILIZATION, recent, RoutingStats::utilization);
 
-        self.layers(page, &catalog::LAYER_BALANCEDNESS, &recent, RoutingStats::balancedness);
-        self.layers(page, &catalog::LAYER_LOAD_CV, &recent, RoutingStats::load_cv);
-        self.layers(page, &catalog::DEAD_EXPERTS, &recent, |stats| if stats.routes == 0 { 0.0 } else { stats.dead() as f64 });
-        self.layers(page, &catalog::ROUTER_ENTROPY, &recent, RoutingStats::router_entropy);
-        self.layers(page, &catalog::ROUTER_NEAR_TIES, &totals, |stats| stats.near_ties as f64);
-        self.layers(page, &catalog::ROUTER_NON_FINITE, &totals, |stats| stats.non_finite as f64);
+        self.write_layers(page, &catalog::LAYER_FAIR_SHARE, recent, RoutingStats::fair_share);
+        self.write_layers(page, &catalog::LAYER_BALANCEDNESS, recent, RoutingStats::balancedness);
+        self.write_layers(page, &catalog::LAYER_LOAD_CV, recent, RoutingStats::load_cv);
+        self.write_layers(page, &catalog::DEAD_EXPERTS, recent, |stats| if stats.routes == 0 { 0.0 } else { stats.dead() as f64 });
+        self.write_layers(page, &catalog::ROUTER_ENTROPY, recent, RoutingStats::router_entropy);
+        self.write_layers(page, &catalog::ROUTER_NEAR_TIES, totals, |stats| stats.near_ties as f64);
+        self.write_layers(page, &catalog::ROUTER_NON_FINITE, totals, |stats| stats.non_finite as f64);
     }
 
-    fn experts(&self, page: &mut Exposition, family: &Family, stats: &[&RoutingStats], values: impl Fn(&RoutingStats) -> Vec<f64>) {
+    fn write_experts(&self, page: &mut Exposition, family: &Family, stats: &[RoutingStats], values: impl Fn(&RoutingStats) -> Vec<f64>) {
         if !self.detail.shows(family.presence) {
             return;
         }
         page.family(family);
-        for (load, stats) in self.layers.iter().zip(stats) {
+        for (layer, stats) in self.layers.iter().zip(stats) {
             for (expert, value) in values(stats).into_iter().enumerate() {
-                page.sample(family, &[&self.model, &load.layer, &expert], value);
+                page.sample(family, &[&self.model, layer, &expert], value);
             }
         }
     }
 
-    fn layers(&self, page: &mut Exposition, family: &Family, stats: &[&RoutingStats], value: impl Fn(&RoutingStats) -> f64) {
+    fn write_layers(&self, page: &mut Exposition, family: &Family, stats: &[RoutingStats], value: impl Fn(&RoutingStats) -> f64) {
         if !self.detail.shows(family.presence) {
             return;
         }
         page.family(family);
-        for (load, stats) in self.layers.iter().zip(stats) {
-            page.sample(family, &[&self.model, &load.layer], value(stats));
+        for (layer, stats) in self.layers.iter().zip(stats) {
+            page.sample(family, &[&self.model, layer], value(stats));
         }
     }
 }
@@ -226,8 +253,12 @@ mod tests {
     }
 
     fn value(load: &ExpertLoad, now: Instant, sample: &str) -> f64 {
+        written(&load.copy(now), sample)
+    }
+
+    fn written(load: &ExpertLoadCopy, sample: &str) -> f64 {
         let mut page = Exposition::default();
-        load.write(&mut page, now);
+        load.write(&mut page);
         let text = page.finish();
         let line = text.lines().find(|line| line.starts_with(sample)).unwrap_or_else(|| panic!("no {sample} in {text}"));
         line.rsplit(' ').next().unwrap().parse().unwrap()
@@ -251,6 +282,8 @@ mod tests {
 
         let dead = "hardmax_dead_experts{model=\"m\",layer=\"3\"}";
         assert_eq!([value(&load, after(41), dead), value(&load, after(200), dead)], [2.0, 0.0]);
+        let fair = "hardmax_layer_fair_share_tokens{model=\"m\",layer=\"1\"}";
+        assert_eq!([value(&load, after(41), fair), value(&load, after(70), fair), value(&load, after(200), fair)], [3.0, 1.0, 0.0]);
         assert_eq!(value(&load, after(41), "hardmax_layer_balancedness_ratio{model=\"m\",layer=\"3\"}"), 0.5);
         assert_eq!(value(&load, after(41), "hardmax_layer_load_cv{model=\"m\",layer=\"3\"}"), 1.0);
         assert_eq!(value(&load, after(41), "hardmax_router_entropy_nats{model=\"m\",layer=\"3\"}"), 0.25);
@@ -258,6 +291,18 @@ mod tests {
         // Batches of 3, 1, 2, 2, 1 and 1 tokens; the layer that the model does not have is left out.
         assert_eq!(value(&load, after(41), "hardmax_expert_batch_tokens_bucket{model=\"m\",le=\"2\"}"), 5.0);
         assert_eq!(value(&load, after(41), "hardmax_expert_batch_tokens_sum{model=\"m\"}"), 10.0);
+    }
+
+    #[test]
+    fn a_page_is_of_one_moment() {
+        let start = Instant::now();
+        let mut load = load(&[(1, 2)], start);
+        load.add(&[routing(1, &[3, 1])], start);
+        let copy = load.copy(start);
+        load.add(&[routing(1, &[9, 9])], start);
+        for (series, expected) in [("hardmax_expert_tokens_total", 3.0), ("hardmax_layer_fair_share_tokens", 2.0)] {
+            assert_eq!(written(&copy, series), expected, "what comes while it is written is on the next one");
+        }
     }
 
     #[test]

@@ -46,6 +46,13 @@ pub struct FidelitySample {
     pub layers: Vec<LayerSample>,
 }
 
+impl FidelitySample {
+    /// `KL(reference ‖ serving)` in nats per token.
+    pub fn mean_kl(&self) -> f64 {
+        self.kl.sum / self.tokens.max(1) as f64
+    }
+}
+
 /// One layer of a sample.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerSample {
@@ -72,7 +79,9 @@ pub struct FidelitySnapshot {
     pub samples: u64,
     /// Samples that had no gap by definition: served under the reference routing.
     pub same: u64,
-    /// Samples that were neither.
+    /// Samples whose gap is not that of the server: served under another routing than the one in force.
+    pub other_routing: u64,
+    /// Samples that were none of these.
     pub dropped: u64,
     /// Samples that wait or are being measured now.
     pub pending: usize,
@@ -117,6 +126,17 @@ pub(super) struct Fidelity {
     totals: Totals,
     /// At the last reset.
     base: Totals,
+    pending: usize,
+}
+
+/// What a page says of a [`Fidelity`] at one moment.
+#[derive(Debug)]
+pub(super) struct FidelityCopy {
+    model: String,
+    detail: Detail,
+    /// Decoder layers.
+    layers: Vec<usize>,
+    totals: Totals,
     pending: usize,
 }
 
@@ -211,7 +231,7 @@ impl Fidelity {
     pub(super) fn snapshot(&self) -> FidelitySnapshot {
         let (now, base) = (&self.totals, &self.base);
         let outcome = |outcome: SampleOutcome| now.outcomes[outcome as usize] - base.outcomes[outcome as usize];
-        let (samples, same) = (outcome(SampleOutcome::Done), outcome(SampleOutcome::Same));
+        let [samples, same, other_routing] = [SampleOutcome::Done, SampleOutcome::Same, SampleOutcome::OtherRouting].map(outcome);
         let all: u64 = SampleOutcome::ALL.iter().map(|&of| outcome(of)).sum();
         let tokens = now.tokens - base.tokens;
         let predicted = (now.predicted_tokens - base.predicted_tokens).max(1) as f64;
@@ -233,7 +253,8 @@ impl Fidelity {
             enabled: true,
             samples,
             same,
-            dropped: all - samples - same,
+            other_routing,
+            dropped: all - samples - same - other_routing,
             pending: self.pending,
             tokens,
             kl,
@@ -245,6 +266,14 @@ impl Fidelity {
         }
     }
 
+    /// What is written of it, apart from it: formatting takes long, and the engine waits for whoever holds the gap.
+    pub(super) fn copy(&self) -> FidelityCopy {
+        let Self { model, detail, layers, totals, pending, .. } = self;
+        FidelityCopy { model: model.clone(), detail: *detail, layers: layers.clone(), totals: totals.clone(), pending: *pending }
+    }
+}
+
+impl FidelityCopy {
     /// Writes every family that is exported.
     pub(super) fn write(&self, page: &mut Exposition) {
         let (model, totals) = (&self.model, &self.totals);
@@ -313,7 +342,7 @@ mod tests {
 
     fn page(fidelity: &Fidelity) -> String {
         let mut page = Exposition::default();
-        fidelity.write(&mut page);
+        fidelity.copy().write(&mut page);
         page.finish()
     }
 
@@ -361,10 +390,11 @@ mod tests {
         assert_eq!((empty.samples, empty.kl, empty.top1_agree, empty.perplexity_gap, empty.layers[0].overlap), (0, 0.0, 0.0, 0.0, 0.0));
         fidelity.add(&sample());
         fidelity.count(SampleOutcome::Same);
+        fidelity.count(SampleOutcome::OtherRouting);
         fidelity.count(SampleOutcome::DroppedQueue);
         fidelity.count(SampleOutcome::Failed);
         let snapshot = fidelity.snapshot();
-        assert_eq!((snapshot.samples, snapshot.same, snapshot.dropped, snapshot.tokens), (1, 1, 2, 4));
+        assert_eq!((snapshot.samples, snapshot.same, snapshot.other_routing, snapshot.dropped, snapshot.tokens), (1, 1, 1, 2, 4));
         assert_eq!((snapshot.kl, snapshot.top1_agree), (21.0 / 4.0, 0.75));
         assert!((snapshot.perplexity_gap - (1f64.exp() - 1.0)).abs() < 1e-12);
         let layer = snapshot.layers[0];

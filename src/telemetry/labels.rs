@@ -139,10 +139,14 @@ label! {
         Done = "done",
         /// It was served under the reference routing: there is no gap.
         Same = "same",
+        /// It was served under another routing than the one in force: its gap is not that of this server.
+        OtherRouting = "other_routing",
         /// Too many waited.
         DroppedQueue = "dropped_queue",
         /// There was no time for it.
         DroppedBudget = "dropped_budget",
+        /// Either, and it had asked to be measured.
+        DroppedAsked = "dropped_asked",
         /// It has fewer than two tokens.
         DroppedShort = "dropped_short",
         /// The server stops.

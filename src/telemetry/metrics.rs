@@ -319,11 +319,13 @@ impl Metrics {
         }
     }
 
-    /// Every series in the Prometheus text format.
+    /// Every series in the Prometheus text format. Numbers are copied under the locks that steps of the engine wait for, and written after.
     pub fn render(&self) -> String {
+        let load = lock(&self.expert_load).copy(Instant::now());
+        let fidelity = self.fidelity.as_ref().map(|fidelity| lock(fidelity).copy());
         let mut experts = Exposition::default();
-        lock(&self.expert_load).write(&mut experts, Instant::now());
-        self.with_fidelity(|fidelity| fidelity.write(&mut experts));
+        load.write(&mut experts);
+        fidelity.iter().for_each(|fidelity| fidelity.write(&mut experts));
         let mut page = self.render_common() + &experts.finish();
         let mut size = Exposition::default();
         size.single(&catalog::METRICS_SERIES, &[], num_series(&page) as f64 + 1.0);

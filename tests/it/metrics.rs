@@ -9,6 +9,7 @@ use std::{
 
 use hardmax::{
     engine::{EngineConfig, ShadowConfig},
+    moe::policy::RoutingChoice,
     service::proto::{
         DetokenizeRequest, GenerateRequest, GetModelInfoRequest, RoutingPolicy, ScoreRequest, TokenIds, TokenizeRequest,
         generate_request::Prompt,
@@ -132,7 +133,8 @@ fn of_the_shadow(family: &Family) -> bool {
 async fn a_measured_request_moves_every_series_of_the_shadow() {
     let shadow = ShadowConfig { rate: 1.0, budget: 1.0, ..ShadowConfig::default() };
     let engine = EngineConfig { shadow, ..Options::default().engine };
-    let server = TestServer::start(Options { engine, ..Options::demo() }).await;
+    let routing = RoutingChoice::TopK { k: 1, weight_form: None }.into();
+    let server = TestServer::start(Options { engine, routing, ..Options::demo() }).await;
     let mut client = server.client().await;
     client.get_model_info(GetModelInfoRequest::default()).await.unwrap();
     let before = Page::of(&server).await;
@@ -300,8 +302,15 @@ fn the_dashboard_is_whole() {
         assert_eq!(panel["datasource"]["uid"], "${datasource}", "{title}");
         let targets = panel["targets"].as_array().unwrap();
         assert!(!targets.is_empty(), "{title} asks for nothing");
-        assert!(targets.iter().all(|target| target["expr"].as_str().is_some_and(|expr| !expr.is_empty())), "{title}");
+        for expr in targets.iter().map(|target| target["expr"].as_str().unwrap()) {
+            assert!(expr.contains("model=\"$model\""), "{title} shows other models: {expr}");
+            let share = panel["fieldConfig"]["defaults"]["unit"] == "percentunit";
+            assert!(!share || !expr.starts_with("sum") || expr.contains(" / "), "{title} adds up the shares of replicas: {expr}");
+        }
     }
-    let variables: Vec<&str> = dashboard["templating"]["list"].as_array().unwrap().iter().filter_map(|v| v["name"].as_str()).collect();
-    assert_eq!(variables, ["datasource", "model", "layer"]);
+    let variables = dashboard["templating"]["list"].as_array().unwrap();
+    let names: Vec<&str> = variables.iter().filter_map(|variable| variable["name"].as_str()).collect();
+    assert_eq!(names, ["datasource", "model", "layer"]);
+    // Layers and experts of two models have the same names, and nothing in common.
+    assert_eq!((&variables[1]["multi"], &variables[1]["includeAll"]), (&false.into(), &false.into()));
 }

@@ -8,10 +8,11 @@ use std::{
 };
 
 use hardmax::service::proto::{
-    self, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, TokenIds, TokenizeRequest,
+    self, GenerateRequest, GetModelInfoRequest, RoutingPolicy, SamplingParams, ScoreRequest, Shadow, TokenIds, TokenizeRequest,
     generate_request::Prompt,
     inference_client::InferenceClient,
-    routing_policy::{Native, Policy},
+    routing_policy::{Native, Policy, Soft},
+    score_request::Input,
 };
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Attribute;
 use serde_json::{Value, json};
@@ -64,6 +65,24 @@ impl Server {
         let loaded = until("model loaded");
         until("serving");
         Self { child, log: Some(log), grpc, loaded }
+    }
+
+    /// Waits for the next line with this message: its fields.
+    async fn says(&mut self, message: &'static str) -> Value {
+        let mut log = self.log.take().unwrap();
+        let read = spawn_blocking(move || {
+            loop {
+                let mut line = String::new();
+                assert!(log.read_line(&mut line).unwrap() > 0, "the server ended before it said '{message}'");
+                let fields = &serde_json::from_str::<Value>(&line).unwrap()["fields"];
+                if fields["message"] == message {
+                    return (fields.clone(), log);
+                }
+            }
+        });
+        let (fields, log) = soon(read).await.unwrap();
+        self.log = Some(log);
+        fields
     }
 
     fn signal(&self, name: &str) {
@@ -157,16 +176,7 @@ async fn a_second_signal_ends_at_once() {
     let (_folder, model) = checkpoint();
     let mut server = Server::start(model, &["--drain-grace", "3600"]).await;
     server.signal("INT");
-    let mut log = server.log.take().unwrap();
-    let read = spawn_blocking(move || {
-        let mut line = String::new();
-        while !line.contains("draining") {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0);
-        }
-        log
-    });
-    server.log = Some(soon(read).await.unwrap());
+    server.says("draining").await;
     server.signal("INT");
     let (status, log) = server.ended().await;
     assert_eq!(status.code(), Some(1));
@@ -186,4 +196,32 @@ async fn the_standard_variables_turn_traces_on() {
     assert!(status.success(), "{log}");
     assert_eq!(collector.server().name, "hardmax.v1.Inference/GetModelInfo");
     assert_eq!(collector.service_name(), Some(Attribute::StringValue("named".into())));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_shadows_find_is_told_with_the_ids_of_the_request() {
+    let (_folder, model) = checkpoint();
+    let flags = &["--top-k", "1", "--shadow-rate", "1", "--shadow-budget", "1", "--shadow-outlier-kl", "0"];
+    let mut server = Server::start(model, flags).await;
+    let mut client = soon(InferenceClient::connect(format!("http://{}", server.grpc))).await.unwrap();
+    let mut ask = async |trace_id: &str, routing: Option<Policy>| {
+        let input = Some(Input::TokenIds(TokenIds { ids: golden("input_ids") }));
+        let routing = routing.map(|policy| RoutingPolicy { policy: Some(policy) });
+        let mut request = tonic::Request::new(ScoreRequest { input, routing, shadow: Shadow::Always.into(), ..Default::default() });
+        request.metadata_mut().insert("traceparent", format!("00-{trace_id}-00f067aa0ba902b7-01").parse().unwrap());
+        soon(client.score(request)).await.unwrap().into_inner().request_id
+    };
+    let told = |fields: &Value| [&fields["request"], &fields["trace_id"]].map(|id| id.as_str().unwrap().to_owned());
+
+    let trace_id = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let request_id = ask(trace_id, None).await;
+    let outlier = server.says("the serving routing is far from the reference on this request").await;
+    assert_eq!(told(&outlier), [request_id, trace_id.into()]);
+    assert!(outlier["kl"].as_f64().unwrap() > 0.0 && outlier["layer"].is_u64() && outlier["generation"] == 1, "{outlier}");
+
+    let trace_id = "aaf92f3577b34da6a3ce929d0e0e4736";
+    let request_id = ask(trace_id, Some(Policy::Soft(Soft { temperature: None }))).await;
+    let other = server.says("measured under a routing that is not in force").await;
+    assert_eq!(told(&other), [request_id, trace_id.into()]);
+    assert!(other["kl"].as_f64().unwrap() > 0.0, "{other}");
 }

@@ -90,7 +90,7 @@ async fn ended(metrics: &Metrics, samples: u64) -> FidelitySnapshot {
     let end = async {
         loop {
             let snapshot = metrics.fidelity_snapshot();
-            if snapshot.samples + snapshot.same + snapshot.dropped >= samples {
+            if snapshot.samples + snapshot.same + snapshot.other_routing + snapshot.dropped >= samples {
                 return snapshot;
             }
             tokio::task::yield_now().await;
@@ -290,11 +290,11 @@ async fn what_is_dropped_is_counted() {
     let weights = soft();
     let (source, begins, go) = gated(&weights);
     let config = all_that_ask();
-    let config = EngineConfig { shadow: ShadowConfig { queue: 2, budget: 1e-9, ..config.shadow }, ..config };
-    let (engine, metrics) = start_over(&weights, source, config);
+    let config = EngineConfig { shadow: ShadowConfig { rate: 1.0, queue: 2, budget: 1e-9, ..config.shadow }, ..config };
+    let (engine, metrics) = start_over(&weights, source, config.clone());
     // Nothing is paid for while a choice runs: two wait, and two have no place.
-    let request = generate(&text(30), |p| (p.n, p.max_new_tokens) = (4, Some(4)));
-    collect_choices(engine.submit(always(TOP_1, request)).unwrap(), 4).await;
+    let request = || Request { routing: TOP_1.into(), ..generate(&text(30), |p| (p.n, p.max_new_tokens) = (4, Some(4))) };
+    collect_choices(engine.submit(request()).unwrap(), 4).await;
     begins.recv_timeout(PATIENCE).unwrap();
     assert_eq!((outcome(&metrics, "dropped_queue"), series(&metrics, "hardmax_fidelity_samples_pending")), (2.0, 2.0));
     engine.drain();
@@ -303,11 +303,52 @@ async fn what_is_dropped_is_counted() {
     assert_eq!((snapshot.samples, outcome(&metrics, "dropped_draining")), (0, 2.0));
     assert_eq!(series(&metrics, "hardmax_fidelity_samples_pending"), 0.0);
 
+    // Those that ask have half of the places, and what they lose is counted apart.
+    let (engine, metrics) = start_over(&weights, weights.clone(), config);
+    collect_choices(engine.submit(always(TOP_1, request())).unwrap(), 4).await;
+    let snapshot = ended(&metrics, 4).await;
+    assert_eq!((snapshot.samples, outcome(&metrics, "dropped_asked"), outcome(&metrics, "dropped_queue")), (1, 3.0, 0.0));
+
     let (engine, metrics) = start_over(&weights, weights.clone(), all_that_ask());
     let short = Request { task: Task::Score { alternatives: 0 }, ..fake::request(&[7]) };
     ask(&engine, always(TOP_1, short)).await;
     ended(&metrics, 1).await;
     assert_eq!(outcome(&metrics, "dropped_short"), 1.0);
+}
+
+#[tokio::test]
+async fn only_the_routing_in_force_is_the_gap_of_the_server() {
+    let weights = soft();
+    let (source, begins, go) = gated(&weights);
+    let config = all_that_ask();
+    let config = EngineConfig { shadow: ShadowConfig { rate: 1.0, ..config.shadow }, ..config };
+    let (engine, metrics) = start_over(&weights, source, config);
+    let serve = async |routing: RoutingChoice, shadow| {
+        assert!(ask(&engine, Request { routing: routing.into(), shadow, ..tokens(&text(20), 8) }).await.end.is_ok());
+    };
+    engine.set_serving(RoutingChoice::TopK { k: 2, weight_form: None }.into());
+
+    serve(TOP_1, ShadowChoice::Sampled).await;
+    assert_eq!(outcome(&metrics, "other_routing"), 1.0, "it has chosen for itself");
+    assert!(begins.try_recv().is_err(), "and is not even measured");
+
+    // In force by another name, until it is measured.
+    serve(RoutingChoice::Native, ShadowChoice::Sampled).await;
+    begins.recv_timeout(PATIENCE).unwrap();
+    engine.set_serving(TOP_1.into());
+    drop(go);
+    assert_eq!(ended(&metrics, 2).await.other_routing, 2);
+
+    begins.try_iter().for_each(drop);
+    serve(RoutingChoice::Native, ShadowChoice::Always).await;
+    let found = ended(&metrics, 3).await;
+    assert_eq!((found.other_routing, found.samples, found.dropped, found.tokens), (3, 0, 0, 0));
+    assert!(begins.try_recv().is_ok(), "who asks is measured, under whatever routing");
+    assert_eq!(series(&metrics, "hardmax_output_fidelity_gap_count{model=\"golden\",measure=\"kl\"}"), 0.0);
+
+    serve(TOP_1, ShadowChoice::Sampled).await;
+    let found = ended(&metrics, 4).await;
+    assert_eq!((found.other_routing, found.samples, found.tokens), (3, 1, 28));
 }
 
 #[tokio::test]
