@@ -62,10 +62,16 @@ pub struct ServeArgs {
     /// The live page on that port. `read-only` has no box to try prompts, which costs the time of the model.
     #[arg(long, env = "HARDMAX_LIVE_PAGE", value_enum, default_value_t)]
     pub live_page: PageMode,
-    /// Names under which browsers may send prompts to the live page, besides addresses and localhost. Others are refused, so that no
-    /// foreign site can lead a browser here under a name of its own.
+    /// Names under which browsers may see the live page, besides addresses and localhost. Others are refused, so that no foreign site can
+    /// lead a browser here under a name of its own.
     #[arg(long, env = "HARDMAX_LIVE_PAGE_HOSTS", value_name = "NAME,...", value_delimiter = ',')]
     pub live_page_hosts: Vec<String>,
+    /// Connections to that port at once, those of Prometheus included. More wait.
+    #[arg(long, env = "HARDMAX_METRICS_MAX_CONNECTIONS", value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub metrics_max_connections: u32,
+    /// How long a connection to that port may say nothing before it is closed.
+    #[arg(long, env = "HARDMAX_METRICS_IDLE_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub metrics_idle_timeout: Duration,
     /// What that port exports.
     #[command(flatten)]
     pub series: SeriesArgs,
@@ -208,7 +214,7 @@ async fn serve(args: ServeArgs) -> Result<()> {
     announce(&args, &grpc, metrics.as_ref());
     let tracer = args.otlp.tracer()?;
     let drain = DrainConfig { grace: args.drain_grace, timeout: args.drain_timeout };
-    let live_page = PageConfig { mode: args.live_page, hosts: args.live_page_hosts.clone() };
+    let live_page = args.page_config();
     server::run(Listeners { grpc, metrics, live_page }, drain, tracer, move || load_model(&args), shutdown).await
 }
 
@@ -256,18 +262,20 @@ fn announce(args: &ServeArgs, grpc: &TcpListener, metrics: Option<&TcpListener>)
     let address = |listener: &TcpListener| listener.local_addr().map_or_else(|_| "?".into(), |address| address.to_string());
     let observers = metrics.map_or_else(|| "off".into(), address);
     tracing::info!(grpc = %address(grpc), metrics = %observers, model = %args.model.display(), "starting");
+    let [grpc_open_to, metrics_open_to, live_page_prompts_open_to] = open_to(args);
+    tracing::info!(tls = "none", authentication = "none", grpc_open_to, metrics_open_to, live_page_prompts_open_to, "security posture");
+}
+
+/// To whom requests, metrics, and the prompts of the live page are open.
+fn open_to(args: &ServeArgs) -> [&'static str; 3] {
     let open = |address: SocketAddr| if address.ip().is_loopback() { "this machine" } else { "the network" };
-    let metrics_open = match args.metrics_listen {
+    let metrics = match args.metrics_listen {
         MetricsListen::Off => "nobody",
         MetricsListen::At(address) => open(address),
     };
-    tracing::info!(
-        tls = "none",
-        authentication = "none",
-        grpc_open_to = open(args.listen),
-        metrics_open_to = metrics_open,
-        "security posture"
-    );
+    // Who may scrape may also ask the model, where the live page has its box.
+    let prompts = if args.live_page == PageMode::Full { metrics } else { "nobody" };
+    [open(args.listen), metrics, prompts]
 }
 
 /// `ADDRESS:PORT`, or `NAME:PORT` with a name that this machine can look up; of several addresses, an IPv4 one.
@@ -313,6 +321,15 @@ impl ServeArgs {
             Some(absolute.file_name()?.to_string_lossy().into_owned())
         };
         self.model_name.clone().or_else(folder).unwrap_or_else(|| "model".into())
+    }
+
+    fn page_config(&self) -> PageConfig {
+        PageConfig {
+            mode: self.live_page,
+            hosts: self.live_page_hosts.clone(),
+            max_connections: self.metrics_max_connections as usize,
+            idle_timeout: self.metrics_idle_timeout,
+        }
     }
 
     fn engine_config(&self) -> EngineConfig {
@@ -500,6 +517,7 @@ mod tests {
             ["--shadow-budget", "-0.1"],
             ["--measure-budget", "nan"],
             ["--shadow-max-tokens", "1"],
+            ["--metrics-max-connections", "0"],
         ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }
@@ -513,6 +531,16 @@ mod tests {
         let args = parse(&["--metrics-listen", "off", "--drain-timeout", "0.5"]).unwrap();
         assert_eq!(args.metrics_listen, MetricsListen::Off);
         assert_eq!(args.drain_timeout, Duration::from_millis(500));
+    }
+
+    #[test]
+    fn the_posture_knows_the_box_of_the_live_page() {
+        let open = |flags: &[&str]| open_to(&parse(flags).unwrap());
+        assert_eq!(open(&[]), ["this machine"; 3]);
+        let wide = ["--listen", "0.0.0.0:1", "--metrics-listen", "0.0.0.0:2", "--live-page", "read-only"];
+        assert_eq!(open(&wide[..4]), ["the network"; 3]);
+        assert_eq!(open(&wide), ["the network", "the network", "nobody"]);
+        assert_eq!(open(&["--metrics-listen", "off"]), ["this machine", "nobody", "nobody"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A histogram takes all tokens of a sample at once, with their exact sum; so these families are kept here and written at each scrape.
 //! They are kept whatever is exported: remote procedures and the live page show them as well.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -12,7 +12,11 @@ use super::{
     config::{Detail, MetricsConfig},
     exposition::{Exposition, FixedHistogram},
     labels::{LayerMeasure, OutputMeasure, SampleOutcome, Side},
+    recent::Recent,
 };
+
+/// The last while, as long as the charts of the live page: ten times that of the load, since few requests are measured.
+const WINDOW: Duration = Duration::from_secs(600);
 
 /// A measure, token by token.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -70,9 +74,11 @@ pub struct LayerSample {
     pub argmax_disagree: TokenValues,
 }
 
-/// Means since the start, or since they were last reset. Where `tokens` is 0 so is every mean.
+/// Means over some time. Where `tokens` is 0 so is every mean.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FidelitySnapshot {
+    /// The time that it covers.
+    pub seconds: f64,
     /// Samples can be measured.
     pub enabled: bool,
     /// Measured samples.
@@ -124,8 +130,11 @@ pub(super) struct Fidelity {
     /// Decoder layers.
     layers: Vec<usize>,
     totals: Totals,
+    /// When [`Fidelity::base`] was taken.
+    reset: Instant,
     /// At the last reset.
     base: Totals,
+    recent: Recent<Totals>,
     pending: usize,
 }
 
@@ -166,7 +175,8 @@ fn record(histogram: &mut FixedHistogram, tokens: &TokenValues) {
 
 fn mean_since(now: &FixedHistogram, base: &FixedHistogram) -> f64 {
     let count = now.count() - base.count();
-    if count == 0 { 0.0 } else { (now.sum() - base.sum()) / count as f64 }
+    // No measure is below 0, but a difference of two large sums may be, by a little.
+    if count == 0 { 0.0 } else { ((now.sum() - base.sum()) / count as f64).max(0.0) }
 }
 
 impl Totals {
@@ -187,10 +197,17 @@ impl Totals {
 
 impl Fidelity {
     /// Nothing yet on the layers of `config`.
-    pub(super) fn new(config: &MetricsConfig, detail: Detail) -> Self {
+    pub(super) fn new(config: &MetricsConfig, detail: Detail, now: Instant) -> Self {
         let layers: Vec<usize> = config.layers.iter().map(|&(layer, _)| layer).collect();
         let totals = Totals::new(layers.len());
-        Self { model: config.model.clone(), detail, layers, base: totals.clone(), totals, pending: 0 }
+        let recent = Recent::new(WINDOW, now);
+        Self { model: config.model.clone(), detail, layers, reset: now, base: totals.clone(), recent, totals, pending: 0 }
+    }
+
+    /// For changes that happen now: moves the window on.
+    pub(super) fn at(&mut self, now: Instant) -> &mut Self {
+        self.recent.before_change(&self.totals, now);
+        self
     }
 
     pub(super) fn count(&mut self, outcome: SampleOutcome) {
@@ -223,13 +240,28 @@ impl Fidelity {
         }
     }
 
-    /// The snapshot counts from here; the series go on.
-    pub(super) fn reset(&mut self) {
-        self.base = self.totals.clone();
+    /// [`Fidelity::snapshot`] counts from here; the series and the window go on.
+    pub(super) fn reset(&mut self, now: Instant) {
+        (self.base, self.reset) = (self.totals.clone(), now);
     }
 
-    pub(super) fn snapshot(&self) -> FidelitySnapshot {
-        let (now, base) = (&self.totals, &self.base);
+    /// The window begins anew: another routing is served.
+    pub(super) fn restart_window(&mut self, now: Instant) {
+        self.recent.restart(now);
+    }
+
+    /// All since the last reset.
+    pub(super) fn snapshot(&self, now: Instant) -> FidelitySnapshot {
+        self.since(&self.base, now.saturating_duration_since(self.reset))
+    }
+
+    /// The last [`WINDOW`].
+    pub(super) fn recent(&self, now: Instant) -> FidelitySnapshot {
+        self.since(self.recent.base(now).unwrap_or(&self.totals), self.recent.covered(now))
+    }
+
+    fn since(&self, base: &Totals, time: Duration) -> FidelitySnapshot {
+        let now = &self.totals;
         let outcome = |outcome: SampleOutcome| now.outcomes[outcome as usize] - base.outcomes[outcome as usize];
         let [samples, same, other_routing] = [SampleOutcome::Done, SampleOutcome::Same, SampleOutcome::OtherRouting].map(outcome);
         let all: u64 = SampleOutcome::ALL.iter().map(|&of| outcome(of)).sum();
@@ -250,6 +282,7 @@ impl Fidelity {
             }
         };
         FidelitySnapshot {
+            seconds: time.as_secs_f64(),
             enabled: true,
             samples,
             same,
@@ -337,7 +370,7 @@ mod tests {
 
     fn fidelity(layers: &[(usize, usize)]) -> Fidelity {
         let config = MetricsConfig { model: "m".into(), layers: layers.to_vec(), ..MetricsConfig::default() };
-        Fidelity::new(&config, Detail::PerLayer)
+        Fidelity::new(&config, Detail::PerLayer, Instant::now())
     }
 
     fn page(fidelity: &Fidelity) -> String {
@@ -383,17 +416,17 @@ mod tests {
     #[test]
     fn a_snapshot_counts_from_the_last_reset() {
         let mut fidelity = fidelity(&[(2, 4)]);
-        assert_eq!(fidelity.snapshot().layers.len(), 1);
+        assert_eq!(fidelity.snapshot(Instant::now()).layers.len(), 1);
         fidelity.add(&FidelitySample { kl: values(&[9.0; 4]), ..sample() });
-        fidelity.reset();
-        let empty = fidelity.snapshot();
+        fidelity.reset(Instant::now());
+        let empty = fidelity.snapshot(Instant::now());
         assert_eq!((empty.samples, empty.kl, empty.top1_agree, empty.perplexity_gap, empty.layers[0].overlap), (0, 0.0, 0.0, 0.0, 0.0));
         fidelity.add(&sample());
         fidelity.count(SampleOutcome::Same);
         fidelity.count(SampleOutcome::OtherRouting);
         fidelity.count(SampleOutcome::DroppedQueue);
         fidelity.count(SampleOutcome::Failed);
-        let snapshot = fidelity.snapshot();
+        let snapshot = fidelity.snapshot(Instant::now());
         assert_eq!((snapshot.samples, snapshot.same, snapshot.other_routing, snapshot.dropped, snapshot.tokens), (1, 1, 1, 2, 4));
         assert_eq!((snapshot.kl, snapshot.top1_agree), (21.0 / 4.0, 0.75));
         assert!((snapshot.perplexity_gap - (1f64.exp() - 1.0)).abs() < 1e-12);
@@ -402,5 +435,24 @@ mod tests {
         assert_eq!(value(&fidelity, "hardmax_fidelity_tokens_total"), 8.0, "the series go on");
         let json = serde_json::to_value(snapshot).unwrap();
         assert_eq!(json["layers"][0]["layer"], 2);
+    }
+
+    #[test]
+    fn the_window_forgets_and_begins_anew_with_another_routing() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut fidelity = Fidelity { recent: Recent::new(WINDOW, start), ..fidelity(&[(2, 4)]) };
+        fidelity.at(start).add(&FidelitySample { kl: values(&[9.0; 4]), ..sample() });
+        assert_eq!((fidelity.recent(after(60)).kl, fidelity.recent(after(60)).seconds), (9.0, 60.0));
+        fidelity.at(after(500)).add(&sample());
+        fidelity.at(after(501)).count(SampleOutcome::Same);
+        assert_eq!(fidelity.recent(after(599)).kl, (36.0 + 21.0) / 8.0);
+        let later = fidelity.recent(after(620));
+        assert_eq!((later.kl, later.samples, later.same, later.tokens), (21.0 / 4.0, 1, 1, 4), "the first sample is too old");
+        assert_eq!((fidelity.recent(after(2000)).samples, fidelity.snapshot(after(2000)).samples), (0, 2));
+        fidelity.restart_window(after(640));
+        assert_eq!((fidelity.recent(after(650)).samples, fidelity.recent(after(650)).seconds), (0, 10.0));
+        fidelity.at(after(651)).add(&sample());
+        assert_eq!((fidelity.recent(after(660)).tokens, fidelity.recent(after(660)).kl), (4, 21.0 / 4.0));
     }
 }

@@ -1,10 +1,7 @@
 //! The observer's port: `/metrics` for Prometheus, `/healthz` for whoever sends requests here: 503 while loading and draining, and the
 //! live page ([`super::page`]) for people.
 
-use std::{
-    io,
-    sync::{Arc, OnceLock, RwLock},
-};
+use std::sync::{Arc, OnceLock, RwLock};
 
 use axum::{
     Router,
@@ -12,8 +9,14 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
+    serve::Listener,
 };
-use tokio::net::TcpListener;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
 
 use super::{
     metrics::Metrics,
@@ -79,10 +82,25 @@ impl Page {
     }
 }
 
-/// Serves `page` until the future is dropped.
-pub async fn serve(listener: TcpListener, page: Arc<Page>, config: PageConfig) -> io::Result<()> {
-    let routes = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(page.clone());
-    axum::serve(listener, routes.merge(page::routes(page, config))).await
+/// Serves `page`; does not end. Connections that were taken live on when the future is dropped.
+///
+/// More people reach this port than that for requests, and both have the sockets of one process. So the number of connections is bounded,
+/// and so is the time that one may say nothing.
+pub async fn serve(mut listener: TcpListener, page: Arc<Page>, config: PageConfig) {
+    let places = Arc::new(Semaphore::new(config.max_connections));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(config.idle_timeout);
+    let own = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(page.clone());
+    let service = TowerToHyperService::new(own.merge(page::routes(page, config)));
+    while let Ok(place) = places.clone().acquire_owned().await {
+        let (socket, _) = Listener::accept(&mut listener).await;
+        let connection = http.serve_connection(TokioIo::new(socket), service.clone());
+        tokio::spawn(async move {
+            // Whatever the client did, it is its own loss.
+            let _ = connection.await;
+            drop(place);
+        });
+    }
 }
 
 async fn metrics(State(page): State<Arc<Page>>) -> Response {

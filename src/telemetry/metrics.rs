@@ -125,7 +125,7 @@ impl Metrics {
         let now = Instant::now();
         let load = ExpertLoad::new(config, detail, now);
         let metrics = ::metrics::with_local_recorder(&recorder, || Self::register(config, recorder.handle(), load, now));
-        let fidelity = config.shadow.then(|| Mutex::new(Fidelity::new(config, detail)));
+        let fidelity = config.shadow.then(|| Mutex::new(Fidelity::new(config, detail, now)));
         let metrics = Self { fidelity, ..metrics };
         tracing::info!(series = num_series(&metrics.render()), experts = %detail, "metrics");
         Ok(metrics)
@@ -272,7 +272,9 @@ impl Metrics {
     }
 
     /// Requests that choose no routing are served by `serving` from now on, with `top_k` experts per token at most.
+    /// [`Metrics::recent_fidelity`] begins anew.
     pub fn set_serving(&self, serving: String, top_k: usize) {
+        self.with_fidelity(|fidelity| fidelity.restart_window(Instant::now()));
         let mut facts = lock(&self.facts);
         (facts.serving, facts.top_k) = (serving, top_k);
     }
@@ -284,18 +286,19 @@ impl Metrics {
 
     /// [`Scope::Total`] and [`Metrics::fidelity_snapshot`] count from here. The series of the page go on: counters do not fall.
     pub fn reset_statistics(&self) {
-        lock(&self.expert_load).reset(Instant::now());
-        self.with_fidelity(Fidelity::reset);
+        let now = Instant::now();
+        lock(&self.expert_load).reset(now);
+        self.with_fidelity(|fidelity| fidelity.reset(now));
     }
 
     /// A shadow sample was measured.
     pub fn fidelity_sample(&self, sample: &FidelitySample) {
-        self.with_fidelity(|fidelity| fidelity.add(sample));
+        self.with_fidelity(|fidelity| fidelity.at(Instant::now()).add(sample));
     }
 
     /// A shadow sample ended in another way.
     pub fn fidelity_outcome(&self, outcome: SampleOutcome) {
-        self.with_fidelity(|fidelity| fidelity.count(outcome));
+        self.with_fidelity(|fidelity| fidelity.at(Instant::now()).count(outcome));
     }
 
     /// Time went into shadow samples.
@@ -310,7 +313,12 @@ impl Metrics {
 
     /// The gap of the traffic since the start, or since the statistics were reset.
     pub fn fidelity_snapshot(&self) -> FidelitySnapshot {
-        self.fidelity.as_ref().map(|fidelity| lock(fidelity).snapshot()).unwrap_or_default()
+        self.fidelity.as_ref().map(|fidelity| lock(fidelity).snapshot(Instant::now())).unwrap_or_default()
+    }
+
+    /// The gap of the last ten minutes, in steps of half a minute, and of the routing that is served now.
+    pub fn recent_fidelity(&self) -> FidelitySnapshot {
+        self.fidelity.as_ref().map(|fidelity| lock(fidelity).recent(Instant::now())).unwrap_or_default()
     }
 
     fn with_fidelity(&self, change: impl FnOnce(&mut Fidelity)) {

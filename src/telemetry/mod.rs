@@ -11,6 +11,7 @@ mod labels;
 pub mod metrics;
 pub mod otel;
 pub mod page;
+mod recent;
 mod register;
 #[cfg(test)]
 mod tests;

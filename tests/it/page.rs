@@ -4,6 +4,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     sync::Arc,
+    time::Duration,
 };
 
 use hardmax::telemetry::{
@@ -94,7 +95,7 @@ async fn try_prompt(server: &TestServer, trial: &Value) -> Answer {
 }
 
 fn with_page(mode: PageMode) -> Options {
-    Options { live_page: PageConfig { mode, hosts: vec!["gpu1.lan".into()] }, ..Options::default() }
+    Options { live_page: PageConfig { mode, hosts: vec!["gpu1.lan".into()], ..PageConfig::default() }, ..Options::default() }
 }
 
 #[tokio::test]
@@ -191,6 +192,18 @@ async fn a_prompt_comes_back_with_its_experts() {
 }
 
 #[tokio::test]
+async fn a_model_without_experts_is_shown_as_one() {
+    let server = serving(Options { dense: true, ..Options::default() }).await;
+    let answer = try_prompt(&server, &json!({ "prompt": "abc", "max_new_tokens": 2 })).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let answer = answer.json();
+    assert_eq!((&answer["layers"], answer["tokens"].as_array().unwrap().len()), (&json!([]), 5));
+    assert_eq!(answer["tokens"][0], json!({ "id": 97, "text": "a", "generated": false }));
+    let live = get(&server, "/live.json").await.json();
+    assert_eq!((&live["facts"]["experts"], &live["expert_load"]["total"]["layers"]), (&json!("0"), &json!([])));
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_named() {
     let server = serving(with_page(PageMode::Full)).await;
     let trial = |prompt: &str, tokens: u32| json!({ "prompt": prompt, "max_new_tokens": tokens });
@@ -202,7 +215,9 @@ async fn what_is_wrong_is_named() {
         (trial(&long, 4), "prompt", "context"),
         (trial(&"x".repeat(2000), 4), "prompt", "2000 tokens"),
         (json!({ "prompt": "a", "max_new_tokens": 1, "routing": "top-one" }), "routing", "top-K"),
-        (json!({ "prompt": "a", "max_new_tokens": 1, "routing": "top-5" }), "k", "5 is not from 1 to 4"),
+        (json!({ "prompt": "a", "max_new_tokens": 1, "routing": "top-5" }), "routing", "k: 5 is not from 1 to 4"),
+        (json!({ "prompt": "a", "max_new_tokens": 1, "routing": "mass-2" }), "routing", "threshold: 2 is not above 0"),
+        (json!({ "prompt": "a", "max_new_tokens": 1, "routing": "top-1,1" }), "routing", "2 numbers for 1 MoE layers"),
         (json!({ "prompt": "a", "max_new_tokens": 1, "temperature": 1 }), "", "temperature"),
         (json!({ "prompt": "a" }), "", "max_new_tokens"),
         (json!(7), "", "invalid type"),
@@ -232,6 +247,69 @@ async fn what_is_wrong_is_named() {
     }
     let asked = send(server.observers, "OPTIONS /try", &[("Origin", "http://evil.example")], b"").await;
     assert!(asked.status == 405 && asked.header("access-control-allow-origin").is_none(), "a preflight gets no permission");
+}
+
+#[tokio::test]
+async fn foreign_names_lead_to_nothing_but_metrics() {
+    let server = serving(with_page(PageMode::Full)).await;
+    let foreign: Headers<'_> = &[("Host", "evil.example:9464")];
+    for path in ["/", "/live.json", "/assets/plotly.js"] {
+        let answer = send(server.observers, &format!("GET {path}"), foreign, b"").await;
+        assert_eq!((answer.status, &answer.json()["field"]), (403, &json!("host")), "{path}");
+        assert!(answer.json()["message"].as_str().unwrap().contains("--live-page-hosts"));
+        for host in ["gpu1.lan", "localhost:9464", "[::1]:9464"] {
+            assert_eq!(send(server.observers, &format!("GET {path}"), &[("Host", host)], b"").await.status, 200, "{path} {host}");
+        }
+    }
+    for path in ["/metrics", "/healthz"] {
+        assert_eq!(send(server.observers, &format!("GET {path}"), foreign, b"").await.status, 200, "Prometheus comes by any name");
+    }
+}
+
+#[tokio::test]
+async fn whoever_says_nothing_is_sent_away() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap();
+    let config = PageConfig { idle_timeout: Duration::from_millis(50), ..PageConfig::default() };
+    let served = tokio::spawn(http::serve(listener, Arc::default(), config));
+    for said in ["", "GET / HTTP/1.1\r\nHost: ", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+        let closed = spawn_blocking(move || {
+            let mut socket = TcpStream::connect(to).unwrap();
+            socket.write_all(said.as_bytes()).unwrap();
+            socket.read_to_end(&mut Vec::new())
+        });
+        assert!(soon(closed).await.unwrap().is_ok(), "after '{said}'");
+    }
+    served.abort();
+}
+
+#[tokio::test]
+async fn more_connections_than_that_wait() {
+    let live_page = PageConfig { max_connections: 1, ..PageConfig::default() };
+    let server = serving(Options { live_page, gate_open: false, ..Options::default() }).await;
+    let ask = |line: &str, headers: Headers<'_>, body: &[u8]| {
+        let mut socket = TcpStream::connect(server.observers).unwrap();
+        socket.write_all(&request(server.observers, line, headers, body)).unwrap();
+        socket
+    };
+    let first = ask("POST /try", &[JSON], json!({ "prompt": "a", "max_new_tokens": 2 }).to_string().as_bytes());
+    server.gate.step(1).await;
+    let second = ask("GET /healthz", &[], b"");
+    // Time for an answer, if it had a place.
+    for _ in 0..8 {
+        server.client().await;
+    }
+    second.set_nonblocking(true).unwrap();
+    assert_eq!(second.peek(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "the first has the only place");
+    second.set_nonblocking(false).unwrap();
+    server.gate.open();
+    let read = |mut socket: TcpStream| {
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).map(|_| answer)
+    };
+    for answer in soon(spawn_blocking(move || [first, second].map(read))).await.unwrap() {
+        assert!(answer.as_ref().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")), "{answer:?}");
+    }
 }
 
 #[tokio::test]

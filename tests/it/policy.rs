@@ -60,6 +60,7 @@ const KNOWN_TO: &[(&str, &[&str])] = &[
     ("tonic", &["bench", "service", "server", "cli"]),
     ("prost", &["service", "server", "cli"]),
     ("axum", &["telemetry"]),
+    ("hyper", &["telemetry"]),
     ("opentelemetry", &["telemetry"]),
     ("plotters", &["plot"]),
     ("tokio", &["bench", "engine", "service", "server", "cli", "telemetry"]),

@@ -154,7 +154,7 @@ impl LanguageModel for FakeModel {
         let rows = logits.len() / VOCAB;
         Ok(Forward {
             logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?,
-            layers: vec![routing(&batch.tokens)?],
+            layers: self.spec.moe_layers().map(|_| routing(&batch.tokens)).collect::<Result<_>>()?,
             time: ForwardTime::default(),
         })
     }
@@ -173,8 +173,9 @@ fn routing(tokens: &[u32]) -> Result<LayerRouting> {
     Ok(LayerRouting { layer: 0, router_logits, routing: Routing::Sparse(routing), stats })
 }
 
-fn spec(max_context: usize) -> ModelSpec {
+fn spec(max_context: usize, dense: bool) -> ModelSpec {
     let moe = MoeSpec { num_experts: 4, expert_width: 8, top_k: 2, weight_form: WeightForm::Renorm, shared_expert_width: None };
+    let feed_forward = if dense { FeedForwardSpec::Dense { width: 8 } } else { FeedForwardSpec::Moe(moe) };
     ModelSpec {
         family: "fake_moe".into(),
         vocab_size: VOCAB,
@@ -190,7 +191,7 @@ fn spec(max_context: usize) -> ModelSpec {
         rope: RopeSpec { theta: 1e4, scaling: RopeScaling::None },
         max_context,
         tied_head: true,
-        layers: vec![LayerSpec { sliding_window: None, feed_forward: FeedForwardSpec::Moe(moe) }],
+        layers: vec![LayerSpec { sliding_window: None, feed_forward }],
         reference: ReferenceRouting::Soft { temperature: 0.5 },
         estimator: "gumbel_softmax".into(),
     }
@@ -242,6 +243,8 @@ pub struct Options {
     pub gate_open: bool,
     pub load_fails: bool,
     pub live_page: PageConfig,
+    /// The fake has no experts.
+    pub dense: bool,
     /// The shipped model instead of the fake.
     pub demo: bool,
 }
@@ -270,6 +273,7 @@ impl Default for Options {
             gate_open: true,
             load_fails: false,
             live_page: PageConfig::default(),
+            dense: false,
             demo: false,
         }
     }
@@ -395,7 +399,7 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
     if options.demo {
         return load_demo(options.engine, service);
     }
-    let model = Box::new(FakeModel { spec: spec(options.max_context), cache_blocks: options.cache_blocks, gate });
+    let model = Box::new(FakeModel { spec: spec(options.max_context, options.dense), cache_blocks: options.cache_blocks, gate });
     Ok(Loaded { model, background: None, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
 }
 

@@ -1,6 +1,7 @@
 """Looks at the live page of a running server as a person would: it loads, it moves, it can be asked, by mouse, keyboard and phone."""
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -39,16 +40,16 @@ class Server:
 
 
 class Traffic:
-    """Requests, one after another in each of a few threads, until told to stop; bounded in number all the same."""
+    """Requests, one after another in each of a few threads, until told to stop."""
 
-    def __init__(self, binary, grpc, threads=3, most=400):
+    def __init__(self, binary, grpc, threads=3):
         self.stopped = threading.Event()
 
         def run(number):
-            for turn in range(most):
+            for prompt in itertools.cycle(PROMPTS[number:] + PROMPTS[:number]):
                 if self.stopped.is_set():
                     return
-                command = [binary, "generate", PROMPTS[(number + turn) % len(PROMPTS)], "--url", f"http://{grpc}",
+                command = [binary, "generate", prompt, "--url", f"http://{grpc}",
                            "--max-new-tokens", str(60 + 40 * number)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -143,7 +144,7 @@ def reachable(page):
     for _ in range(40):
         page.key("Tab")
         found.append(page.eval("(() => { const e = document.activeElement; return e.name || e.id || e.className || e.tagName; })()"))
-    for control in ("skip", "theme", "heat-frame", "scope", "try-prompt", "routing", "try-tokens", "try-go"):
+    for control in ("skip", "theme", "heat-frame", "scope", "gap-scope", "try-prompt", "routing", "try-tokens", "try-go"):
         assert control in found, f"Tab does not reach {control}: {found}"
 
 
@@ -193,6 +194,13 @@ def refusals(page):
         page.click("#try-go")
         page.until(f"$('try-error').textContent.includes({json.dumps(said)}) && trial.abort === null")
         assert page.eval(f"$('{field}').getAttribute('aria-invalid') === 'true' && document.activeElement.id === '{field}'"), field
+    # No button asks for what the demo has not; a page of another model might.
+    button = "document.querySelector('input[name=routing][value^=top-]')"
+    page.eval(f"$('try-prompt').value = 'a', $('try-tokens').value = '8', {button}.checked = true, {button}.value = 'top-99'")
+    page.click("#try-go")
+    page.until("$('try-error').textContent.startsWith('The routing: k: 99 is not') && trial.abort === null")
+    assert page.eval(f"$('try-routing').getAttribute('aria-invalid') === 'true' && document.activeElement === {button}")
+    page.eval(f"{button}.value = 'top-1'")
 
 
 def desktop(page, server, traffic, shots):
@@ -226,6 +234,10 @@ def desktop(page, server, traffic, shots):
     assert page.eval("$('gap-plot').hidden === $('gap-legend').hidden")
     page.until("fidelity !== null && document.querySelector('#gap-plot .bars')", timeout=60)
     assert page.eval("$('gap-empty').hidden && document.querySelectorAll('#gap-table tbody tr').length") == 4, "a row for each layer"
+    for scope in ("total", "window"):
+        page.click(f"input[name=gap-scope][value={scope}]")
+        assert page.eval(f"fidelity === answers.at(-1).fidelity.{scope}"), scope
+        assert "in the last" in page.eval("$('gap-note').textContent")
 
     prompts(page)
     no_noise(page, server.url)
@@ -233,7 +245,7 @@ def desktop(page, server, traffic, shots):
     refusals(page)
     page.drain().clear()
 
-    time.sleep(shots.seconds)
+    page.until(f"points.length > {shots.points}", timeout=300)
     try_prompt(page, prompt="In the beginning", tokens="64", routing="top-2")
     page.eval("document.activeElement.blur()")
     shots.take(page, "page-light")
@@ -252,7 +264,7 @@ def desktop(page, server, traffic, shots):
 
 def phone(page, server, shots):
     page.open(server.url, width=360, height=740, scale=2, touch=True)
-    page.until("$('health-text').textContent === 'serving' && points.length > 3")
+    page.until(f"$('health-text').textContent === 'serving' && points.length > {shots.points}", timeout=300)
     try_prompt(page, tokens="40")
     wide = page.eval("[document.documentElement.scrollWidth, innerWidth]")
     assert wide[0] <= wide[1] == 360, f"the page scrolls sideways: {wide}"
@@ -261,6 +273,77 @@ def phone(page, server, shots):
     no_noise(page, server.url)
     page.eval("document.activeElement.blur(), window.scrollTo(0, 0)")
     shots.take(page, "page-phone")
+
+
+# From the next answer on, a page hears of another model, whose load and gap change with every answer.
+PRETEND = """((layers, experts) => {
+  const real = answers.at(-1), many = (n, make) => Array.from({ length: n }, (_, i) => make(i));
+  let turn = 0;
+  window.fetch = async () => {
+    turn += 1;
+    const tokens = (layer) => many(experts, (expert) => (37 * expert + 11 * layer + 5 * turn) % 101);
+    const load = { seconds: 60, layers: many(layers, (layer) => (
+      { layer, expert_tokens: tokens(layer), balancedness: 0.5, load_cv: 0.58, dead_experts: 1, router_entropy: 2 })) };
+    const gap = { ...real.fidelity.total, tokens: 1000 * layers, layers: many(layers, (layer) => (
+      { layer, l2_rel: 0.1 + 0.01 * ((layer + turn) % 9), cosine_distance: 0.01, missed_mass: 0.2, overlap: 0.8 })) };
+    const facts = { ...real.facts, layers: String(layers || 4), experts: String(experts) };
+    return new Response(JSON.stringify({ ...real, uptime_seconds: real.uptime_seconds + 2 * turn, facts,
+      expert_load: { window: load, total: load }, fidelity: { window: gap, total: gap } }));
+  };
+})"""
+
+
+def pretend(page, server, layers, experts, **screen):
+    page.open(server.url, **screen)
+    page.until("answers.length > 0")
+    page.eval(f"{PRETEND}({layers}, {experts})")
+
+
+def large(page, server):
+    """A model of 48 layers with 128 experts each: all is seen at once, updated in place, and nothing moves by itself."""
+    pretend(page, server, 48, 128)
+    page.until("heat.cells.length === 48 && heat.cells[47].length === 128 && $('gap-table').rows.length === 49")
+    assert page.eval("$('heat-frame').scrollWidth <= $('heat-frame').clientWidth"), "the load of all experts is side by side"
+    watched = "[heat.cells[3][7], $('gap-table').rows[5].cells[1]]"
+    page.eval(f"window.watched = {watched}, window.before = watched.map((e) => e.textContent)")
+    page.until("watched.every((e, i) => e.textContent !== before[i])")
+    assert page.eval("watched.every((e) => e.isConnected)"), "in the elements that were there"
+
+    page.eval("$('heat-frame').focus({ preventScroll: true }), window.scrollTo(0, 0)")
+    page.eval("heat.cells[46][126].dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))")
+    assert "Layer 46, expert 126" in page.eval("$('heat-read').textContent")
+    assert page.eval("scrollY") == 0, "a pointer moves no page"
+    page.key("ArrowRight")
+    page.key("ArrowDown")
+    assert "Layer 47, expert 127" in page.eval("$('heat-read').textContent")
+    seen = page.eval("(() => { const b = heat.cells[47][127].getBoundingClientRect(); return b.top >= 0 && b.bottom <= innerHeight; })()")
+    assert seen, "a key does"
+    no_noise(page, server.url)
+
+    pretend(page, server, 48, 128, width=360, height=740, scale=2, touch=True)
+    page.until("heat.cells.length === 48")
+    page.eval("$('heat-frame').scrollLeft = 700")
+    left = "document.querySelector('#heat tbody th').getBoundingClientRect().left - $('heat-frame').getBoundingClientRect().left"
+    assert page.eval("$('heat-frame').scrollLeft") > 0 and abs(page.eval(left)) < 2, "the layer of a row stays beside it"
+    assert page.eval("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    no_noise(page, server.url)
+
+
+def dense(page, server):
+    """A model without experts has no cards about them, and its text is shown."""
+    pretend(page, server, 0, 0)
+    page.until("document.body.classList.contains('dense')")
+    assert not page.eval("[...document.querySelectorAll('.moe')].some((e) => e.checkVisibility())")
+    assert page.eval("document.querySelector('.no-moe').checkVisibility() && $('facts').textContent.includes('no experts')")
+    for text in ("one", "two"):
+        tokens = [{"id": 1, "text": text, "generated": False}, {"id": 2, "text": "more", "generated": True}]
+        answer = {"routing": "native", "layers": [], "tokens": tokens, "first_token_seconds": 0.1, "decode_seconds": 0.1}
+        page.eval(f"showAnswer({json.dumps(answer)})")
+        assert page.eval("$('tokens').textContent.includes('more')") and text in page.eval("$('tokens').textContent"), text
+        assert "no experts" in page.eval("$('details').textContent")
+    names(page)
+    contrast(page)
+    no_noise(page, server.url)
 
 
 def the_end(page, server):
@@ -286,8 +369,8 @@ def read_only(page, binary):
 class Shots:
     def __init__(self, folder):
         self.folder = folder
-        # Charts with something on them.
-        self.seconds = 60 if folder else 0
+        # Of the charts, two seconds each: a picture is taken once there is something on them.
+        self.points = 60 if folder else 3
 
     def take(self, page, name):
         if self.folder:
@@ -309,6 +392,8 @@ def main():
         desktop(page, server, traffic, shots)
         phone(page, server, shots)
         traffic.pop().stop()
+        large(page, server)
+        dense(page, server)
         the_end(page, server)
         read_only(page, arguments.binary)
     finally:

@@ -3,11 +3,14 @@
 #
 #   tests/page/run.sh BINARY [--screenshots DIR]
 #
-# CHROMIUM names the browser, PYTHON the interpreter (3.9 or newer, nothing installed). Without a browser it is taken from Debian's
-# packages where that is possible; else the status is 77, which means: skipped.
+# CHROMIUM names the browser, PYTHON the interpreter (3.9 or newer, nothing installed). Without a browser, Debian's is unpacked into a
+# temporary folder; where that cannot be had, the exit status is 77: skipped.
 set -euo pipefail
 here=$(dirname "$0")
+. "$here/../debian.sh"
 python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 
 find_browser() {
     local name
@@ -17,15 +20,25 @@ find_browser() {
     return 1
 }
 
-install() {
-    [ "$(id -u)" = 0 ] && command -v apt-get || return 1
-    apt-get install -y --no-install-recommends chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+# Debian's browser, with its libraries and a font, as a script that finds them in $work.
+unpack_browser() {
+    debian "$work" chromium fonts-dejavu-core || return 1
+    cat >"$work/fonts.conf" <<END
+<fontconfig><dir>$work/root/usr/share/fonts</dir><cachedir>$work/fonts</cachedir></fontconfig>
+END
+    cat >"$work/chromium" <<END
+#!/bin/sh
+export FONTCONFIG_FILE=$work/fonts.conf LD_LIBRARY_PATH=$(find "$work/root" '(' -name '*.so' -o -name '*.so.*' ')' -printf '%h\n' | sort -u | paste -sd:)
+exec $work/root/usr/lib/chromium/chromium "\$@"
+END
+    chmod +x "$work/chromium"
+    "$work/chromium" --version >>"$work/apt.log" 2>&1
 }
 
 [ $# -ge 1 ] || { echo "usage: tests/page/run.sh BINARY [--screenshots DIR]" >&2; exit 2; }
 command -v "$python" >/dev/null || { echo "skipped: no $python"; exit 77; }
 browser=$(find_browser) || {
-    install >/dev/null 2>&1 || { echo "skipped: no Chromium, and it cannot be installed from here; CHROMIUM names one"; exit 77; }
-    browser=$(find_browser)
+    browser=$work/chromium
+    unpack_browser || { tail -n 5 "$work/apt.log" >&2 || true; echo "skipped: no Chromium, and Debian's cannot be had here; CHROMIUM names one"; exit 77; }
 }
-exec "$python" "$here/check.py" --browser "$browser" --binary "$@"
+"$python" "$here/check.py" --browser "$browser" --binary "$@"

@@ -12,6 +12,7 @@
 # folder; where that cannot be had, the exit status is 77: skipped. About two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. tests/debian.sh
 binary=$(readlink -f "${1:-target/release/hardmax}")
 [ -x "$binary" ] || { echo "no such binary: ${1:-target/release/hardmax}; build it first" >&2 && exit 1; }
 command -v python3 >/dev/null || { echo "no python3" && exit 77; }
@@ -30,10 +31,8 @@ die() { printf 'prometheus: %s\n' "$*" >&2; exit 1; }
 
 find_prometheus() {
     if command -v prometheus >/dev/null && command -v promtool >/dev/null; then return; fi
-    if ! command -v apt-get >/dev/null; then echo "neither prometheus nor apt-get is here" && exit 77; fi
-    (cd "$work" && apt-get download -qq prometheus >apt.log 2>&1) || { echo "apt-get cannot download prometheus" && exit 77; }
-    dpkg -x "$work"/prometheus_*.deb "$work/debian"
-    PATH=$work/debian/usr/bin:$PATH
+    debian "$work/debian" --alone prometheus || { cat "$work/debian/apt.log" >&2 || true; echo "no prometheus, and Debian's cannot be had here" && exit 77; }
+    PATH=$work/debian/root/usr/bin:$PATH
     promtool --version >/dev/null 2>&1 || { echo "the prometheus of the package does not run here" && exit 77; }
 }
 

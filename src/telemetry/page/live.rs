@@ -38,7 +38,7 @@ pub(super) struct ModelState {
     time_to_first_token: Buckets,
     inter_token_latency: Buckets,
     expert_load: ExpertLoad,
-    fidelity: FidelitySnapshot,
+    fidelity: Fidelity,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -53,6 +53,12 @@ struct Counters {
 struct ExpertLoad {
     window: Load,
     total: Load,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Fidelity {
+    window: FidelitySnapshot,
+    total: FidelitySnapshot,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -97,7 +103,8 @@ impl ModelState {
     fn new(metrics: &Metrics) -> Self {
         let load = |scope| Load::from(metrics.expert_load(scope));
         let expert_load = ExpertLoad { window: load(Scope::Window), total: load(Scope::Total) };
-        let mut state = Self { expert_load, fidelity: metrics.fidelity_snapshot(), ..Self::default() };
+        let fidelity = Fidelity { window: metrics.recent_fidelity(), total: metrics.fidelity_snapshot() };
+        let mut state = Self { expert_load, fidelity, ..Self::default() };
         samples(&metrics.render_common()).for_each(|sample| state.take(sample));
         state
     }
@@ -150,7 +157,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::telemetry::metrics::{MetricsConfig, Outcome, Rejection};
+    use crate::telemetry::metrics::{MetricsConfig, Outcome, Rejection, SampleOutcome};
 
     fn live(metrics: Option<&Metrics>) -> Value {
         serde_json::to_value(Live::new(Readiness::Serving, 2.5, metrics)).unwrap()
@@ -193,8 +200,21 @@ mod tests {
             assert_eq!([&count[place], &count[place + 1], count.last().unwrap()], [0.0, 1.0, 1.0], "{histogram}");
             assert_eq!(*le.as_array().unwrap().last().unwrap(), Value::Null);
         }
-        assert_eq!((&live["fidelity"]["enabled"], &live["fidelity"]["samples"]), (&json!(false), &json!(0)));
+        for scope in ["window", "total"] {
+            let fidelity = &live["fidelity"][scope];
+            assert_eq!((&fidelity["enabled"], &fidelity["samples"]), (&json!(false), &json!(0)), "{scope}");
+        }
         let layer = &live["expert_load"]["total"]["layers"][0];
         assert_eq!((&layer["layer"], &layer["expert_tokens"], &layer["dead_experts"]), (&json!(1), &json!([0, 0, 0, 0]), &json!(0)));
+    }
+
+    #[test]
+    fn the_window_of_the_gap_ends_with_the_routing() {
+        let metrics = Metrics::new(&MetricsConfig { model: "m".into(), shadow: true, ..MetricsConfig::default() }).unwrap();
+        metrics.fidelity_outcome(SampleOutcome::Same);
+        let same = |scope: &str| live(Some(&metrics))["fidelity"][scope]["same"].clone();
+        assert_eq!([same("window"), same("total")], [1, 1]);
+        metrics.set_serving("top-2".into(), 2);
+        assert_eq!([same("window"), same("total")], [0, 1]);
     }
 }

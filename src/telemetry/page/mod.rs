@@ -6,10 +6,11 @@
 mod live;
 mod playground;
 mod samples;
+mod sender;
 
 use std::{
     sync::{Arc, LazyLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -55,13 +56,23 @@ pub enum PageMode {
     Off,
 }
 
-/// The live page of a server.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The live page of a server, and what anybody may take of its port.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageConfig {
     /// How much of it there is.
     pub mode: PageMode,
-    /// Names, besides addresses and `localhost`, under which browsers may send prompts.
+    /// Names, besides addresses and `localhost`, under which browsers may see it.
     pub hosts: Vec<String>,
+    /// Connections at once, those for /metrics included. More wait.
+    pub max_connections: usize,
+    /// How long a connection may take for the head of a request, counted from its begin or the answer before. Then it is closed.
+    pub idle_timeout: Duration,
+}
+
+impl Default for PageConfig {
+    fn default() -> Self {
+        Self { mode: PageMode::default(), hosts: Vec::new(), max_connections: 128, idle_timeout: Duration::from_secs(30) }
+    }
 }
 
 /// What the handlers share.
@@ -85,7 +96,8 @@ pub(super) fn routes(page: Arc<Page>, config: PageConfig) -> Router {
     }
     let trials = Arc::new(Semaphore::new(playground::AT_ONCE));
     let port = Port { page, config: Arc::new(config), start: Instant::now(), trials };
-    routes.layer(middleware::map_response(guard)).with_state(port)
+    let known = middleware::from_fn_with_state(port.clone(), sender::known_name);
+    routes.layer(known).layer(middleware::map_response(guard)).with_state(port)
 }
 
 /// Browsers take no answer for what it does not say that it is, and no other site may embed one.

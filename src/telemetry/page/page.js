@@ -78,6 +78,13 @@ function make(name, className, ...children) {
   return element;
 }
 
+/** Names and values of a list, in the elements that are there where they are as many. */
+function fill(list, entries) {
+  const have = [...list.querySelectorAll("dd")];
+  if (have.length === entries.length) entries.forEach(([, value], i) => say(have[i], value));
+  else list.replaceChildren(...entries.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
+}
+
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
@@ -201,13 +208,11 @@ const heat = {
     say(cell, !traffic ? "–" : load === 0 ? "0" : load < 10 ? load.toFixed(load < 0.095 ? 2 : 1) : load.toFixed(0));
   },
 
-  /** Moves the reader to a place, and says what is there. */
+  /** Moves the reader to a place, and says what is there. Nothing scrolls: a pointer is there already. */
   go(layer, expert) {
     if (this.at) this.cells[this.at[0]]?.[this.at[1]]?.classList.remove("at");
     this.at = [layer, expert];
-    const cell = this.cells[layer][expert];
-    cell.classList.add("at");
-    cell.scrollIntoView({ block: "nearest", inline: "nearest" });
+    this.cells[layer][expert].classList.add("at");
     this.read();
   },
 
@@ -228,7 +233,9 @@ const heat = {
     event.preventDefault();
     const [i, e] = this.at ?? [0, 0];
     const row = this.at ? Math.max(0, Math.min(this.cells.length - 1, i + step[0])) : 0;
-    this.go(row, this.at ? Math.max(0, Math.min(this.cells[row].length - 1, e + step[1])) : 0);
+    const column = this.at ? Math.max(0, Math.min(this.cells[row].length - 1, e + step[1])) : 0;
+    this.go(row, column);
+    this.cells[row][column].scrollIntoView({ block: "nearest", inline: "nearest" });
     // Not the line that is seen, which changes with the traffic.
     say($("heat-said"), $("heat-read").textContent);
   },
@@ -297,32 +304,49 @@ chart("gap-plot", () => {
     { barmode: "group", bargap: 0.35, xaxis: { type: "category", title: { text: "layer", standoff: 4 } }, yaxis: {}, margin: { l: 46, r: 10, t: 8, b: 36 } }];
 });
 
+/** What the card has: nothing while nothing was compared in the chosen time. */
 function drawGap(live) {
-  fidelity = live.fidelity.tokens > 0 ? live.fidelity : null;
-  ["gap-plot", "gap-legend", "gap-details"].forEach((id) => { $(id).hidden = !fidelity; });
+  const f = live.fidelity[document.querySelector("input[name=gap-scope]:checked").value];
+  fidelity = f.tokens > 0 ? f : null;
+  ["gap-stats", "gap-plot", "gap-legend", "gap-details"].forEach((id) => { $(id).hidden = !fidelity; });
   $("gap-empty").hidden = Boolean(fidelity);
+  say($("gap-note"), gapNote(f));
   if (!fidelity) {
-    const { enabled, same, dropped } = live.fidelity;
-    $("gap-empty").replaceChildren(...(enabled
-      ? [same ? `${figure(same, 9)} samples were served as the reference says, so they have no gap.`
-        : `No request has been measured yet${dropped ? `; ${figure(dropped, 9)} were dropped` : ""}. Figures appear here as traffic flows.`]
-      : ["Shadow evaluation is off: the server was started with ", make("code", "--shadow-budget 0"), "."]));
-    $("gap-stats").replaceChildren();
+    $("gap-empty").replaceChildren(...noGap(f, live.fidelity.total));
     return;
   }
-  const f = fidelity;
-  say($("gap-note"), `Against the reference routing: ${figure(f.samples, 9)} samples, ${figure(f.tokens, 9)} tokens`
-    + (f.dropped ? `, ${figure(f.dropped, 9)} dropped` : ""));
-  const stats = [["KL, nats", figure(f.kl)], ["same top-1", percent(f.top1_agree)], ["perplexity", `${f.perplexity_gap >= 0 ? "+" : "−"}${percent(Math.abs(f.perplexity_gap), 2)}`], ["logit L2", figure(f.logit_l2)]];
-  $("gap-stats").replaceChildren(...stats.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
-  $("gap-legend").replaceChildren(make("span", "key box k1", "relative L2"), make("span", "key box k3", "missed mass, hatched"));
-  const columns = [["layer", "layer"], ["relative L2", "l2_rel"], ["1 − cosine", "cosine_distance"], ["missed mass", "missed_mass"], ["overlap", "overlap"]];
-  const head = make("tr", "", ...columns.map(([name]) => make("th", "", name)));
-  const rows = f.layers.map((layer) => make("tr", "", ...columns.map(([, key]) => make("td", "", key === "layer" ? String(layer.layer) : figure(layer[key])))));
-  $("gap-table").replaceChildren(make("thead", "", head), make("tbody", "", ...rows));
+  fill($("gap-stats"), [["KL, nats", figure(f.kl)], ["same top-1", percent(f.top1_agree)], ["perplexity", signed(f.perplexity_gap)], ["logit L2", figure(f.logit_l2)]]);
+  drawGapTable(f.layers);
   const worst = f.layers.reduce((a, b) => (b.l2_rel > a.l2_rel ? b : a), f.layers[0]);
   if (worst) $("gap-plot").setAttribute("aria-label", `Gap of each layer; the largest relative L2 is ${figure(worst.l2_rel)}, in layer ${worst.layer}`);
   plots.get("gap-plot").draw();
+}
+
+/** What the figures rest on. */
+function gapNote(f) {
+  const dropped = f.dropped ? `, ${figure(f.dropped, 9)} dropped` : "";
+  const what = `: ${figure(f.samples, 9)} samples, ${figure(f.tokens, 9)} tokens${dropped} in the last ${age(f.seconds)}`;
+  return `Serving routing against the reference${f.enabled ? what : ""}`;
+}
+
+/** Why there are no figures of the time that `f` covers. */
+function noGap(f, total) {
+  if (!f.enabled) return ["Shadow evaluation is off: the server was started with ", make("code", "", "--shadow-budget 0"), "."];
+  if (f.same) return [`${figure(f.same, 9)} samples were served as the reference says, so they have no gap.`];
+  if (total.tokens > 0) return ["Nothing was compared in this time."];
+  return ["No request has been measured yet. Figures appear here as traffic flows."];
+}
+
+function signed(share) {
+  return `${share >= 0 ? "+" : "−"}${percent(Math.abs(share), 2)}`;
+}
+
+function drawGapTable(layers) {
+  const columns = [["layer", "layer"], ["relative L2", "l2_rel"], ["1 − cosine", "cosine_distance"], ["missed mass", "missed_mass"], ["overlap", "overlap"]];
+  const { tHead, tBodies: [body] } = $("gap-table");
+  if (!tHead.rows.length) tHead.append(make("tr", "", ...columns.map(([name]) => make("th", "", name))));
+  if (body.rows.length !== layers.length) body.replaceChildren(...layers.map(() => make("tr", "", ...columns.map(() => make("td")))));
+  layers.forEach((layer, i) => columns.forEach(([, key], j) => say(body.rows[i].cells[j], key === "layer" ? String(layer.layer) : figure(layer[key]))));
 }
 
 // === the numbers of this moment ===
@@ -331,15 +355,10 @@ function drawFacts(live) {
   const f = live.facts || {};
   const facts = [
     ["Serving", f.serving], ["Reference", f.reference], ["Trained with", f.estimator],
-    ["Model", f.layers && `${f.layers} layers, ${f.experts} experts`], ["Weights", f.dtype && `${f.dtype} on ${f.device}, generation ${f.generation}`],
+    ["Model", f.layers && `${f.layers} layers, ${f.experts === "0" ? "no" : f.experts} experts`], ["Weights", f.dtype && `${f.dtype} on ${f.device}, generation ${f.generation}`],
     ["Server", f.version && `${f.version}, up ${age(live.uptime_seconds)}`],
   ].filter(([, value]) => value);
-  const have = all("#facts dd");
-  if (have.length === facts.length) {
-    facts.forEach(([, value], i) => say(have[i], value));
-  } else {
-    $("facts").replaceChildren(...facts.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
-  }
+  fill($("facts"), facts);
   say($("model"), f.model || "");
   document.title = f.model ? `${f.model} · hardmax` : "hardmax";
 }
@@ -355,9 +374,10 @@ function drawTiles(live, point) {
   say($("t-prompt"), figure(point.prompt));
   say($("t-prompt-sub"), `${figure(live.counters.prompt_tokens, 12)} in all`);
   tile("t-first", duration(point.first95));
-  say($("t-first-sub"), point.first50 === null ? "nobody asked in the last 10 s" : `p50 ${duration(point.first50).join(" ")}`);
+  const silent = (what) => (point.known > 0 ? `${what} in the last ${age(point.known)}` : "not known yet");
+  say($("t-first-sub"), point.first50 === null ? silent("nobody asked") : `p50 ${duration(point.first50).join(" ")}`);
   tile("t-next", duration(point.next95));
-  say($("t-next-sub"), point.next50 === null ? "no tokens in the last 10 s" : `p50 ${duration(point.next50).join(" ")}`);
+  say($("t-next-sub"), point.next50 === null ? silent("no tokens") : `p50 ${duration(point.next50).join(" ")}`);
   say($("t-running"), figure(live.running));
   const turned = [["rejected", "refused"], ["failed", "failed"]].filter(([name]) => live.counters[name] > 0);
   say($("t-running-sub"), [`${figure(live.waiting)} waiting`, ...turned.map(([name, word]) => `${figure(live.counters[name], 9)} ${word}`)].join(", "));
@@ -389,7 +409,7 @@ function pointOf(live) {
     time: new Date(), generated: rate(before, live, "generated_tokens"), prompt: rate(before, live, "prompt_tokens"),
     first50: between("time_to_first_token", 0.5), first95: between("time_to_first_token", 0.95),
     next50: between("inter_token_latency", 0.5), next95: between("inter_token_latency", 0.95),
-    running: live.running, waiting: live.waiting,
+    running: live.running, waiting: live.waiting, known: earliest ? live.uptime_seconds - earliest.uptime_seconds : 0,
   };
 }
 
@@ -412,6 +432,7 @@ function take(live) {
   answers = [...answers.slice(1 - LATENCY_POLLS), live];
   points.push(point);
   points.splice(0, points.length - POINTS);
+  document.body.classList.toggle("dense", !live.expert_load.total.layers.length);
   drawTiles(live, point);
   heat.draw(live);
   drawGap(live);
@@ -471,11 +492,16 @@ function mixOf(routes) {
   return stops.length ? `linear-gradient(90deg, ${stops.join(", ")})` : "none";
 }
 
+/** Experts and weights of a token in the chosen layer; none where it was not routed, or where no layer has experts. */
+function routesOf(token) {
+  return token.routes?.[trial.layer] ?? [];
+}
+
 function paintToken(element, token) {
-  const routes = token.routes ? token.routes[trial.layer] : [], top = heaviest(routes);
+  const routes = routesOf(token), top = heaviest(routes);
   element.style.setProperty("--c", top ? expertColour(top[0]) : "var(--soft)");
   const named = [...routes].sort((a, b) => b[1] - a[1]).slice(0, 2).filter(([, weight], i) => i === 0 || weight >= 0.1);
-  say(element.querySelector(".ids"), token.routes ? named.map(([expert]) => expert).join("+") || "–" : "–");
+  say(element.querySelector(".ids"), named.map(([expert]) => expert).join("+") || "–");
   element.querySelector(".mix").style.background = mixOf(routes);
   const ways = named.map(([expert, weight]) => `expert ${expert} weight ${weight.toFixed(2)}`).join(", ");
   element.setAttribute("aria-label", `${JSON.stringify(token.text)}, ${ways || "not routed"}`);
@@ -484,7 +510,7 @@ function paintToken(element, token) {
 function drawTokens() {
   const { tokens } = trial.answer;
   const element = (token, i) => {
-    const button = make("button", "token", make("span", "text", ...visible(token.text)), make("span", "mix"), make("span", "ids"));
+    const button = make("button", "token", make("span", "text", ...visible(token.text)), make("span", "mix moe"), make("span", "ids moe"));
     button.type = "button";
     button.dataset.token = i;
     button.tabIndex = i === trial.token ? 0 : -1;
@@ -500,7 +526,7 @@ function drawTokens() {
 function drawExperts() {
   const counts = new Map();
   trial.answer.tokens.forEach((token) => {
-    const top = token.routes && heaviest(token.routes[trial.layer]);
+    const top = heaviest(routesOf(token));
     if (top) counts.set(top[0], (counts.get(top[0]) || 0) + 1);
   });
   const entries = [...counts].sort((a, b) => b[1] - a[1]).map(([expert, count]) => {
@@ -511,13 +537,19 @@ function drawExperts() {
   $("experts").replaceChildren(...entries);
 }
 
+/** Why a token has no experts. */
+function unrouted(token) {
+  if (!trial.answer.layers.length) return "This model has no experts.";
+  return token.generated ? "The last token is not read by the model, so it has no experts." : "It was not routed.";
+}
+
 function drawDetails() {
   const token = trial.answer.tokens[trial.token];
   all("#tokens .token").forEach((element) => element.classList.toggle("at", Number(element.dataset.token) === trial.token));
   const title = make("h3", "", token.text === "" ? "(part of a character)" : JSON.stringify(token.text).slice(1, -1));
   const note = make("p", "note", `token ${token.id}, position ${trial.token}, ${token.generated ? "generated" : "of the prompt"}`);
-  if (!token.routes) {
-    $("details").replaceChildren(title, note, make("p", "empty", token.generated ? "The last token is not read by the model, so it has no experts." : "It was not routed."));
+  if (!token.routes || !trial.answer.layers.length) {
+    $("details").replaceChildren(title, note, make("p", "empty", unrouted(token)));
     return;
   }
   const rows = trial.answer.layers.map((layer, i) => {
@@ -572,13 +604,12 @@ function showAnswer(answer) {
   say($("result-note"), `${answer.tokens.length - generated} + ${generated} tokens under ${answer.routing}; first token after ${duration(answer.first_token_seconds).join(" ")}${speed}`);
   $("layer").replaceChildren(...answer.layers.map((layer, i) => new Option(`layer ${layer}`, i, i === trial.layer, i === trial.layer)));
   $("result").hidden = false;
-  if (!answer.layers.length) return;
   drawTokens();
   drawExperts();
   drawDetails();
 }
 
-const FIELDS = { prompt: "try-prompt", max_new_tokens: "try-tokens" };
+const FIELDS = { prompt: "try-prompt", max_new_tokens: "try-tokens", routing: "try-routing" };
 
 function showError(field, message) {
   const named = { prompt: "The prompt: ", max_new_tokens: "New tokens: ", routing: "The routing: " }[field] || "";
@@ -586,7 +617,8 @@ function showError(field, message) {
   Object.entries(FIELDS).forEach(([name, id]) => {
     if (name === field) $(id).setAttribute("aria-invalid", "true"); else $(id).removeAttribute("aria-invalid");
   });
-  if (FIELDS[field]) $(FIELDS[field]).focus();
+  // Of several buttons, the one that is chosen.
+  if (FIELDS[field]) (document.querySelector(`#${FIELDS[field]} input:checked`) ?? $(FIELDS[field])).focus();
 }
 
 function runningTrial(on) {
@@ -623,6 +655,7 @@ function listen() {
   all("input[name=theme]").forEach((input) => input.addEventListener("change", () => { keep("theme", input.value); applyTheme(); }));
   prefersDark.addEventListener("change", applyTheme);
   all("input[name=scope]").forEach((input) => input.addEventListener("change", () => heat.restyle()));
+  all("input[name=gap-scope]").forEach((input) => input.addEventListener("change", () => { if (answers.length) drawGap(answers.at(-1)); }));
   const place = (event) => event.target.closest("[data-place]")?.dataset.place.split(",").map(Number);
   ["pointerover", "click"].forEach((kind) => $("heat").addEventListener(kind, (event) => { const at = place(event); if (at) heat.go(...at); }));
   $("heat-frame").addEventListener("keydown", (event) => heat.move(event));

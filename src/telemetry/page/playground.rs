@@ -1,20 +1,16 @@
 //! `POST /try`: one prompt, and which experts each of its tokens took.
-//!
-//! The port has no authentication, and a browser that can reach it also shows foreign pages. So what they could send without asking is
-//! refused: only JSON is taken, for which a browser asks first and gets no permission, only from the page's own origin, and only under
-//! an address or a known name, so that a foreign name that resolves to this machine (DNS rebinding) is no way in.
 
-use std::{fmt, future::Future, net::IpAddr, pin::Pin};
+use std::{fmt, future::Future, pin::Pin};
 
 use axum::{
     body::Bytes,
     extract::{State, rejection::BytesRejection},
-    http::{HeaderMap, StatusCode, header},
-    response::Response,
+    http::{HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Port, json};
+use super::{Port, json, sender::check_origin};
 use crate::error::{Error, ErrorKind};
 
 /// Largest body, in bytes.
@@ -97,9 +93,9 @@ pub const MAX_ROUTES: usize = 8;
 
 /// Why there is no answer.
 #[derive(Debug, Serialize)]
-struct Refused {
+pub(super) struct Refused {
     #[serde(skip)]
-    status: StatusCode,
+    pub(super) status: StatusCode,
     /// One of [`Trial`] or a header; empty where neither is wrong.
     field: String,
     message: String,
@@ -108,12 +104,12 @@ struct Refused {
 pub(super) async fn try_prompt(State(port): State<Port>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
     match answer(&port, &headers, body).await {
         Ok(answer) => json(StatusCode::OK, &answer),
-        Err(refused) => json(refused.status, &refused),
+        Err(refused) => refused.into_response(),
     }
 }
 
 async fn answer(port: &Port, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Answer, Refused> {
-    check_sender(headers, &port.config.hosts)?;
+    check_origin(headers)?;
     let unread =
         |rejection: BytesRejection| Refused::new(rejection.status(), "", format!("{}: at most {MAX_BODY} bytes", rejection.body_text()));
     let body = body.map_err(unread)?;
@@ -126,38 +122,24 @@ async fn answer(port: &Port, headers: &HeaderMap, body: Result<Bytes, BytesRejec
     playground.run(trial).await.map_err(|error| Refused::from(&error))
 }
 
-/// Refuses what a foreign page could have sent.
-fn check_sender(headers: &HeaderMap, hosts: &[String]) -> Result<(), Refused> {
-    let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
-    let host = text(header::HOST).unwrap_or_default();
-    if !known_host(host, hosts) {
-        let message = format!("'{host}' is neither an address nor localhost: name it in --live-page-hosts");
-        return Err(Refused::new(StatusCode::FORBIDDEN, "host", message));
-    }
-    let own = |origin: &str| ["http://", "https://"].iter().any(|scheme| origin.strip_prefix(scheme) == Some(host));
-    if text(header::ORIGIN).is_some_and(|origin| !own(origin)) {
-        return Err(Refused::new(StatusCode::FORBIDDEN, "origin", "only the page of this server may send prompts"));
-    }
-    let kind = text(header::CONTENT_TYPE).unwrap_or_default();
-    if kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
-        return Ok(());
-    }
-    Err(Refused::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content-type", "send application/json"))
-}
-
-/// An address, `localhost`, or one of `hosts`; with or without a port.
-fn known_host(host: &str, hosts: &[String]) -> bool {
-    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, _)) => address,
-        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-    };
-    name.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost") || hosts.iter().any(|known| known.eq_ignore_ascii_case(name))
-}
-
 impl Refused {
-    fn new(status: StatusCode, field: &str, message: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, field: &str, message: impl Into<String>) -> Self {
         Self { status, field: field.into(), message: message.into() }
     }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        json(self.status, &self)
+    }
+}
+
+/// The field of a [`Trial`] that the engine's path `path` came from, and which part of it is meant, as the beginning of a message.
+fn of_the_page(path: &str) -> (&str, String) {
+    let path = path.strip_prefix("sampling.").unwrap_or(path);
+    let (field, rest) = path.split_once('.').unwrap_or((path, ""));
+    let part = rest.rsplit('.').next().filter(|part| !part.is_empty());
+    (field, part.map(|part| format!("{part}: ")).unwrap_or_default())
 }
 
 impl From<&Error> for Refused {
@@ -175,9 +157,9 @@ impl From<&Error> for Refused {
             }
         };
         match error {
-            // The page's fields are the last parts of the paths that the engine knows.
             Error::InvalidArgument { field, message } | Error::OutOfRange { field, message } => {
-                Self::new(status, field.rsplit('.').next().unwrap_or_default(), message)
+                let (field, part) = of_the_page(field);
+                Self::new(status, field, format!("{part}{message}"))
             }
             _ => Self::new(status, "", error.to_string()),
         }
@@ -188,36 +170,18 @@ impl From<&Error> for Refused {
 mod tests {
     use super::*;
 
-    fn status(headers: &[(&'static str, &str)]) -> Result<(), StatusCode> {
-        let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        check_sender(&headers, &["gpu1.lan".into()]).map_err(|refused| refused.status)
-    }
-
     #[test]
-    fn hosts_are_addresses_or_known_names() {
-        let hosts = ["gpu1.lan".to_owned()];
-        for known in ["127.0.0.1", "127.0.0.1:9464", "[::1]:9464", "[::1]", "localhost:9464", "LOCALHOST", "gpu1.lan:80", "10.1.2.3:1"] {
-            assert!(known_host(known, &hosts), "{known}");
-        }
-        for foreign in ["", "evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil.example:9464", "[evil]:1"] {
-            assert!(!known_host(foreign, &hosts), "{foreign}");
-        }
-    }
-
-    #[test]
-    fn what_a_foreign_page_could_send_is_refused() {
-        let own = ("host", "127.0.0.1:9464");
-        let json = ("content-type", "application/json; charset=utf-8");
-        assert_eq!(status(&[own, json]), Ok(()), "no browser");
-        assert_eq!(status(&[own, json, ("origin", "http://127.0.0.1:9464")]), Ok(()));
-        assert_eq!(status(&[("host", "gpu1.lan"), json, ("origin", "https://gpu1.lan")]), Ok(()), "behind a proxy that speaks TLS");
-        for origin in ["null", "http://evil.example", "http://127.0.0.1:9465", "127.0.0.1:9464"] {
-            assert_eq!(status(&[own, json, ("origin", origin)]), Err(StatusCode::FORBIDDEN), "{origin}");
-        }
-        assert_eq!(status(&[("host", "evil.example"), json, ("origin", "http://evil.example")]), Err(StatusCode::FORBIDDEN), "rebinding");
-        assert_eq!(status(&[json]), Err(StatusCode::FORBIDDEN));
-        for kind in ["text/plain", "application/x-www-form-urlencoded", ""] {
-            assert_eq!(status(&[own, ("content-type", kind)]), Err(StatusCode::UNSUPPORTED_MEDIA_TYPE), "{kind}");
+    fn errors_name_fields_of_the_page() {
+        let cases = [
+            ("prompt", "prompt", "wrong"),
+            ("sampling.max_new_tokens", "max_new_tokens", "wrong"),
+            ("routing", "routing", "wrong"),
+            ("routing.top_k.k", "routing", "k: wrong"),
+            ("routing.soft.temperature", "routing", "temperature: wrong"),
+        ];
+        for (path, field, message) in cases {
+            let refused = Refused::from(&Error::invalid(path, "wrong"));
+            assert_eq!((refused.status, refused.field.as_str(), refused.message.as_str()), (StatusCode::BAD_REQUEST, field, message));
         }
     }
 }
