@@ -4,6 +4,7 @@ mod backward;
 mod config;
 mod forward;
 mod goldens;
+mod means;
 mod parts;
 mod preference;
 mod sampling;
