@@ -5,6 +5,7 @@ mod config;
 mod forward;
 mod goldens;
 mod means;
+mod page;
 mod parts;
 mod preference;
 mod sampling;
