@@ -192,24 +192,7 @@ impl<'a> Training<'a> {
         }
         let mut dz = vec![0.0; z.len()];
         if self.router_learns(clock) {
-            let router = self.teacher.as_ref().filter(|_| self.spec.arm.follows_router());
-            let router = router.map(|teacher| teacher.router(&batch).repeat(estimator.copies()));
-            let input = LossInput {
-                z: &z,
-                experts: routed.experts,
-                temperature: estimator.temperature(),
-                choices: routed.wanted(),
-                k: estimator.k(),
-                sequences: &[],
-                global_load: None,
-                noise: routed.deviation().map(|std| LossNoise { seen: routed.seen(), std }),
-                teacher: router.as_deref(),
-            };
-            for term in &self.losses {
-                let weight = term.weight.at(clock, self.spec.size.steps);
-                let weight = if term.loss.balances() { self.state.treatment.balance_weight(weight) } else { weight };
-                term.loss.value_and_grad(&input, weight, &mut dz)?;
-            }
+            self.add_losses(clock, &estimator, &batch, &z, &routed, &mut dz)?;
         }
         self.regularise(clock, &z, &routed, &mut dz)?;
         let auxiliary_norm = self.update(&mut gradients, &router_x, &dz, clock);
@@ -252,6 +235,37 @@ impl<'a> Training<'a> {
             teacher: teacher.as_ref().map(|forward| (&forward.y[..], arm.distill)),
         });
         (step, teacher.map_or(0, |forward| forward.executed))
+    }
+
+    /// Auxiliary losses on router outputs `z` and what they were routed to; `dz += ∂/∂z`.
+    fn add_losses(
+        &self,
+        clock: usize,
+        estimator: &Estimator,
+        batch: &Batch,
+        z: &[f64],
+        routed: &RoutedBatch,
+        dz: &mut [f64],
+    ) -> Result<()> {
+        let router = self.teacher.as_ref().filter(|_| self.spec.arm.follows_router());
+        let router = router.map(|teacher| teacher.router(batch).repeat(estimator.copies()));
+        let input = LossInput {
+            z,
+            experts: routed.experts,
+            temperature: estimator.temperature(),
+            choices: routed.wanted(),
+            k: estimator.k(),
+            sequences: &[],
+            global_load: None,
+            noise: routed.deviation().map(|std| LossNoise { seen: routed.seen(), std }),
+            teacher: router.as_deref(),
+        };
+        for term in &self.losses {
+            let weight = term.weight.at(clock, self.spec.size.steps);
+            let weight = if term.loss.balances() { self.state.treatment.balance_weight(weight) } else { weight };
+            term.loss.value_and_grad(&input, weight, dz)?;
+        }
+        Ok(())
     }
 
     /// What the estimator itself adds to the loss.
@@ -371,16 +385,26 @@ fn reached(clock: usize, steps: usize, next: usize, points: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::{
-        arms::arms,
-        plan::RATE,
-        spec::{Budget, LAB_VERSION, Mode, Size, TaskName},
-        task,
+    use crate::{
+        compare::{
+            arms::arms,
+            plan::RATE,
+            spec::{Budget, LAB_VERSION, Mode, Size, TaskName},
+            task,
+        },
+        moe::{
+            estimator::{EstimatorConfig, Param},
+            loss::AuxLoss,
+        },
+        schedule::Schedule,
     };
 
-    /// A cell of the small net before its first step.
+    /// A cell of the small net before its first step, of a built-in arm.
     fn begun<T>(arm: &str, test: impl FnOnce(&mut Training<'_>) -> T) -> T {
-        let arm = arms(TaskName::Collapsed, Mode::Scratch).into_iter().find(|candidate| candidate.name == arm).expect(arm);
+        begun_with(arms(TaskName::Collapsed, Mode::Scratch).into_iter().find(|candidate| candidate.name == arm).expect(arm), test)
+    }
+
+    fn begun_with<T>(arm: Arm, test: impl FnOnce(&mut Training<'_>) -> T) -> T {
         let size = Size { steps: 100, batch: 64, test: 512, points: 0, rate: RATE };
         let (task, mode) = (TaskName::Collapsed, Mode::Scratch);
         let spec = CellSpec { lab: LAB_VERSION, task, mode, budget: Budget::Steps, arm, seed: 1, size, teacher_size: None };
@@ -416,6 +440,45 @@ mod tests {
         };
         assert_eq!(router(1.0), router(1.0));
         assert_ne!(router(1.0), router(8.0));
+    }
+
+    /// Losses are of `softmax(z / τ)`, τ that of the softmax that the method mixes by or draws from: their gradient is that
+    /// at z / τ, over τ. `gumbel_st` draws by its noise.
+    #[test]
+    fn losses_are_of_the_probabilities_that_the_method_routes_by() {
+        for (name, params, temperature) in [
+            ("soft", &[("temperature", 0.25)][..], 0.25),
+            ("ste", &[("temperature", 3.0)], 3.0),
+            ("gumbel_st", &[("temperature", 0.5), ("noise", 2.0)], 2.0),
+            ("raw_topk", &[], 1.0),
+        ] {
+            let params = params.iter().map(|(name, value)| ((*name).to_owned(), Param::Number(*value))).collect();
+            let losses = [("importance".to_owned(), Schedule::constant(0.1))].into();
+            let arm = Arm { losses, ..Arm::new(name, EstimatorConfig { name: name.into(), k: None, params }) };
+            begun_with(arm, |training| {
+                let estimator = training.estimator(0);
+                let batch = training.task.batch(0, 64);
+                // Not as the net has it, where expert 0 is far ahead.
+                let z: Vec<f64> = (0..64 * training.state.net.shape.experts).map(|i| (0.7 * i as f64).sin()).collect();
+                let routed = estimator.route(&z, training.state.net.shape.experts, &StepContext::train(training.draw()));
+                let (mut found, mut expected) = (vec![0.0; z.len()], vec![0.0; z.len()]);
+                training.add_losses(0, &estimator, &batch, &z, &routed, &mut found).expect("sound");
+                let plain = LossInput {
+                    z: &z.iter().map(|z| z / temperature).collect::<Vec<_>>(),
+                    experts: routed.experts,
+                    temperature: 1.0,
+                    choices: routed.wanted(),
+                    k: 1,
+                    sequences: &[],
+                    global_load: None,
+                    noise: None,
+                    teacher: None,
+                };
+                AuxLoss::Importance.value_and_grad(&plain, 0.1 / temperature, &mut expected).expect("sound");
+                let size = norm(&expected);
+                assert!(size > 0.0 && found.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= 1e-12 * size), "{name}");
+            });
+        }
     }
 
     /// The head start of expert 0 is 8, and the un-weighted one-hot gives the router no gradient: nothing but the bump

@@ -11,10 +11,7 @@ use super::routing::{RoutingConfig, RoutingPlan, RunShape};
 use crate::{
     error::{Error, Result},
     model::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec},
-    moe::{
-        estimator::{Purpose, Relaxation},
-        policy::WeightForm,
-    },
+    moe::estimator::Purpose,
 };
 
 /// Tokens of a step that is no mistake.
@@ -198,8 +195,7 @@ impl TrainConfig {
         ensure(generation.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "generation.top_p", "must be above 0 and at most 1")?;
         ensure(run.eval_tokens >= 2, "run.eval_tokens", "must be at least 2: the second is the first to be predicted")?;
         let plan = self.plan()?;
-        self.check_batch(plan.estimator(0).copies())?;
-        self.check_served(&plan)
+        self.check_batch(plan.estimator(0).copies())
     }
 
     /// A step's tokens, of which a score function runs several copies.
@@ -209,17 +205,6 @@ impl TrainConfig {
         }
         let of_copies = if copies > 1 { format!(" with its {copies} copies") } else { String::new() };
         Err(Error::invalid("run.batch", format!("must be at most {MAX_TOKENS} tokens per step{of_copies}")))
-    }
-
-    /// Checks that a checkpoint can hold what the plan trains.
-    fn check_served(&self, plan: &RoutingPlan) -> Result<()> {
-        let (last, serve_k) = (plan.estimator(self.run.steps), self.routing.serve_k);
-        let one = serve_k == 1 && last.serve != WeightForm::Raw;
-        if matches!(last.relaxation, Relaxation::Softmax { .. }) || last.serve == WeightForm::Unit || one {
-            return Ok(());
-        }
-        let message = format!("a checkpoint weighs experts by the softmax, {} does not: serve it with 1", self.routing.estimator);
-        Err(Error::invalid("routing.serve_k", message))
     }
 
     /// How the routers learn.

@@ -11,9 +11,10 @@ use crate::{
     moe::{
         TrainState,
         capacity::Capacity,
-        estimator::{ChoiceChange, Estimator, EstimatorConfig, EstimatorSpec, Param, Purpose, Regulariser},
+        estimator::{ChoiceChange, Estimator, EstimatorConfig, EstimatorSpec, Param, Purpose, Regulariser, Relaxation},
         explore::Exploration,
         loss::{AuxLoss, LossContext, LossTerm, loss_terms},
+        policy::WeightForm,
         remedy::{CAP, Remedies, Remedy},
     },
     schedule::{MOST, Schedule, Shape},
@@ -127,6 +128,7 @@ impl RoutingConfig {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
         if run.purpose == Purpose::Train {
             self.check_effects()?;
+            self.check_served(&estimator.at(run.steps, run.steps))?;
         }
         let first = estimator.at(0, run.steps);
         let context = LossContext { steps: run.steps, estimator: &estimator, teacher: run.teacher };
@@ -182,6 +184,16 @@ impl RoutingConfig {
             router_rate: self.router_rate,
             steps: run.steps,
         })
+    }
+
+    /// Checks that a checkpoint can hold what is trained, `last` being the estimator at the end of it.
+    fn check_served(&self, last: &Estimator) -> Result<()> {
+        let one = self.serve_k == 1 && last.serve != WeightForm::Raw;
+        if matches!(last.relaxation, Relaxation::Softmax { .. }) || last.serve == WeightForm::Unit || one {
+            return Ok(());
+        }
+        let message = format!("a checkpoint weighs experts by the softmax, {} does not: serve it with 1", self.estimator);
+        Err(Error::invalid("routing.serve_k", message))
     }
 
     /// Refuses what would change nothing about what is trained and served.

@@ -239,7 +239,10 @@ pub enum Gradient {
     },
     /// Second order (Liu et al. 2023): Heun's method between the relaxation and the draw.
     ReinMax,
-    /// Of the weights without the coin; mid-point or Heun in expectation (Liu et al. 2024).
+    /// Of the weights without the coin (Liu et al. 2024). In expectation over the coin the credit of a draw is integrated
+    /// by Heun's third-order method from no output to its own, which makes it the gradient of the choice, of the starred
+    /// variant that of the weight too; exact for cubic losses. The largest logit has no coin, and the gradient of its
+    /// weight only, twice that if starred.
     Corrected {
         /// As in [`Weights::Corrected`].
         star: bool,

@@ -97,7 +97,7 @@ impl RowBackward<'_> {
             Gradient::Exact | Gradient::Score { .. } => self.exact(d),
             Gradient::StraightThrough { normalised } => self.straight_through(normalised, d),
             Gradient::ReinMax => self.reinmax(d),
-            Gradient::Corrected { star } => self.corrected(|_, _| if star { 2.0 } else { 1.0 }, d),
+            Gradient::Corrected { star } => self.corrected(if star { 2.0 } else { 1.0 }, d),
         }
     }
 
@@ -106,11 +106,8 @@ impl RowBackward<'_> {
             Weights::Relaxed => self.relaxation(self.credit, d),
             Weights::Chosen => self.relaxation(&self.of_chosen(|e| self.credit[e]), d),
             Weights::Renorm => self.relaxation(&self.normalised(|_| 0.0), d),
-            Weights::Unit => {}
-            Weights::Corrected { .. } => {
-                let weights = self.routed.weights_row(self.token);
-                self.corrected(|expert, relaxed| if relaxed > 0.0 { weights[expert] / relaxed } else { 0.0 }, d);
-            }
+            // The second has a rule of its own, which leaves its coin out: [`Gradient::Corrected`].
+            Weights::Unit | Weights::Corrected { .. } => {}
         }
     }
 
@@ -141,11 +138,11 @@ impl RowBackward<'_> {
         relax::softmax_vjp(&p, self.credit, -0.5, d);
     }
 
-    /// Of each draw by itself: `factor · J (c ⊙ m)`, the factor from the expert and its relaxed weight.
-    fn corrected(&self, factor: impl Fn(usize, f64) -> f64, d: &mut [f64]) {
+    /// Of each draw by itself: `factor · J (c ⊙ m)`.
+    fn corrected(&self, factor: f64, d: &mut [f64]) {
         for draw in self.estimator.draws(self.routed, self.token) {
             let mut v = vec![0.0; self.credit.len()];
-            v[draw.expert] = factor(draw.expert, draw.relaxed[draw.expert]) * self.credit[draw.expert];
+            v[draw.expert] = factor * self.credit[draw.expert];
             self.estimator.relaxation.vjp(&draw.point, &draw.relaxed, &v, d);
         }
     }

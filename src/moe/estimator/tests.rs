@@ -4,6 +4,8 @@ mod backward;
 mod config;
 mod forward;
 mod goldens;
+mod means;
+mod page;
 mod parts;
 mod preference;
 mod sampling;

@@ -1,8 +1,9 @@
 //! Auxiliary losses on router logits, and their gradients. One layer at a time, f64, plain slices.
 //!
 //! Legend: T tokens, E experts, k choices per token; `z` logits; `p = softmax(z / τ)`; `n_e` chosen rows of expert e,
-//! `f_e = n_e / Σ n`, which is `n_e / (k T)` where k is the same for all; `P_e = mean_t p_te`; `H` entropy in nats. Counts, `f` and thresholds are constants: only `p` (or
-//! `z` itself) carries gradient. The mean over layers, and the weight, are the caller's.
+//! `f_e = n_e / Σ n`, which is `n_e / (k T)` where k is the same for all; `P_e = mean_t p_te`; `H` entropy in nats.
+//! Counts, `f` and thresholds are constants: only `p` (or `z` itself) carries gradient. The mean over layers, and the
+//! weight, are the caller's.
 
 mod balance;
 mod config;
@@ -62,7 +63,8 @@ pub enum AuxLoss {
     Switch,
     /// `E Σ_e f_e P_e` \[1\], f from all k choices (Megatron-LM).
     TopK,
-    /// The same without dividing by k \[k, or the mean number of choices\], as transformers' `load_balancing_loss_func`; of one layer, not of all pooled.
+    /// The same without dividing by k \[k, or the mean number of choices\], as transformers' `load_balancing_loss_func`;
+    /// of one layer, not of all pooled.
     HuggingFace,
     /// `E² mean_e(f_e P_e)` \[1\], f from the first choice (GShard, Lepikhin et al. 2020; V-MoE).
     GShard,

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::{
-    compare::list::default_in_words,
     error::Result,
     moe::estimator::{
         ChoiceChange, Needs,
@@ -164,31 +163,6 @@ fn names_and_words_are_told_apart_and_texts_are_there() {
     for Row { name, title, forward, backward, source, note, params, .. } in CATALOG {
         assert!([title, forward, backward, source, note].iter().all(|text| !text.is_empty()), "{name}");
         assert!(params.iter().all(|param| !param.doc.is_empty() && param.name != "k"), "{name}");
-    }
-}
-
-/// `docs/estimators-reference.md` says what the catalogue says.
-#[test]
-fn the_reference_page_is_that_of_the_catalogue() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/estimators-reference.md");
-    let page = std::fs::read_to_string(path).unwrap();
-    for row in CATALOG {
-        let start = page.find(&format!("### `{}`: {}\n", row.name, row.title)).expect(row.name) + 4;
-        let section = page[start..].split("\n### ").next().unwrap_or_default();
-        let says = |line: String| assert!(section.contains(&line), "{}: {line}", row.name);
-        says(format!("\n{}", row.note));
-        says(format!("| forward | {} |", row.forward));
-        says(format!("| backward | {} |", row.backward));
-        says(format!("| source | {} |", if row.source == "-" { "none" } else { row.source }));
-        says(format!("| serving | {}saved", if row.exports() { "" } else { "not " }));
-        for param in row.params {
-            let must = match param.kind {
-                Kind::Scheduled { range, .. } | Kind::Number { range, .. } => range.to_string(),
-                Kind::Choice { .. } => "one of these words".into(),
-                Kind::Flag => "true or false".into(),
-            };
-            says(format!("| `{}` | {} | {must} | {} |", param.name, default_in_words(param.kind), param.doc));
-        }
     }
 }
 

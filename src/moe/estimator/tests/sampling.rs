@@ -1,45 +1,53 @@
 //! Estimators that draw: by enumeration of every draw where the mean is known exactly, by many draws where it is a
 //! distribution.
 //!
-//! The task of the enumerations: one token, experts with fixed outputs Y, and `L(y) = ½ ‖y - a‖²`.
+//! The task of the enumerations: one token, experts with fixed outputs Y, and `L(y) = ½ ‖y - a‖²`, in places with a cubic
+//! term.
 
 use super::*;
 use crate::moe::estimator::{Baseline, Estimator, Gradient, RoutedBatch, StepContext};
 
-const EXPERTS: usize = 4;
+pub(super) const EXPERTS: usize = 4;
 const WIDTH: usize = 3;
 
-/// One token with a quadratic loss.
-struct Task {
-    z: Vec<f64>,
+/// One token with a quadratic loss, or a cubic one.
+pub(super) struct Task {
+    pub(super) z: Vec<f64>,
     outputs: Vec<Vec<f64>>,
     target: Vec<f64>,
+    /// Of the cubic term, `cubic/3 Σ (y - a)³`.
+    cubic: f64,
 }
 
 impl Task {
-    fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         let numbers = normals(seed, EXPERTS * WIDTH, 1.0);
         Self {
             z: normals(100 + seed, EXPERTS, 0.8),
             outputs: numbers.chunks(WIDTH).map(<[f64]>::to_vec).collect(),
             target: normals(200 + seed, WIDTH, 1.0),
+            cubic: 0.0,
         }
     }
 
-    /// `y - a`, which is also `∂L/∂y`.
+    /// With a loss that is no quadratic.
+    pub(super) fn cubic(seed: u64) -> Self {
+        Self { cubic: 0.3, ..Self::new(seed) }
+    }
+
+    /// `y - a`.
     fn error(&self, weights: &[f64]) -> Vec<f64> {
         let y = |d: usize| weights.iter().zip(&self.outputs).map(|(w, output)| w * output[d]).sum::<f64>();
         (0..WIDTH).map(|d| y(d) - self.target[d]).collect()
     }
 
-    fn loss(&self, weights: &[f64]) -> f64 {
-        let error = self.error(weights);
-        0.5 * dot(&error, &error)
+    pub(super) fn loss(&self, weights: &[f64]) -> f64 {
+        self.error(weights).iter().map(|x| x * x * (0.5 + self.cubic / 3.0 * x)).sum()
     }
 
-    fn credit(&self, weights: &[f64]) -> Vec<f64> {
-        let error = self.error(weights);
-        self.outputs.iter().map(|output| dot(&error, output)).collect()
+    pub(super) fn credit(&self, weights: &[f64]) -> Vec<f64> {
+        let slope: Vec<f64> = self.error(weights).iter().map(|x| x * (1.0 + self.cubic * x)).collect();
+        self.outputs.iter().map(|output| dot(&slope, output)).collect()
     }
 
     /// `∇_z Σ_e p_e L(Y_e)`.
@@ -49,7 +57,7 @@ impl Task {
     }
 
     /// What the estimator makes of one draw.
-    fn gradient(&self, estimator: &Estimator, routed: &RoutedBatch) -> Vec<f64> {
+    pub(super) fn gradient(&self, estimator: &Estimator, routed: &RoutedBatch) -> Vec<f64> {
         let mut dz = vec![0.0; EXPERTS];
         estimator.vjp(&self.z, routed, &self.credit(&routed.weights), &mut dz);
         dz
@@ -89,22 +97,22 @@ fn the_greedy_copy_is_routed_by_itself() {
     }
 }
 
-fn one_hot(expert: usize) -> Vec<f64> {
+pub(super) fn one_hot(expert: usize) -> Vec<f64> {
     (0..EXPERTS).map(|e| f64::from(e == expert)).collect()
 }
 
-fn jacobian(p: &[f64], v: &[f64]) -> Vec<f64> {
+pub(super) fn jacobian(p: &[f64], v: &[f64]) -> Vec<f64> {
     let mean = dot(p, v);
     p.iter().zip(v).map(|(p, v)| p * (v - mean)).collect()
 }
 
 /// A routing in which the noise happened to choose just this, in this order.
-fn drawn(estimator: &Estimator, z: &[f64], wanted: &[u32]) -> RoutedBatch {
+pub(super) fn drawn(estimator: &Estimator, z: &[f64], wanted: &[u32]) -> RoutedBatch {
     let routes = (0..1_000_000).map(|seed| estimator.route(z, EXPERTS, &StepContext::train(Draw::new(seed, 0, 0))));
     routes.into_iter().find(|routed| routed.chosen == wanted).unwrap()
 }
 
-fn add(sum: &mut [f64], factor: f64, row: &[f64]) {
+pub(super) fn add(sum: &mut [f64], factor: f64, row: &[f64]) {
     sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += factor * x);
 }
 
@@ -117,7 +125,7 @@ fn mean_of_draws(task: &Task, estimator: &Estimator) -> Vec<f64> {
     mean
 }
 
-fn distance(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn distance(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
 }
 
@@ -218,12 +226,12 @@ fn a_score_function_knows_the_bias() {
 }
 
 /// Ordered pairs without repetition.
-fn pairs() -> impl Iterator<Item = [u32; 2]> {
+pub(super) fn pairs() -> impl Iterator<Item = [u32; 2]> {
     (0..EXPERTS as u32).flat_map(|a| (0..EXPERTS as u32).filter(move |b| *b != a).map(move |b| [a, b]))
 }
 
 /// Plackett and Luce: `p_a p_b / (1 - p_a)`.
-fn pair_probability(z: &[f64], [a, b]: [u32; 2]) -> f64 {
+pub(super) fn pair_probability(z: &[f64], [a, b]: [u32; 2]) -> f64 {
     let p = softmax(z);
     p[a as usize] * p[b as usize] / (1.0 - p[a as usize])
 }
