@@ -237,7 +237,7 @@ def desktop(page, server, traffic, shots):
     for scope in ("total", "window"):
         page.click(f"input[name=gap-scope][value={scope}]")
         assert page.eval(f"fidelity === answers.at(-1).fidelity.{scope}"), scope
-        assert "in the last" in page.eval("$('gap-note').textContent")
+        assert "In the last" in page.eval("$('gap-basis').textContent")
 
     prompts(page)
     no_noise(page, server.url)
@@ -370,7 +370,7 @@ class Shots:
     def __init__(self, folder):
         self.folder = folder
         # Of the charts, two seconds each: a picture is taken once there is something on them.
-        self.points = 60 if folder else 3
+        self.points = 45 if folder else 3
 
     def take(self, page, name):
         if self.folder:
@@ -385,7 +385,7 @@ def main():
     parser.add_argument("--screenshots", metavar="DIR")
     arguments = parser.parse_args()
     shots, traffic = Shots(arguments.screenshots), []
-    server = Server(arguments.binary, ["--shadow-rate", "1", "--shadow-budget", "0.5"])
+    server = Server(arguments.binary, ["--shadow-rate", "0.3", "--shadow-budget", "0.5"])
     server.binary = arguments.binary
     page = Browser(arguments.browser)
     try:

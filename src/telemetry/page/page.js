@@ -310,7 +310,7 @@ function drawGap(live) {
   fidelity = f.tokens > 0 ? f : null;
   ["gap-stats", "gap-plot", "gap-legend", "gap-details"].forEach((id) => { $(id).hidden = !fidelity; });
   $("gap-empty").hidden = Boolean(fidelity);
-  say($("gap-note"), gapNote(f));
+  say($("gap-basis"), f.enabled ? gapBasis(f) : "");
   if (!fidelity) {
     $("gap-empty").replaceChildren(...noGap(f, live.fidelity.total));
     return;
@@ -323,10 +323,9 @@ function drawGap(live) {
 }
 
 /** What the figures rest on. */
-function gapNote(f) {
-  const dropped = f.dropped ? `, ${figure(f.dropped, 9)} dropped` : "";
-  const what = `: ${figure(f.samples, 9)} samples, ${figure(f.tokens, 9)} tokens${dropped} in the last ${age(f.seconds)}`;
-  return `Serving routing against the reference${f.enabled ? what : ""}`;
+function gapBasis(f) {
+  const dropped = f.dropped ? `; ${figure(f.dropped, 9)} dropped` : "";
+  return `In the last ${age(f.seconds)}: ${figure(f.samples, 9)} samples, ${figure(f.tokens, 9)} tokens${dropped}`;
 }
 
 /** Why there are no figures of the time that `f` covers. */
