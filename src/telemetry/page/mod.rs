@@ -87,17 +87,18 @@ struct Port {
 
 /// The routes of the page.
 pub(super) fn routes(page: Arc<Page>, config: PageConfig) -> Router {
-    let mut routes = Router::new();
-    if config.mode != PageMode::Off {
-        routes = routes.route("/", get(document)).route("/live.json", get(live_json)).route("/assets/plotly.js", get(plotly));
+    if config.mode == PageMode::Off {
+        return Router::new();
     }
+    let mut routes = Router::new().route("/", get(document)).route("/live.json", get(live_json)).route("/assets/plotly.js", get(plotly));
     if config.mode == PageMode::Full {
         routes = routes.route("/try", post(playground::try_prompt).layer(DefaultBodyLimit::max(playground::MAX_BODY)));
     }
     let trials = Arc::new(Semaphore::new(playground::AT_ONCE));
     let port = Port { page, config: Arc::new(config), start: Instant::now(), trials };
     let known = middleware::from_fn_with_state(port.clone(), sender::known_name);
-    routes.layer(known).layer(middleware::map_response(guard)).with_state(port)
+    // Of the routes alone: what is not there is not there under any name.
+    routes.route_layer(known).layer(middleware::map_response(guard)).with_state(port)
 }
 
 /// Browsers take no answer for what it does not say that it is, and no other site may embed one.
