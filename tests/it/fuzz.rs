@@ -169,5 +169,5 @@ async fn no_bytes_about_routing_stop_the_server() {
         }
     }
     let message = |method: &str, random: &mut StdRng| valid(method, policies.choose(random).unwrap().clone(), &traces);
-    no_bytes_stop(&server, &ROUTING, 400, message).await;
+    no_bytes_stop(&server, &ROUTING, 200, message).await;
 }
