@@ -358,7 +358,7 @@ impl Report {
 
 fn write_overhead(f: &mut fmt::Formatter<'_>, report: &OverheadReport) -> fmt::Result {
     let title = format!(
-        "What watching costs: {} requests at once under {}, prompts of {} tokens, {} generated; medians over {} turns.",
+        "What watching costs: {} requests at once under {}, prompts of {} tokens, {} generated; all of {} turns.",
         report.clients, report.routing, report.prompt_tokens, report.generate, report.turns
     );
     let mut table = Table::new(title, &["watched", "tok/s", "time", "95 of 100", "CPU time", "95 of 100", "samples", "dropped"]);
@@ -368,13 +368,19 @@ fn write_overhead(f: &mut fmt::Formatter<'_>, report: &OverheadReport) -> fmt::R
         table.row([
             row.arm.to_owned(),
             number(row.tokens_per_second),
-            signed(row.time.median),
+            signed(row.time.share),
             interval(row.time),
-            row.cpu.map_or_else(|| "-".into(), |cpu| signed(cpu.median)),
+            row.cpu.map_or_else(|| "-".into(), |cpu| signed(cpu.share)),
             row.cpu.map_or_else(|| "-".into(), interval),
             row.samples.to_string(),
             row.dropped.to_string(),
         ]);
+    }
+    writeln!(f, "{table}")?;
+    let mut table = Table::new("What the parts take, by clocks of their own.", &["part", "each time", "times a second", "of the time"]);
+    for part in &report.parts {
+        let micros = format!("{} µs", number(part.seconds * 1e6));
+        table.row([part.name.to_owned(), micros, number(part.per_second), format!("{:.3} %", part.share() * 100.0)]);
     }
     writeln!(f, "{table}")
 }

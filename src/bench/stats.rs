@@ -23,11 +23,6 @@ pub struct Latency {
 }
 
 impl Sample {
-    /// No value yet.
-    pub const fn new() -> Self {
-        Self(Vec::new())
-    }
-
     /// One more value.
     pub fn push(&mut self, value: f64) {
         self.0.push(value);
@@ -51,16 +46,6 @@ impl Sample {
     /// The middle value, between the two middle ones of an even number. `None` of nothing.
     pub fn median(&self) -> Option<f64> {
         self.percentile(50.0)
-    }
-
-    /// The range in which the median of what the values were drawn from lies in 95 of 100 cases, whatever its form: between the values
-    /// whose ranks are 1.96 standard deviations of a binomial count from the middle. `None` of nothing; all of a few.
-    pub fn median_interval(&self) -> Option<[f64; 2]> {
-        let count = self.0.len() as f64;
-        let low = (0.5 * (count - 1.96 * count.sqrt()) - 1.0).max(0.0).floor() as usize;
-        let mut sorted = self.0.clone();
-        sorted.sort_by(f64::total_cmp);
-        Some([*sorted.get(low)?, sorted[sorted.len() - 1 - low]])
     }
 
     /// The value below which `percent` of all lie, linearly between neighbours. `None` of nothing.
@@ -144,8 +129,6 @@ fn percentile_of_sorted(sorted: &[f64], percent: f64) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-
     use super::*;
 
     #[test]
@@ -168,23 +151,9 @@ mod tests {
         assert_eq!(sample.values(), [5.0, 1.0, 4.0, 2.0, 3.0], "kept as they came");
     }
 
-    /// Of uniform draws, whose median is known, about 95 of 100 intervals hold it.
-    #[test]
-    fn an_interval_holds_the_median_as_often_as_it_says() {
-        let mut rng = StdRng::seed_from_u64(5);
-        let mut holds = |count: usize| {
-            let [low, high] = (0..count).map(|_| rng.random::<f64>()).collect::<Sample>().median_interval().unwrap();
-            low <= 0.5 && 0.5 <= high
-        };
-        let held = (0..2000).filter(|_| holds(40)).count();
-        assert!((1860..1990).contains(&held), "{held} of 2000");
-        assert_eq!([3.0, 1.0].into_iter().collect::<Sample>().median_interval(), Some([1.0, 3.0]));
-    }
-
     #[test]
     fn nothing_has_no_median() {
         assert_eq!(Sample::default().median(), None);
-        assert_eq!(Sample::default().median_interval(), None);
         assert_eq!(Sample::default().latency(), Latency::default());
     }
 

@@ -250,6 +250,11 @@ impl Fidelity {
         self.recent.restart(now);
     }
 
+    /// Time in which samples were measured.
+    pub(super) fn measuring_seconds(&self) -> f64 {
+        self.totals.seconds
+    }
+
     /// All since the last reset.
     pub(super) fn snapshot(&self, now: Instant) -> FidelitySnapshot {
         self.since(&self.base, now.saturating_duration_since(self.reset))

@@ -31,7 +31,7 @@ use crate::{
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// A step of the engine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Step<'a> {
     /// Requests in its batch.
     pub requests: usize,
@@ -309,6 +309,11 @@ impl Metrics {
     /// So many shadow samples wait or are being measured.
     pub fn set_fidelity_pending(&self, samples: usize) {
         self.with_fidelity(|fidelity| fidelity.set_pending(samples));
+    }
+
+    /// Time in which samples were measured, since the start.
+    pub fn measuring_seconds(&self) -> f64 {
+        self.fidelity.as_ref().map_or(0.0, |fidelity| lock(fidelity).measuring_seconds())
     }
 
     /// The gap of the traffic since the start, or since the statistics were reset.
