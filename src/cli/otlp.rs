@@ -41,6 +41,9 @@ struct StandardArgs {
     /// There for its variable: what OpenTelemetry calls --otlp-service-name.
     #[arg(long, env = "OTEL_SERVICE_NAME", value_name = "NAME", hide = true)]
     otel_service_name: Option<String>,
+    /// There for its variable: `none` turns traces off, unless --otlp-endpoint is given.
+    #[arg(long, env = "OTEL_TRACES_EXPORTER", value_name = "NAME", hide = true)]
+    otel_traces_exporter: Option<String>,
     /// There for its variable: `true` turns traces off.
     #[arg(long, env = "OTEL_SDK_DISABLED", value_name = "BOOL", hide = true)]
     otel_sdk_disabled: Option<String>,
@@ -93,7 +96,9 @@ impl OtlpArgs {
 impl StandardArgs {
     /// Fails with a reason where the endpoint is none that can be sent to from here.
     fn endpoint(&self) -> Result<OtlpEndpoint, String> {
-        let Some(text) = set(&self.otel_exporter_otlp_endpoint) else { return Ok(OtlpEndpoint(None)) };
+        let exporter = set(&self.otel_traces_exporter);
+        let wanted = set(&self.otel_exporter_otlp_endpoint).filter(|_| exporter != Some("none"));
+        let Some(text) = wanted else { return Ok(OtlpEndpoint(None)) };
         let endpoint = text.parse().map_err(|error: String| unusable(&format!("'{text}': {error}")))?;
         match set(&self.otel_exporter_otlp_protocol) {
             None | Some("grpc") => Ok(endpoint),
@@ -160,7 +165,13 @@ mod tests {
 
     /// The standard variables that are not in `standard` are empty, whatever whoever runs the tests has.
     fn parse(flags: &[&str], standard: &[(&str, &str)]) -> Result<OtlpArgs, clap::Error> {
-        let known = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME", "OTEL_SDK_DISABLED"];
+        let known = [
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_PROTOCOL",
+            "OTEL_SERVICE_NAME",
+            "OTEL_SDK_DISABLED",
+            "OTEL_TRACES_EXPORTER",
+        ];
         assert!(standard.iter().all(|(name, _)| known.contains(name)));
         let value = |name| standard.iter().find(|(known, _)| *known == name).map_or("", |(_, value)| value);
         let standard = known.map(|name| format!("--{}={}", name.to_lowercase().replace('_', "-"), value(name)));

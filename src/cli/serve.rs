@@ -64,13 +64,13 @@ pub struct ServeArgs {
     pub live_page: PageMode,
     /// Names under which browsers may see the live page, besides addresses and localhost. Others are refused, so that no foreign site can
     /// lead a browser here under a name of its own.
-    #[arg(long, env = "HARDMAX_LIVE_PAGE_HOSTS", value_name = "NAME,...", value_delimiter = ',')]
+    #[arg(long, env = "HARDMAX_LIVE_PAGE_HOSTS", value_name = "NAME,...", value_delimiter = ',', value_parser = host_name)]
     pub live_page_hosts: Vec<String>,
     /// Connections to that port at once, those of Prometheus included. More wait.
     #[arg(long, env = "HARDMAX_METRICS_MAX_CONNECTIONS", value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub metrics_max_connections: u32,
-    /// How long a connection to that port may say nothing before it is closed.
-    #[arg(long, env = "HARDMAX_METRICS_IDLE_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    /// How long a client of that port may keep a connection waiting, for a request or by not taking an answer, before it is closed.
+    #[arg(long, env = "HARDMAX_METRICS_IDLE_TIMEOUT", value_name = "SECONDS", default_value = "30", value_parser = patience)]
     pub metrics_idle_timeout: Duration,
     /// What that port exports.
     #[command(flatten)]
@@ -297,6 +297,21 @@ fn share(text: &str) -> Result<f64, String> {
     if (0.0..=1.0).contains(&value) { Ok(value) } else { Err("not from 0 to 1".into()) }
 }
 
+/// Of a connection: with none nothing could be said, and a day is as good as for ever.
+fn patience(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_millis(1)..=Duration::from_secs(86_400);
+    seconds(text).and_then(|time| if range.contains(&time) { Ok(time) } else { Err("must be 0.001 to 86400 seconds".into()) })
+}
+
+/// A name as browsers say it, without the port. Nothing, as of an empty variable, is no name.
+fn host_name(text: &str) -> Result<String, String> {
+    let name = text.trim();
+    if name.contains([':', '/']) {
+        return Err("a name alone, as gpu1.example: without http:// and without a port".into());
+    }
+    Ok(name.to_owned())
+}
+
 /// Seconds as a number, with or without a fraction.
 pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let value: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
@@ -326,7 +341,7 @@ impl ServeArgs {
     fn page_config(&self) -> PageConfig {
         PageConfig {
             mode: self.live_page,
-            hosts: self.live_page_hosts.clone(),
+            hosts: self.live_page_hosts.iter().filter(|name| !name.is_empty()).cloned().collect(),
             max_connections: self.metrics_max_connections as usize,
             idle_timeout: self.metrics_idle_timeout,
         }
@@ -518,6 +533,10 @@ mod tests {
             ["--measure-budget", "nan"],
             ["--shadow-max-tokens", "1"],
             ["--metrics-max-connections", "0"],
+            ["--metrics-idle-timeout", "0"],
+            ["--metrics-idle-timeout", "1e19"],
+            ["--live-page-hosts", "gpu1.lan:9464"],
+            ["--live-page-hosts", "http://gpu1.lan"],
         ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }
@@ -528,6 +547,8 @@ mod tests {
         for bad in ["", "7", ":7", "localhost", "localhost:", "localhost:x", "localhost:70000"] {
             assert!(address(bad).is_err_and(|error| error.contains("127.0.0.1:50051")), "{bad}");
         }
+        assert_eq!(parse(&["--live-page-hosts", "a, b"]).unwrap().live_page_hosts, ["a", "b"]);
+        assert_eq!(host_name("").as_deref(), Ok(""), "an empty variable is no error");
         let args = parse(&["--metrics-listen", "off", "--drain-timeout", "0.5"]).unwrap();
         assert_eq!(args.metrics_listen, MetricsListen::Off);
         assert_eq!(args.drain_timeout, Duration::from_millis(500));

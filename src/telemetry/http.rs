@@ -17,6 +17,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_io_timeout::TimeoutStream;
 
 use super::{
     metrics::Metrics,
@@ -85,16 +86,19 @@ impl Page {
 /// Serves `page`; does not end. Connections that were taken live on when the future is dropped.
 ///
 /// More people reach this port than that for requests, and both have the sockets of one process. So the number of connections is bounded,
-/// and so is the time that one may say nothing.
+/// and so is the time that one may keep the other side waiting: for the head of a request here, for its body in the handler, and for
+/// the answer to be taken.
 pub async fn serve(mut listener: TcpListener, page: Arc<Page>, config: PageConfig) {
-    let places = Arc::new(Semaphore::new(config.max_connections));
+    let (places, idle_timeout) = (Arc::new(Semaphore::new(config.max_connections)), config.idle_timeout);
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(config.idle_timeout);
+    http.timer(TokioTimer::new()).header_read_timeout(idle_timeout);
     let own = Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(page.clone());
     let service = TowerToHyperService::new(own.merge(page::routes(page, config)));
     while let Ok(place) = places.clone().acquire_owned().await {
         let (socket, _) = Listener::accept(&mut listener).await;
-        let connection = http.serve_connection(TokioIo::new(socket), service.clone());
+        let mut socket = TimeoutStream::new(socket);
+        socket.set_write_timeout(Some(idle_timeout));
+        let connection = http.serve_connection(TokioIo::new(Box::pin(socket)), service.clone());
         tokio::spawn(async move {
             // Whatever the client did, it is its own loss.
             let _ = connection.await;

@@ -272,7 +272,8 @@ async fn whoever_says_nothing_is_sent_away() {
     let to = listener.local_addr().unwrap();
     let config = PageConfig { idle_timeout: Duration::from_millis(50), ..PageConfig::default() };
     let served = tokio::spawn(http::serve(listener, Arc::default(), config));
-    for said in ["", "GET / HTTP/1.1\r\nHost: ", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+    let prompt = "POST /try HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{";
+    for said in ["", "GET / HTTP/1.1\r\nHost: ", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", prompt] {
         let closed = spawn_blocking(move || {
             let mut socket = TcpStream::connect(to).unwrap();
             socket.write_all(said.as_bytes()).unwrap();
@@ -280,6 +281,28 @@ async fn whoever_says_nothing_is_sent_away() {
         });
         assert!(soon(closed).await.unwrap().is_ok(), "after '{said}'");
     }
+    served.abort();
+}
+
+#[tokio::test]
+async fn whoever_takes_no_answer_gives_its_place_back() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap();
+    let config = PageConfig { idle_timeout: Duration::from_millis(50), max_connections: 1, ..PageConfig::default() };
+    let served = tokio::spawn(http::serve(listener, Arc::default(), config));
+    let answer = spawn_blocking(move || {
+        let mut stalled = TcpStream::connect(to).unwrap();
+        // Far more than the buffers of both sides.
+        let ask = "GET /assets/plotly.js HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(40);
+        stalled.write_all(ask.as_bytes()).unwrap();
+        let mut next = TcpStream::connect(to).unwrap();
+        next.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        next.read_to_string(&mut answer).unwrap();
+        drop(stalled);
+        answer
+    });
+    assert!(soon(answer).await.unwrap().starts_with("HTTP/1.1 503"), "the model is loading, says the next one");
     served.abort();
 }
 

@@ -61,6 +61,7 @@ const KNOWN_TO: &[(&str, &[&str])] = &[
     ("prost", &["service", "server", "cli"]),
     ("axum", &["telemetry"]),
     ("hyper", &["telemetry"]),
+    ("tokio_io_timeout", &["telemetry"]),
     ("opentelemetry", &["telemetry"]),
     ("plotters", &["plot"]),
     ("tokio", &["bench", "engine", "service", "server", "cli", "telemetry"]),

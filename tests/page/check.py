@@ -225,7 +225,9 @@ def desktop(page, server, traffic, shots):
     cells = page.eval(cell)
     page.until(f"{cell} !== {json.dumps(cells)}")
     page.click("input[name=scope][value=total]")
+    assert page.eval("heat.scope()") == "total"
     page.click("input[name=scope][value=window]")
+    assert page.eval("heat.scope()") == "window"
     page.eval("$('heat-frame').focus()")
     page.key("ArrowRight")
     page.key("ArrowDown")
@@ -387,8 +389,9 @@ def main():
     shots, traffic = Shots(arguments.screenshots), []
     server = Server(arguments.binary, ["--shadow-rate", "0.3", "--shadow-budget", "0.5"])
     server.binary = arguments.binary
-    page = Browser(arguments.browser)
+    page = None
     try:
+        page = Browser(arguments.browser)
         desktop(page, server, traffic, shots)
         phone(page, server, shots)
         traffic.pop().stop()
@@ -399,8 +402,11 @@ def main():
     finally:
         while traffic:
             traffic.pop().stop()
-        page.close()
-        server.close()
+        try:
+            if page:
+                page.close()
+        finally:
+            server.close()
     print("the live page: loads, moves, answers and ends as it should")
 
 

@@ -65,7 +65,8 @@ pub struct PageConfig {
     pub hosts: Vec<String>,
     /// Connections at once, those for /metrics included. More wait.
     pub max_connections: usize,
-    /// How long a connection may take for the head of a request, counted from its begin or the answer before. Then it is closed.
+    /// How long a connection may take for the head of a request, counted from its begin or the answer before, for the body, or to take
+    /// the next part of an answer. Then it is closed.
     pub idle_timeout: Duration,
 }
 

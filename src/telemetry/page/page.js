@@ -332,6 +332,7 @@ function gapBasis(f) {
 function noGap(f, total) {
   if (!f.enabled) return ["Shadow evaluation is off: the server was started with ", make("code", "", "--shadow-budget 0"), "."];
   if (f.same) return [`${figure(f.same, 9)} samples were served as the reference says, so they have no gap.`];
+  if (f.other_routing) return [`${figure(f.other_routing, 9)} samples had a routing of their own, so they say nothing of the one in force.`];
   if (total.tokens > 0) return ["Nothing was compared in this time."];
   return ["No request has been measured yet. Figures appear here as traffic flows."];
 }
@@ -424,7 +425,8 @@ function take(live) {
   lastAnswer = Date.now();
   drawHealth(live.readiness);
   $("lost").hidden = true;
-  document.body.classList.remove("stale");
+  // While a server loads, the figures are those of the one before it.
+  document.body.classList.toggle("stale", !live.facts);
   drawFacts(live);
   if (!live.facts) return;
   const point = pointOf(live);

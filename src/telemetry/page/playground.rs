@@ -4,11 +4,12 @@ use std::{fmt, future::Future, pin::Pin};
 
 use axum::{
     body::Bytes,
-    extract::{State, rejection::BytesRejection},
-    http::{HeaderMap, StatusCode},
+    extract::{FromRequest as _, Request, State, rejection::BytesRejection},
+    http::StatusCode,
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
 
 use super::{Port, json, sender::check_origin};
 use crate::error::{Error, ErrorKind};
@@ -101,18 +102,19 @@ pub(super) struct Refused {
     message: String,
 }
 
-pub(super) async fn try_prompt(State(port): State<Port>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
-    match answer(&port, &headers, body).await {
+pub(super) async fn try_prompt(State(port): State<Port>, request: Request) -> Response {
+    match answer(&port, request).await {
         Ok(answer) => json(StatusCode::OK, &answer),
         Err(refused) => refused.into_response(),
     }
 }
 
-async fn answer(port: &Port, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Answer, Refused> {
-    check_origin(headers)?;
+async fn answer(port: &Port, request: Request) -> Result<Answer, Refused> {
+    check_origin(request.headers())?;
+    let late = |_| Refused::new(StatusCode::REQUEST_TIMEOUT, "", "the prompt did not come in time");
     let unread =
         |rejection: BytesRejection| Refused::new(rejection.status(), "", format!("{}: at most {MAX_BODY} bytes", rejection.body_text()));
-    let body = body.map_err(unread)?;
+    let body = timeout(port.config.idle_timeout, Bytes::from_request(request, &())).await.map_err(late)?.map_err(unread)?;
     let trial: Trial = serde_json::from_slice(&body).map_err(|error| Refused::new(StatusCode::BAD_REQUEST, "", error.to_string()))?;
     let loading = || Refused::new(StatusCode::SERVICE_UNAVAILABLE, "", "the model is loading");
     let playground = port.page.playground().ok_or_else(loading)?;

@@ -29,7 +29,7 @@ fn check_host(headers: &HeaderMap, hosts: &[String]) -> Result<(), Refused> {
     if known_host(host, hosts) {
         return Ok(());
     }
-    let message = format!("'{host}' is neither an address nor localhost: name it in --live-page-hosts");
+    let message = format!("'{}' is neither an address nor localhost: name it in --live-page-hosts", without_port(host));
     Err(Refused::new(StatusCode::FORBIDDEN, "host", message))
 }
 
@@ -51,12 +51,16 @@ fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).map(|value| value.to_str().unwrap_or_default())
 }
 
-/// An address, `localhost`, or one of `hosts`; with or without a port.
-fn known_host(host: &str, hosts: &[String]) -> bool {
-    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+fn without_port(host: &str) -> &str {
+    match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((address, _)) => address,
         None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-    };
+    }
+}
+
+/// An address, `localhost`, or one of `hosts`; with or without a port.
+fn known_host(host: &str, hosts: &[String]) -> bool {
+    let name = without_port(host);
     name.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost") || hosts.iter().any(|known| known.eq_ignore_ascii_case(name))
 }
 
