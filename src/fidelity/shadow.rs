@@ -134,9 +134,11 @@ impl<S> Shadow<S> {
         self.waiting.drain(..late).map(|waiting| if waiting.asked { Dropped::Asked } else { Dropped::Late }).collect()
     }
 
-    /// The sample that has waited longest.
+    /// Of those that were drawn the one that has waited longest; without one, of those that asked. Else a client that asks all the time
+    /// would take the budget of those that were drawn, and they would expire.
     pub fn pop(&mut self) -> Option<S> {
-        self.waiting.pop_front().map(|waiting| waiting.sample)
+        let drawn = self.waiting.iter().position(|waiting| !waiting.asked);
+        self.waiting.remove(drawn.unwrap_or(0)).map(|waiting| waiting.sample)
     }
 
     /// Drops everything; how many.
@@ -220,6 +222,11 @@ mod tests {
         }
         let mut shadow = shadow(ShadowConfig { queue: 4, ..ShadowConfig::default() });
         assert_eq!((0..1000).filter(|&n| shadow.push(Sampled, 5, start, || n).is_ok()).count(), 4, "they may have all of them");
+        assert_eq!(shadow.clear(), 4);
+        for (n, choice) in [Always, Sampled, Always, Sampled].into_iter().enumerate() {
+            shadow.push(choice, 5, start, || n).unwrap();
+        }
+        assert_eq!([(); 5].map(|()| shadow.pop()), [Some(1), Some(3), Some(0), Some(2), None], "and they go first");
     }
 
     #[test]

@@ -378,8 +378,8 @@ catalog! {
             "requests",
             "Requests that were to be measured, by outcome: done; same, served under the reference routing, so without a gap and not in \
              the histograms; other_routing, not served under the routing in force when they were to be counted, so not in the histograms \
-             either, and measured only if they asked for it; dropped for a full queue, for want of time within --shadow-budget, for either \
-             though they asked, as too short, or because the server stops; failed. With --shadow-rate 0 only those that ask for it \
+             either, and measured only if they asked for it or the routing changed meanwhile; dropped for a full queue, for want of time \
+             within --shadow-budget, for either though they asked, as too short, or because the server stops; failed. With --shadow-rate 0 only those that ask for it \
              themselves.",
         )
         .shadow()

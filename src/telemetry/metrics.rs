@@ -271,12 +271,17 @@ impl Metrics {
         }
     }
 
-    /// Requests that choose no routing are served by `serving` from now on, with `top_k` experts per token at most.
-    /// [`Metrics::recent_fidelity`] begins anew.
+    /// Requests that choose no routing are served by `serving` from now on, with `top_k` experts per token at most. Where that is another
+    /// routing, [`Metrics::recent_fidelity`] begins anew.
     pub fn set_serving(&self, serving: String, top_k: usize) {
-        self.with_fidelity(|fidelity| fidelity.restart_window(Instant::now()));
-        let mut facts = lock(&self.facts);
-        (facts.serving, facts.top_k) = (serving, top_k);
+        let before = {
+            let mut facts = lock(&self.facts);
+            facts.top_k = top_k;
+            std::mem::replace(&mut facts.serving, serving.clone())
+        };
+        if before != serving {
+            self.with_fidelity(|fidelity| fidelity.restart_window(Instant::now()));
+        }
     }
 
     /// What the experts were given.

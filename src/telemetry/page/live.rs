@@ -216,5 +216,8 @@ mod tests {
         assert_eq!([same("window"), same("total")], [1, 1]);
         metrics.set_serving("top-2".into(), 2);
         assert_eq!([same("window"), same("total")], [0, 1]);
+        metrics.fidelity_outcome(SampleOutcome::Same);
+        metrics.set_serving("top-2".into(), 2);
+        assert_eq!([same("window"), same("total")], [1, 2], "the same again is no other routing");
     }
 }
