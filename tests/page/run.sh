@@ -24,12 +24,12 @@ find_browser() {
 unpack_browser() {
     debian "$work" chromium fonts-dejavu-core || return 1
     cat >"$work/fonts.conf" <<END
-<fontconfig><dir>$work/root/usr/share/fonts</dir><cachedir>$work/fonts</cachedir></fontconfig>
+<fontconfig><dir>$work/tree/usr/share/fonts</dir><cachedir>$work/fonts</cachedir></fontconfig>
 END
     cat >"$work/chromium" <<END
 #!/bin/sh
-export FONTCONFIG_FILE=$work/fonts.conf LD_LIBRARY_PATH=$(find "$work/root" '(' -name '*.so' -o -name '*.so.*' ')' -printf '%h\n' | sort -u | paste -sd:)
-exec $work/root/usr/lib/chromium/chromium "\$@"
+export FONTCONFIG_FILE=$work/fonts.conf LD_LIBRARY_PATH=$(find "$work/tree" '(' -name '*.so' -o -name '*.so.*' ')' -printf '%h\n' | sort -u | paste -sd:)
+exec $work/tree/usr/lib/chromium/chromium "\$@"
 END
     chmod +x "$work/chromium"
     "$work/chromium" --version >>"$work/apt.log" 2>&1

@@ -32,7 +32,7 @@ die() { printf 'prometheus: %s\n' "$*" >&2; exit 1; }
 find_prometheus() {
     if command -v prometheus >/dev/null && command -v promtool >/dev/null; then return; fi
     debian "$work/debian" --alone prometheus || { cat "$work/debian/apt.log" >&2 || true; echo "no prometheus, and Debian's cannot be had here" && exit 77; }
-    PATH=$work/debian/root/usr/bin:$PATH
+    PATH=$work/debian/tree/usr/bin:$PATH
     promtool --version >/dev/null 2>&1 || { echo "the prometheus of the package does not run here" && exit 77; }
 }
 
