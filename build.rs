@@ -13,7 +13,7 @@ use flate2::{Compression, write::GzEncoder};
 use prost::Message as _;
 
 /// Protocol files, relative to `proto/`. Imported files follow by themselves.
-const PROTOS: &[&str] = &["hardmax/v1/inference.proto", "hardmax/v1/routing.proto"];
+const PROTOS: &[&str] = &["hardmax/v1/inference.proto", "hardmax/v1/routing.proto", "hardmax/v1/tuning.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -44,6 +44,9 @@ pub enum Error {
     /// The server is stopping.
     #[error("the server is draining: send the request elsewhere")]
     Draining,
+    /// Tuning has all of the machine.
+    #[error("the server tunes with all of the machine: send the request elsewhere, or again later")]
+    Tuning,
     /// The request's deadline passed.
     #[error("deadline exceeded while {phase}")]
     DeadlineExceeded {
@@ -70,6 +73,12 @@ pub enum Error {
         /// The operating system's answer.
         source: std::io::Error,
     },
+    /// A file cannot be written because there is no room for it.
+    #[error("{path}: the disk is full: make room and go on from there", path = path.display())]
+    DiskFull {
+        /// The file.
+        path: PathBuf,
+    },
     /// A tensor operation failed. With checked input this is a bug, or the device is out of memory.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -79,6 +88,9 @@ pub enum Error {
     /// An invariant does not hold.
     #[error("{0} (this is a bug in hardmax)")]
     Internal(String),
+    /// The device has failed in a way that this process cannot recover from: only a new one can use it again.
+    #[error("the device is lost, and with it this process: {0}")]
+    DeviceLost(String),
 }
 
 /// What a queue is full of.
@@ -161,11 +173,13 @@ impl Error {
             Self::OutOfRange { .. } => ErrorKind::OutOfRange,
             Self::NotFound(_) => ErrorKind::NotFound,
             Self::FailedPrecondition(_) => ErrorKind::FailedPrecondition,
-            Self::QueueFull { .. } => ErrorKind::ResourceExhausted,
-            Self::Draining => ErrorKind::Unavailable,
+            Self::QueueFull { .. } | Self::DiskFull { .. } => ErrorKind::ResourceExhausted,
+            Self::Draining | Self::Tuning => ErrorKind::Unavailable,
             Self::DeadlineExceeded { .. } => ErrorKind::DeadlineExceeded,
             Self::Cancelled | Self::ReaderStalled { .. } => ErrorKind::Cancelled,
-            Self::Checkpoint(_) | Self::Io { .. } | Self::Tensor(_) | Self::NonFinite | Self::Internal(_) => ErrorKind::Internal,
+            Self::Checkpoint(_) | Self::Io { .. } | Self::Tensor(_) | Self::NonFinite | Self::Internal(_) | Self::DeviceLost(_) => {
+                ErrorKind::Internal
+            }
         }
     }
 }

@@ -19,6 +19,8 @@ use crate::{
 pub struct ElementSizes {
     /// Of the large weights, scales of quantised blocks included.
     pub weights: f64,
+    /// Of the weights of routed experts.
+    pub experts: f64,
     /// Of cached keys and values.
     pub cache: f64,
 }
@@ -76,7 +78,7 @@ impl Cost {
                     }
                     let Some(stats) = routed.next() else { continue };
                     let (expert, read) = (3.0 * d * moe.expert_width as f64, moe.num_experts - stats.dead());
-                    tally.cost.weight_bytes += expert * read as f64 * sizes.weights;
+                    tally.cost.weight_bytes += expert * read as f64 * sizes.experts;
                     tally.cost.flops += 2.0 * expert * stats.routes as f64;
                     tally.cost.experts += read as u64;
                     tally.cost.moe_layers += 1;
@@ -155,7 +157,7 @@ mod tests {
     use super::{super::synthetic::SyntheticSpec, *};
     use crate::{model::LogitRows, moe::policy::RoutingChoice};
 
-    const BF16: ElementSizes = ElementSizes { weights: 2.0, cache: 4.0 };
+    const BF16: ElementSizes = ElementSizes { weights: 2.0, experts: 2.0, cache: 4.0 };
 
     fn spec() -> ModelSpec {
         "layers=3,hidden=8,heads=2,kv-heads=1,head-dim=4,experts=4,expert-width=16,top-k=2,vocab=10"

@@ -2,7 +2,7 @@
 //!
 //! Bandwidth: every thread sums a share of a buffer larger than the last-level cache, with the widest loads of the CPU
 //! and nothing written. That is the pattern of decoding. Operations: the fastest of the matrix products that this
-//! program has, on one large square problem.
+//! program has, on one large square problem. Of a GPU, both are those of `hardmax_kernels::limits`: streaming reads of its memory, and cuBLAS.
 
 use std::{fs, hint::black_box, path::Path, time::Instant};
 
@@ -11,9 +11,12 @@ use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
 
+#[cfg(feature = "gpu")]
+use super::gpu::GpuMeter;
 use super::stats::Sample;
 use crate::{
     error::{Error, Result},
+    model::load::DeviceKind,
     ops::cpu::{Arithmetic, Data, Input, Isa, Matrix, Output, Product, Reduction, Scratch, Store},
 };
 
@@ -26,6 +29,8 @@ const SAMPLES: usize = 3;
 /// How limits are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LimitConfig {
+    /// Whose limits.
+    pub device: DeviceKind,
     /// Bytes of the buffer that is read.
     pub buffer_bytes: usize,
     /// Rows and columns of the matrices that are multiplied.
@@ -34,13 +39,25 @@ pub struct LimitConfig {
     pub dtype: DType,
 }
 
-/// Buffers to measure with, and the readings so far.
+/// What to measure with, and the readings so far.
 #[derive(Debug)]
 pub struct Limits {
-    config: LimitConfig,
-    words: Vec<u64>,
-    routines: Vec<Routine>,
+    meter: Meter,
     readings: Readings,
+}
+
+#[derive(Debug)]
+enum Meter {
+    Host(HostMeter),
+    #[cfg(feature = "gpu")]
+    Gpu(GpuMeter),
+}
+
+/// A buffer, and the fastest matrix product.
+#[derive(Debug)]
+struct HostMeter {
+    words: Vec<u64>,
+    routine: Routine,
 }
 
 /// Everything that was read, in order.
@@ -50,6 +67,9 @@ pub struct Readings {
     pub bandwidth: Sample,
     /// Operations per second of the best routine of each reading.
     pub flops: Sample,
+    /// Bytes per second, read and written, where memory is copied. Of GPUs only: no share is of it.
+    #[serde(skip_serializing_if = "Sample::is_empty")]
+    pub copy_bandwidth: Sample,
 }
 
 /// Medians of readings.
@@ -83,6 +103,51 @@ enum Operands {
 impl Limits {
     /// Allocates, fills, and finds out which routine is fastest. Takes a second or two.
     pub fn new(config: LimitConfig) -> Result<Self> {
+        let meter = match config.device {
+            #[cfg(feature = "gpu")]
+            DeviceKind::Cuda => Meter::Gpu(GpuMeter::new(config)?),
+            _ => Meter::Host(HostMeter::new(config)?),
+        };
+        Ok(Self { meter, readings: Readings::default() })
+    }
+
+    /// Takes a reading of all limits, and returns it.
+    pub fn read(&mut self) -> Result<Readings> {
+        let reading = match &mut self.meter {
+            Meter::Host(meter) => meter.read()?,
+            #[cfg(feature = "gpu")]
+            Meter::Gpu(meter) => meter.read()?,
+        };
+        self.readings.extend(&reading);
+        Ok(reading)
+    }
+
+    /// All readings.
+    pub fn readings(&self) -> &Readings {
+        &self.readings
+    }
+
+    /// Size of the buffer that is read, and rows and columns of the matrices.
+    pub fn sizes(&self) -> (usize, usize) {
+        match &self.meter {
+            Meter::Host(meter) => (size_of_val(&meter.words[..]), meter.routine.size),
+            #[cfg(feature = "gpu")]
+            Meter::Gpu(meter) => meter.sizes(),
+        }
+    }
+
+    /// The routine whose speed is the limit.
+    pub fn routine(&self) -> &'static str {
+        match &self.meter {
+            Meter::Host(meter) => meter.routine.name,
+            #[cfg(feature = "gpu")]
+            Meter::Gpu(_) => "cuBLAS bf16 product",
+        }
+    }
+}
+
+impl HostMeter {
+    fn new(config: LimitConfig) -> Result<Self> {
         let mut words = vec![0u64; (config.buffer_bytes / size_of::<u64>()).max(1)];
         // Pages that were never written are all the same one.
         words.par_chunks_mut(PIECE).enumerate().for_each(|(index, piece)| piece.fill(index as u64 + 1));
@@ -95,43 +160,18 @@ impl Limits {
         let best = (0..speeds.len()).max_by(|&a, &b| speeds[a].total_cmp(&speeds[b]));
         let best = best.ok_or_else(|| Error::Internal("no matrix product to measure".into()))?;
         tracing::debug!(routines = ?routines.iter().map(|r| r.name).zip(&speeds).collect::<Vec<_>>(), "matrix products");
-        routines.swap(0, best);
-        routines.truncate(1);
-        Ok(Self { config, words, routines, readings: Readings::default() })
+        Ok(Self { words, routine: routines.swap_remove(best) })
     }
 
-    /// Takes a reading of both limits, and returns it.
-    pub fn read(&mut self) -> Result<Readings> {
+    fn read(&self) -> Result<Readings> {
         let mut reading = Readings::default();
         for _ in 0..SAMPLES {
             let start = Instant::now();
             black_box(sum(&self.words));
-            let bandwidth = (self.words.len() * size_of::<u64>()) as f64 / start.elapsed().as_secs_f64();
-            let flops = self.routines.iter().map(Routine::flops).try_fold(0f64, |best, flops| flops.map(|flops| best.max(flops)))?;
-            reading.push(Limit { bandwidth, flops });
+            let bandwidth = size_of_val(&self.words[..]) as f64 / start.elapsed().as_secs_f64();
+            reading.push(Limit { bandwidth, flops: self.routine.flops()? });
         }
-        self.readings.extend(&reading);
         Ok(reading)
-    }
-
-    /// All readings.
-    pub fn readings(&self) -> &Readings {
-        &self.readings
-    }
-
-    /// Size of the buffer that is read.
-    pub fn buffer_bytes(&self) -> usize {
-        self.config.buffer_bytes
-    }
-
-    /// Rows and columns of the matrices.
-    pub fn gemm_size(&self) -> usize {
-        self.config.gemm_size
-    }
-
-    /// The routine whose speed is the limit.
-    pub fn routine(&self) -> &'static str {
-        self.routines.first().map_or("", |routine| routine.name)
     }
 }
 
@@ -145,6 +185,7 @@ impl Readings {
     pub fn extend(&mut self, other: &Self) {
         self.bandwidth.extend(&other.bandwidth);
         self.flops.extend(&other.flops);
+        self.copy_bandwidth.extend(&other.copy_bandwidth);
     }
 
     /// One value more of each.

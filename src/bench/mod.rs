@@ -9,6 +9,8 @@ pub mod client;
 pub mod cost;
 pub mod cpu_time;
 pub mod experiment;
+#[cfg(feature = "gpu")]
+mod gpu;
 pub mod grpc;
 pub mod limits;
 pub mod micro;
@@ -38,6 +40,7 @@ pub use self::{
 };
 use crate::{
     error::{Error, Result},
+    model::load::DeviceKind,
     moe::policy::RoutingChoice,
 };
 
@@ -91,6 +94,7 @@ pub fn run_soak(place: &Place, config: &SoakConfig) -> Result<Report> {
 
 /// The experiment with numbers of experts.
 pub fn run_experts(base: &SyntheticSpec, placement: Placement, config: &ExperimentConfig) -> Result<Report> {
+    needs_clocks(placement.device)?;
     let mut report = Report::new();
     report.experts = Some(experiment::experts(base, placement, config)?);
     Ok(report)
@@ -98,6 +102,7 @@ pub fn run_experts(base: &SyntheticSpec, placement: Placement, config: &Experime
 
 /// The experiment with soft routing.
 pub fn run_soft(subject: &Subject, config: &ExperimentConfig) -> Result<Report> {
+    needs_clocks(subject.device)?;
     let mut report = Report::new();
     report.subject(subject);
     report.soft = experiment::soft(subject, config)?;
@@ -121,6 +126,16 @@ pub fn run_overhead(subject: &Subject, routing: RoutingChoice, config: &Experime
     report.subject(subject);
     report.overhead = Some(block_on(overhead::measure(subject, routing, config))?);
     Ok(report)
+}
+
+/// Fails where the clocks of the host do not tell what experts take.
+fn needs_clocks(device: DeviceKind) -> Result<()> {
+    if device == DeviceKind::Cpu {
+        return Ok(());
+    }
+    let message = "this experiment compares times in experts by the clocks of the host: use --device cpu, or read the kinds of kernels that a run without \
+                   --experiment reports";
+    Err(Error::invalid("--device", message))
 }
 
 impl Place {

@@ -22,7 +22,9 @@ use super::{
     subject::{Subject, cache_for},
 };
 use crate::{
-    engine::{Engine, EngineConfig, EngineParts, Event, GenerateParams, PrefixCache, Request, ShadowChoice, ShadowConfig, Task},
+    engine::{
+        Engine, EngineConfig, EngineParts, Event, FIRST_GENERATION, GenerateParams, PrefixCache, Request, ShadowChoice, ShadowConfig, Task,
+    },
     error::{Error, Result},
     model::MoeSpec,
     moe::{LayerRouting, Routing, RoutingStats, SparseRouting, policy::RoutingChoice},
@@ -287,6 +289,7 @@ impl Arm {
         let metrics = Arc::new(Metrics::new(&setup.metrics)?);
         let engine = Engine::start(EngineParts {
             model: subject.model(cache_for(clients, config.prompt_tokens + config.generate))?,
+            generation: FIRST_GENERATION,
             background: Some(subject.observables()),
             tokenizer: Arc::clone(&subject.tokenizer),
             eos_token_ids: Vec::new(),

@@ -4,6 +4,8 @@ use std::{fmt, fs, path::Path};
 
 use serde::Serialize;
 
+#[cfg(feature = "gpu")]
+use super::gpu::GpuFacts;
 use super::{
     cost::ElementSizes,
     experiment::{ExpertsReport, PrefixReport, SoftRow},
@@ -32,6 +34,9 @@ pub struct Report {
     version: &'static str,
     git: &'static str,
     machine: Machine,
+    #[cfg(feature = "gpu")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<GpuFacts>,
     model: Option<ModelFacts>,
     limits: Option<LimitFacts>,
     /// Model-level runs.
@@ -85,6 +90,8 @@ struct LimitFacts {
     routine: &'static str,
     bandwidth: f64,
     flops: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copy_bandwidth: Option<f64>,
     readings: Readings,
 }
 
@@ -103,6 +110,8 @@ impl Report {
                 last_level_cache_bytes: last_level_cache(),
                 load_average: load_average(),
             },
+            #[cfg(feature = "gpu")]
+            gpu: None,
             model: None,
             limits: None,
             steps: Vec::new(),
@@ -117,6 +126,11 @@ impl Report {
 
     /// What is measured.
     pub fn subject(&mut self, subject: &Subject) {
+        #[cfg(feature = "gpu")]
+        if subject.device == crate::model::load::DeviceKind::Cuda {
+            // There is a model on it.
+            self.gpu = GpuFacts::read().ok();
+        }
         let (parameters, active) = subject.spec.parameters();
         self.model = Some(ModelFacts {
             name: subject.name.clone(),
@@ -136,7 +150,7 @@ impl Report {
 
     /// All readings of the limits.
     pub fn limits(&mut self, limits: &Limits) {
-        let (buffer_bytes, gemm_size) = (limits.buffer_bytes(), limits.gemm_size());
+        let (buffer_bytes, gemm_size) = limits.sizes();
         let (readings, limit) = (limits.readings().clone(), limits.readings().limit());
         self.limits = Some(LimitFacts {
             buffer_bytes,
@@ -144,6 +158,7 @@ impl Report {
             routine: limits.routine(),
             bandwidth: limit.bandwidth,
             flops: limit.flops,
+            copy_bandwidth: readings.copy_bandwidth.median(),
             readings,
         });
     }
@@ -174,6 +189,10 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let machine = &self.machine;
         writeln!(f, "{}, {} cores, {} threads, {}", machine.cpu, machine.cores, machine.threads, machine.instruction_set)?;
+        #[cfg(feature = "gpu")]
+        if let Some(gpu) = &self.gpu {
+            writeln!(f, "{gpu}")?;
+        }
         if let Some(model) = &self.model {
             write!(f, "{}, {}", model.name, model.dtype)?;
             if let (Some(all), Some(active)) = (model.parameters, model.active_parameters) {
@@ -190,9 +209,13 @@ impl fmt::Display for Report {
                 "limits, medians of {count} readings: {gigabytes} GB/s read from {mib} MiB, {gigaflops} GFLOP/s by {} of {} × {}",
                 limits.routine, limits.gemm_size, limits.gemm_size
             )?;
+            if let Some(copied) = limits.copy_bandwidth {
+                writeln!(f, "copied, both directions counted: {} GB/s", number(copied / 1e9))?;
+            }
         }
         writeln!(f)?;
         self.write_steps(f)?;
+        self.write_classes(f)?;
         self.write_grpc(f)?;
         self.write_experiments(f)?;
         self.soak.as_ref().map_or(Ok(()), |soak| write_soak(f, soak))
@@ -220,6 +243,7 @@ impl Report {
             "experts/layer",
             "of read",
             "of GEMM",
+            "of roofline",
             "in attention",
             "in experts",
         ];
@@ -243,9 +267,32 @@ impl Report {
                 number(m.experts_per_layer),
                 percent(m.bandwidth_share),
                 percent(m.flops_share),
+                percent(m.roofline_share),
                 percent(m.attention_share),
                 percent(m.experts_share),
             ]);
+        }
+        writeln!(f, "{table}")
+    }
+
+    /// Where the time goes on a GPU, with a column for each kind of kernels that ran.
+    fn write_classes(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut classes: Vec<&str> = Vec::new();
+        for time in self.steps.iter().flat_map(|m| &m.classes) {
+            if !classes.contains(&time.class) {
+                classes.push(time.class);
+            }
+        }
+        if classes.is_empty() {
+            return Ok(());
+        }
+        let columns: Vec<&str> = ["setting", "all"].into_iter().chain(classes.iter().copied()).collect();
+        let title = "Milliseconds of a step by kinds of kernels, in a run of its own with clocks between them: without, steps that decode are one launch.";
+        let mut table = Table::new(title, &columns);
+        for m in &self.steps {
+            let all: f64 = m.classes.iter().map(|time| time.milliseconds).sum();
+            let of = |class: &&str| number(m.classes.iter().find(|time| time.class == *class).map(|time| time.milliseconds));
+            table.row([m.setting.to_string(), number(all)].into_iter().chain(classes.iter().map(of)));
         }
         writeln!(f, "{table}")
     }

@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::Device;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde::Serialize;
 
@@ -18,9 +17,11 @@ use super::{
     stats::{Latency, Sample},
     subject::{BLOCK_TOKENS, Subject, cache_for},
 };
+#[cfg(feature = "gpu")]
+use crate::model::gpu::{Class, GpuDecoder, Profile};
 use crate::{
     error::{Error, Result},
-    model::{Batch, LanguageModel, LogitRows, ModelSpec},
+    model::{Batch, LanguageModel, LogitRows, ModelSpec, RowChoice, TokenDraw, load::DeviceKind},
     moe::policy::RoutingChoice,
 };
 
@@ -99,16 +100,23 @@ pub struct Measurement {
     pub step_seconds: Latency,
     /// Median step of the median run, in seconds: what other layers are compared with.
     pub median_step_seconds: f64,
-    /// Share of the time that went into attention over the cache, and into experts.
-    pub attention_share: f64,
+    /// Share of the time that went into attention over the cache, and into experts; absent of a GPU, which has `classes` instead.
+    pub attention_share: Option<f64>,
     /// As `attention_share`.
-    pub experts_share: f64,
-    /// Seconds in experts, per token.
-    pub experts_seconds_per_token: f64,
+    pub experts_share: Option<f64>,
+    /// Where the time of a step goes on a GPU, in a run of its own: with clocks, each step is launched kernel by kernel.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<ClassTime>,
+    /// Seconds in experts, per token; absent as `attention_share`.
+    pub experts_seconds_per_token: Option<f64>,
     /// Bytes that must be read and written, per token.
     pub bytes_per_token: f64,
     /// Operations per token.
     pub flops_per_token: f64,
+    /// As `bytes_per_token`, of a step.
+    pub bytes_per_step: f64,
+    /// Operations of a step.
+    pub flops_per_step: f64,
     /// Distinct experts per layer and step.
     pub experts_per_layer: f64,
     /// Bytes of weights per second.
@@ -121,6 +129,19 @@ pub struct Measurement {
     pub bandwidth_share: Option<f64>,
     /// Operations over time, as a share of the limit.
     pub flops_share: Option<f64>,
+    /// The larger of the two: the least time that the limits allow, over the time that it took.
+    pub roofline_share: Option<f64>,
+}
+
+/// What kernels of one kind take.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ClassTime {
+    /// The kind.
+    pub class: &'static str,
+    /// In one step.
+    pub milliseconds: f64,
+    /// Of all kinds together.
+    pub share: f64,
 }
 
 /// Sums over one run.
@@ -136,9 +157,9 @@ pub struct Run {
     pub prefilled: usize,
     /// Tokens that were decoded.
     pub decoded: usize,
-    /// In attention over the cache.
+    /// In attention over the cache. On a GPU, launching it.
     pub attention: Duration,
-    /// In experts.
+    /// In experts. As `attention`.
     pub experts: Duration,
     /// Largest over mean load of an expert, over the layers of the last step.
     pub imbalance: f64,
@@ -147,9 +168,26 @@ pub struct Run {
 /// A model with sequences in its cache.
 pub struct Runner<'a> {
     subject: &'a Subject,
-    model: Box<dyn LanguageModel>,
+    model: Model,
     rng: StdRng,
     step_tokens: usize,
+}
+
+enum Model {
+    Any(Box<dyn LanguageModel>),
+    /// With clocks.
+    #[cfg(feature = "gpu")]
+    Profiled(Box<GpuDecoder>),
+}
+
+impl Model {
+    fn get(&mut self) -> &mut dyn LanguageModel {
+        match self {
+            Self::Any(model) => &mut **model,
+            #[cfg(feature = "gpu")]
+            Self::Profiled(model) => &mut **model,
+        }
+    }
 }
 
 /// Sequences of one length in the cache of a [`Runner`].
@@ -283,12 +321,32 @@ pub fn measure(subject: &Subject, config: &StepsConfig, mut limits: Option<&mut 
         tracing::info!("{}: {:.1} tokens/s", measurement.setting, measurement.tokens_per_second);
         measurements.push(measurement);
     }
+    #[cfg(feature = "gpu")]
+    {
+        // Its cache makes room for that of the other.
+        drop(runner);
+        profile(subject, config, blocks, &mut measurements)?;
+    }
     Ok(measurements)
+}
+
+/// Adds what kernels take, by their kinds, where the model is one of kernels.
+#[cfg(feature = "gpu")]
+fn profile(subject: &Subject, config: &StepsConfig, blocks: usize, measurements: &mut [Measurement]) -> Result<()> {
+    let cache = crate::model::CacheShape { block_tokens: BLOCK_TOKENS, num_blocks: blocks };
+    let Some(mut model) = subject.gpu_model(cache)? else { return Ok(()) };
+    model.measure()?;
+    let rng = StdRng::seed_from_u64(config.seed);
+    let mut runner = Runner { subject, model: Model::Profiled(Box::new(model)), rng, step_tokens: config.step_tokens };
+    for measurement in measurements {
+        measurement.classes = runner.classes(config, &measurement.setting)?;
+    }
+    Ok(())
 }
 
 impl fmt::Debug for Runner<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Runner").field("subject", &self.subject.name).field("cache", &self.model.cache()).finish_non_exhaustive()
+        f.debug_struct("Runner").field("subject", &self.subject.name).finish_non_exhaustive()
     }
 }
 
@@ -296,7 +354,7 @@ impl<'a> Runner<'a> {
     /// A model with `blocks` blocks of cache; steps of at most `step_tokens` tokens.
     pub fn new(subject: &'a Subject, blocks: usize, step_tokens: usize, seed: u64) -> Result<Self> {
         let cache = crate::model::CacheShape { block_tokens: BLOCK_TOKENS, num_blocks: blocks };
-        Ok(Self { subject, model: subject.model(cache)?, rng: StdRng::seed_from_u64(seed), step_tokens })
+        Ok(Self { subject, model: Model::Any(subject.model(cache)?), rng: StdRng::seed_from_u64(seed), step_tokens })
     }
 
     /// All runs of one setting.
@@ -307,16 +365,44 @@ impl<'a> Runner<'a> {
             if let Some(limits) = limits.as_deref_mut() {
                 readings.extend(&limits.read()?);
             }
-            runs.push(match setting.work {
-                Work::Prefill => self.prefill(&mut lanes, setting.prompt_tokens, setting.routing)?,
-                Work::Decode => self.decode(&mut lanes, setting.context, config.generate, setting.routing)?,
-                Work::Mixed => self.mixed(&mut lanes, config, &setting)?,
-            });
+            runs.push(self.run(&mut lanes, config, &setting)?);
         }
         if let Some(limits) = limits {
             readings.extend(&limits.read()?);
         }
-        summary(setting, &runs, readings)
+        summary(self.subject.device, setting, &runs, readings)
+    }
+
+    fn run(&mut self, lanes: &mut [Lane], config: &StepsConfig, setting: &Setting) -> Result<Run> {
+        match setting.work {
+            Work::Prefill => self.prefill(lanes, setting.prompt_tokens, setting.routing),
+            Work::Decode => self.decode(lanes, setting.context, config.generate, setting.routing),
+            Work::Mixed => self.mixed(lanes, config, setting),
+        }
+    }
+
+    /// What kernels take in one run of a setting.
+    #[cfg(feature = "gpu")]
+    fn classes(&mut self, config: &StepsConfig, setting: &Setting) -> Result<Vec<ClassTime>> {
+        let mut lanes = self.prepare(config, setting)?;
+        self.take_profile();
+        self.run(&mut lanes, config, setting)?;
+        let profile = self.take_profile();
+        let (all, steps) = (profile.milliseconds.iter().map(|entry| entry.1).sum::<f64>(), profile.steps.max(1) as f64);
+        let time = |&(class, milliseconds): &(Class, f64)| ClassTime {
+            class: class.name(),
+            milliseconds: milliseconds / steps,
+            share: milliseconds / all,
+        };
+        Ok(profile.milliseconds.iter().map(time).collect())
+    }
+
+    #[cfg(feature = "gpu")]
+    fn take_profile(&mut self) -> Profile {
+        match &mut self.model {
+            Model::Any(_) => Profile::default(),
+            Model::Profiled(model) => model.take_profile(),
+        }
     }
 
     /// `count` sequences of `context` tokens each, with room for `more`. Their blocks are the first of the cache: sequences made earlier are
@@ -350,8 +436,8 @@ impl<'a> Runner<'a> {
                 batch.clear();
                 batch.push(&lane.blocks, chunk, lane.past, routing, LogitRows::None);
                 lane.past += chunk.len();
-                let forward = self.model.forward(&batch)?;
-                self.model.recycle(forward);
+                let forward = self.model.get().forward(&batch)?;
+                self.model.get().recycle(forward);
             }
         }
         for step in 0..steps {
@@ -361,7 +447,7 @@ impl<'a> Runner<'a> {
                 lane.past += 1;
             }
             run.decoded += lanes.len();
-            self.step(&batch, &mut run)?;
+            self.step(&mut batch, &mut run)?;
         }
         Ok(run)
     }
@@ -395,7 +481,7 @@ impl<'a> Runner<'a> {
                 }
             }
             run.prefilled += batch.tokens.len();
-            self.step(&batch, &mut run)?;
+            self.step(&mut batch, &mut run)?;
         }
         Ok(run)
     }
@@ -410,7 +496,7 @@ impl<'a> Runner<'a> {
                 self.push(&mut batch, lane, 1, routing, end);
             }
             run.decoded += lanes.len();
-            self.step(&batch, &mut run)?;
+            self.step(&mut batch, &mut run)?;
         }
         Ok(run)
     }
@@ -441,7 +527,7 @@ impl<'a> Runner<'a> {
                     current = (current + 1) % count;
                 }
             }
-            self.step(&batch, &mut run)?;
+            self.step(&mut batch, &mut run)?;
         }
         Ok(run)
     }
@@ -455,11 +541,16 @@ impl<'a> Runner<'a> {
         lane.past += new;
     }
 
-    /// One forward, with its logits on the host.
-    fn step(&mut self, batch: &Batch, run: &mut Run) -> Result<()> {
+    /// One forward, with its logits on the host, or where the model draws, with the likeliest token of each row.
+    fn step(&mut self, batch: &mut Batch, run: &mut Run) -> Result<()> {
+        let model = self.model.get();
+        batch.routes = false;
+        if model.draws() {
+            batch.choices = vec![RowChoice::Token(TokenDraw::LIKELIEST); batch.num_logit_rows()];
+        }
         let start = Instant::now();
-        let forward = self.model.forward(batch)?;
-        std::hint::black_box(forward.logits.to_device(&Device::Cpu)?);
+        let forward = model.forward(batch)?;
+        forward.read_logits(|logits| std::hint::black_box(logits.len()))?;
         let elapsed = start.elapsed();
         run.elapsed += elapsed;
         run.steps.push(elapsed.as_secs_f64());
@@ -467,7 +558,7 @@ impl<'a> Runner<'a> {
         run.experts += forward.time.experts;
         run.cost += Cost::of(&self.subject.spec, self.subject.sizes, batch, forward.layers.iter().map(|layer| &layer.stats));
         run.imbalance = forward.layers.iter().map(|layer| 1.0 / layer.stats.balancedness()).fold(0.0, f64::max);
-        self.model.recycle(forward);
+        model.recycle(forward);
         Ok(())
     }
 }
@@ -479,8 +570,8 @@ fn lanes(first: usize, count: usize, tokens: usize) -> Vec<Lane> {
     (0..count).map(|lane| Lane { blocks: blocks(lane), past: 0 }).collect()
 }
 
-/// Medians over `runs`.
-fn summary(setting: Setting, runs: &[Run], readings: Readings) -> Result<Measurement> {
+/// Medians over `runs` on `device`.
+fn summary(device: DeviceKind, setting: Setting, runs: &[Run], readings: Readings) -> Result<Measurement> {
     let nothing = || Error::Internal(format!("{setting}: nothing was run"));
     let rate = |count: &dyn Fn(&Run) -> usize| runs.iter().map(|run| count(run) as f64 / run.elapsed.as_secs_f64()).collect::<Sample>();
     let all = rate(&|run| run.prefilled + run.decoded);
@@ -497,21 +588,31 @@ fn summary(setting: Setting, runs: &[Run], readings: Readings) -> Result<Measure
     let tokens_per_second = all.median().ok_or_else(nothing)?;
     let limit = (!readings.bandwidth.is_empty()).then(|| readings.limit());
     let share = |per_token: f64, limit: f64| per_token * tokens_per_second / limit;
+    let bandwidth_share = limit.map(|limit| share(cost.bytes_per_token(), limit.bandwidth));
+    let flops_share = limit.map(|limit| share(cost.flops_per_token(), limit.flops));
+    let all_steps = steps.values().len().max(1) as f64;
+    // Clocks of the host tell how long a GPU was given work for.
+    let on_host = device == DeviceKind::Cpu;
+    let part = |time: Duration| on_host.then(|| time.as_secs_f64() / elapsed.as_secs_f64());
     Ok(Measurement {
         tokens_per_second,
         prefill_tokens_per_second: rate(&|run| run.prefilled).median().ok_or_else(nothing)?,
         decode_tokens_per_second: rate(&|run| run.decoded).median().ok_or_else(nothing)?,
         step_seconds: steps.latency(),
         median_step_seconds: medians.median().ok_or_else(nothing)?,
-        attention_share: attention.as_secs_f64() / elapsed.as_secs_f64(),
-        experts_share: experts.as_secs_f64() / elapsed.as_secs_f64(),
-        experts_seconds_per_token: experts.as_secs_f64() / cost.tokens.max(1) as f64,
+        attention_share: part(attention),
+        experts_share: part(experts),
+        experts_seconds_per_token: on_host.then(|| experts.as_secs_f64() / cost.tokens.max(1) as f64),
+        classes: Vec::new(),
         bytes_per_token: cost.bytes_per_token(),
         flops_per_token: cost.flops_per_token(),
+        bytes_per_step: cost.bytes() / all_steps,
+        flops_per_step: cost.flops / all_steps,
         experts_per_layer: cost.experts_per_layer(),
         weight_bandwidth: cost.weight_bytes / cost.tokens.max(1) as f64 * tokens_per_second,
-        bandwidth_share: limit.map(|limit| share(cost.bytes_per_token(), limit.bandwidth)),
-        flops_share: limit.map(|limit| share(cost.flops_per_token(), limit.flops)),
+        bandwidth_share,
+        flops_share,
+        roofline_share: bandwidth_share.zip(flops_share).map(|(bandwidth, flops)| bandwidth.max(flops)),
         runs: all,
         limit,
         readings,
@@ -591,12 +692,12 @@ mod tests {
         let decoded = {
             let mut batch = Batch::default();
             batch.push(&[0], &[12], 6, RoutingChoice::Native, LogitRows::Last);
-            runner.model.forward(&batch).unwrap().logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            runner.model.get().forward(&batch).unwrap().logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         let at_once = {
             let mut batch = Batch::default();
             batch.push(&[7], &[1, 2, 3, 4, 5, 11, 12], 0, RoutingChoice::Native, LogitRows::Last);
-            runner.model.forward(&batch).unwrap().logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            runner.model.get().forward(&batch).unwrap().logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert!(decoded.iter().zip(&at_once).all(|(a, b)| (a - b).abs() < 1e-4), "{decoded:?} {at_once:?}");
     }

@@ -2,13 +2,15 @@
 
 use std::{fmt, fs, path::PathBuf, sync::Arc};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use tokenizers::Tokenizer;
 
 use super::{
     cost::ElementSizes,
     synthetic::{self, SyntheticSpec},
 };
+#[cfg(feature = "gpu")]
+use crate::model::gpu::{self, GpuDecoder};
 use crate::{
     engine::ObservableSource,
     error::{Error, Result},
@@ -51,7 +53,7 @@ pub struct Subject {
     pub name: String,
     /// What the model is.
     pub spec: Arc<ModelSpec>,
-    /// As in reports: `f32`, `bf16`, `q8`.
+    /// As in reports: `f32`, `bf16`, `q8`, `fp8`.
     pub dtype: &'static str,
     /// As given.
     pub device: DeviceKind,
@@ -85,9 +87,18 @@ impl Subject {
             }
             Source::Synthetic(shape) => {
                 let device = placement.device.open()?;
-                let (spec, dtype) = (Arc::new(shape.model()), placement.weights.dtype(&device));
-                check_memory(&spec, dtype, &device)?;
-                let weights = synthetic::weights(&spec, dtype, &device, placement.seed)?;
+                let (spec, dtype) = (Arc::new(shape.model()), placement.weights.dtype(placement.device));
+                let weights = match placement.device {
+                    #[cfg(feature = "gpu")]
+                    DeviceKind::Cuda => {
+                        gpu::check_memory(&spec, dtype)?;
+                        synthetic::weights_on_gpu(&spec, dtype, &device, placement.seed)?
+                    }
+                    _ => {
+                        check_memory(&spec, dtype)?;
+                        synthetic::weights(&spec, dtype, &device, placement.seed)?
+                    }
+                };
                 let weights = ServingModel::new(Arc::clone(&spec), weights, options)?;
                 Ok(Self::new(source, placement, weights, synthetic::tokenizer(spec.vocab_size)?))
             }
@@ -100,13 +111,15 @@ impl Subject {
             "q8" => 17.0 / 16.0,
             _ => 2.0,
         };
+        // A scale of 4 bytes for every 128 x 128.
+        let experts = if weights.dtype() == "fp8" { 1.0 + 4.0 / 16384.0 } else { bytes_per_weight };
         let cache = if placement.device == DeviceKind::Cpu { 4.0 } else { bytes_per_weight };
         Self {
             name: source.to_string(),
             spec: Arc::clone(weights.spec()),
             dtype: weights.dtype(),
             device: placement.device,
-            sizes: ElementSizes { weights: bytes_per_weight, cache },
+            sizes: ElementSizes { weights: bytes_per_weight, experts, cache },
             tokenizer: Arc::new(tokenizer),
             weights,
         }
@@ -123,6 +136,12 @@ impl Subject {
     pub fn model(&self, cache: CacheShape) -> Result<Box<dyn LanguageModel>> {
         self.weights.start(cache)
     }
+
+    /// [`Subject::model`] as what it is where it is one of kernels.
+    #[cfg(feature = "gpu")]
+    pub(super) fn gpu_model(&self, cache: CacheShape) -> Result<Option<GpuDecoder>> {
+        self.weights.start_on_gpu(cache)
+    }
 }
 
 /// The cache for `sequences` sequences of at most `tokens` tokens each.
@@ -130,10 +149,10 @@ pub fn cache_for(sequences: usize, tokens: usize) -> CacheShape {
     CacheShape { block_tokens: BLOCK_TOKENS, num_blocks: sequences.saturating_mul(tokens.div_ceil(BLOCK_TOKENS)).max(1) }
 }
 
-fn check_memory(spec: &ModelSpec, dtype: DType, device: &Device) -> Result<()> {
+fn check_memory(spec: &ModelSpec, dtype: DType) -> Result<()> {
     let needed = spec.parameters().0 as f64 * dtype.size_in_bytes() as f64;
     match available_memory() {
-        Some(available) if device.is_cpu() && needed > available as f64 => {
+        Some(available) if needed > available as f64 => {
             let message = format!(
                 "{:.1} GB of {} weights do not fit into the {:.1} GB of memory that are free",
                 needed / 1e9,
@@ -177,7 +196,7 @@ mod tests {
     #[test]
     fn models_of_a_subject_share_weights_and_not_caches() {
         let subject = Subject::load(&Source::Synthetic("tiny".parse().unwrap()), PLACEMENT).unwrap();
-        assert_eq!(subject.sizes, ElementSizes { weights: 2.0, cache: 4.0 });
+        assert_eq!(subject.sizes, ElementSizes { weights: 2.0, experts: 2.0, cache: 4.0 });
         let model = |blocks| subject.model(CacheShape { block_tokens: BLOCK_TOKENS, num_blocks: blocks }).unwrap().cache().num_blocks;
         assert_eq!((model(1), model(7)), (1, 7));
     }

@@ -50,15 +50,19 @@ pub struct SyntheticSpec {
     pub context: usize,
     /// Hidden width of a shared expert; 0 for none.
     pub shared_width: usize,
-    /// 1 for a norm over each query and key head, as Qwen3-MoE has; 0 for none.
+    /// 1 for a norm over each query and key head, as Qwen3-MoE has; 2 for one over all heads together, as OLMoE has; 0 for none.
     pub qk_norm: usize,
 }
 
-/// Shapes with a name. The large ones have 12 layers, width 1024, a vocabulary of 16384, and 0.9 billion parameters.
-pub const PRESETS: [(&str, SyntheticSpec); 3] = [
+/// Shapes with a name. Those of 0.9 billion parameters have 12 layers, width 1024 and a vocabulary of 16384; the last three are those of models that are
+/// published under these names.
+pub const PRESETS: [(&str, SyntheticSpec); 6] = [
     ("tiny", TINY),
     ("mixtral-0.9b", MIXTRAL),
     ("qwen3-moe-0.9b", SyntheticSpec { head_dim: 128, experts: 64, expert_width: 352, top_k: 8, qk_norm: 1, ..MIXTRAL }),
+    ("mixtral-8x7b", MIXTRAL_8X7B),
+    ("olmoe-1b-7b", OLMOE_1B_7B),
+    ("qwen3-30b-a3b", QWEN3_30B_A3B),
 ];
 
 const TINY: SyntheticSpec = SyntheticSpec {
@@ -91,6 +95,51 @@ const MIXTRAL: SyntheticSpec = SyntheticSpec {
     qk_norm: 0,
 };
 
+const MIXTRAL_8X7B: SyntheticSpec = SyntheticSpec {
+    layers: 32,
+    hidden: 4096,
+    heads: 32,
+    kv_heads: 8,
+    head_dim: 128,
+    experts: 8,
+    expert_width: 14336,
+    top_k: 2,
+    vocab: 32000,
+    context: 32768,
+    shared_width: 0,
+    qk_norm: 0,
+};
+
+const OLMOE_1B_7B: SyntheticSpec = SyntheticSpec {
+    layers: 16,
+    hidden: 2048,
+    heads: 16,
+    kv_heads: 16,
+    head_dim: 128,
+    experts: 64,
+    expert_width: 1024,
+    top_k: 8,
+    vocab: 50304,
+    context: 4096,
+    shared_width: 0,
+    qk_norm: 2,
+};
+
+const QWEN3_30B_A3B: SyntheticSpec = SyntheticSpec {
+    layers: 48,
+    hidden: 2048,
+    heads: 32,
+    kv_heads: 4,
+    head_dim: 128,
+    experts: 128,
+    expert_width: 768,
+    top_k: 8,
+    vocab: 151_936,
+    context: 40960,
+    shared_width: 0,
+    qk_norm: 1,
+};
+
 /// Name, largest value, and place of a number. The least is 1, or 0 where that means none.
 type Key = (&'static str, usize, fn(&mut SyntheticSpec) -> &mut usize);
 
@@ -106,7 +155,7 @@ const KEYS: [Key; 12] = [
     ("vocab", 1 << 20, |s| &mut s.vocab),
     ("context", 1 << 20, |s| &mut s.context),
     ("shared-width", 1 << 17, |s| &mut s.shared_width),
-    ("qk-norm", 1, |s| &mut s.qk_norm),
+    ("qk-norm", 2, |s| &mut s.qk_norm),
 ];
 
 /// Keys whose value may be 0.
@@ -198,7 +247,11 @@ impl SyntheticSpec {
             head_dim: self.head_dim,
             qkv_bias: false,
             out_bias: false,
-            qk_norm: if self.qk_norm == 1 { QkNorm::PerHead } else { QkNorm::None },
+            qk_norm: match self.qk_norm {
+                1 => QkNorm::PerHead,
+                2 => QkNorm::Full,
+                _ => QkNorm::None,
+            },
             clip_qkv: None,
             rms_norm_eps: 1e-5,
             rope: RopeSpec { theta: 1e6, scaling: RopeScaling::None },
@@ -216,13 +269,13 @@ impl SyntheticSpec {
 /// Linear maps have variance 1 / fan-in, so that activations stay near 1; router and head have wider rows, so that
 /// experts and tokens differ. The large weights have `dtype`, f32 or bf16.
 pub fn weights(spec: &ModelSpec, dtype: DType, device: &Device, seed: u64) -> Result<ModelWeights> {
-    let mut make = Maker { seed, tensors: 0, dtype, device };
-    let (d, v) = (spec.hidden_size, spec.vocab_size);
-    let embedding = make.large(&[v, d], 1.0)?;
-    let layers = spec.layers.iter().map(|layer| make.layer(spec, layer)).collect::<Result<_>>()?;
-    let final_norm = make.norm(d)?;
-    let head = if spec.tied_head { None } else { Some(make.large(&[v, d], HEAD_SPREAD * fan_in(d))?) };
-    Ok(ModelWeights { embedding, layers, final_norm, head })
+    Maker { seed, tensors: 0, dtype, device, normal: numbers }.model(spec)
+}
+
+/// [`weights`], the same to the bit, made on the GPU that `device` is: where they take more memory than the host has.
+#[cfg(feature = "gpu")]
+pub fn weights_on_gpu(spec: &ModelSpec, dtype: DType, device: &Device, seed: u64) -> Result<ModelWeights> {
+    Maker { seed, tensors: 0, dtype, device, normal: crate::model::gpu::normal }.model(spec)
 }
 
 /// Makes one tensor after the other, each of its own seed.
@@ -231,9 +284,22 @@ struct Maker<'a> {
     tensors: u64,
     dtype: DType,
     device: &'a Device,
+    normal: Normal,
 }
 
+/// Nearly normal numbers of mean 0: shape, dtype, device, seed, standard deviation.
+type Normal = fn(&[usize], DType, &Device, u64, f32) -> Result<Tensor>;
+
 impl Maker<'_> {
+    fn model(&mut self, spec: &ModelSpec) -> Result<ModelWeights> {
+        let (d, v) = (spec.hidden_size, spec.vocab_size);
+        let embedding = self.large(&[v, d], 1.0)?;
+        let layers = spec.layers.iter().map(|layer| self.layer(spec, layer)).collect::<Result<_>>()?;
+        let final_norm = self.norm(d)?;
+        let head = if spec.tied_head { None } else { Some(self.large(&[v, d], HEAD_SPREAD * fan_in(d))?) };
+        Ok(ModelWeights { embedding, layers, final_norm, head })
+    }
+
     fn layer(&mut self, spec: &ModelSpec, layer: &LayerSpec) -> Result<LayerWeights> {
         let d = spec.hidden_size;
         Ok(LayerWeights {
@@ -290,34 +356,39 @@ impl Maker<'_> {
 
     /// f32 whatever the dtype of the model.
     fn small(&mut self, shape: &[usize], deviation: f32) -> Result<Tensor> {
-        let values = self.values(shape, 0f32, |value| deviation * value);
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_device(self.device)?)
+        self.random(shape, DType::F32, deviation)
     }
 
     fn large(&mut self, shape: &[usize], deviation: f32) -> Result<Tensor> {
-        let tensor = match self.dtype {
-            DType::F32 => return self.small(shape, deviation),
-            DType::BF16 => {
-                Tensor::from_vec(self.values(shape, bf16::ZERO, |value| bf16::from_f32(deviation * value)), shape, &Device::Cpu)?
-            }
-            other => return Err(Error::Internal(format!("synthetic weights have no {other:?}"))),
-        };
-        Ok(tensor.to_device(self.device)?)
+        self.random(shape, self.dtype, deviation)
     }
 
-    fn values<T: Copy + Send>(&mut self, shape: &[usize], zero: T, make: impl Fn(f32) -> T + Sync) -> Vec<T> {
+    fn random(&mut self, shape: &[usize], dtype: DType, deviation: f32) -> Result<Tensor> {
         self.tensors += 1;
-        let seed = mix(self.seed ^ mix(self.tensors));
-        let mut values = vec![zero; shape.iter().product()];
-        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-            let mut state = mix(seed.wrapping_add(chunk as u64));
-            for value in values {
-                state = state.wrapping_add(GOLDEN);
-                *value = make(bell(mix(state)));
-            }
-        });
-        values
+        (self.normal)(shape, dtype, self.device, mix(self.seed ^ mix(self.tensors)), deviation)
     }
+}
+
+/// Numbers made on the host, by all threads.
+fn numbers(shape: &[usize], dtype: DType, device: &Device, seed: u64, deviation: f32) -> Result<Tensor> {
+    let tensor = match dtype {
+        DType::F32 => Tensor::from_vec(values(shape, seed, 0f32, |value| deviation * value), shape, &Device::Cpu)?,
+        DType::BF16 => Tensor::from_vec(values(shape, seed, bf16::ZERO, |value| bf16::from_f32(deviation * value)), shape, &Device::Cpu)?,
+        other => return Err(Error::Internal(format!("synthetic weights have no {other:?}"))),
+    };
+    Ok(tensor.to_device(device)?)
+}
+
+fn values<T: Copy + Send>(shape: &[usize], seed: u64, zero: T, make: impl Fn(f32) -> T + Sync) -> Vec<T> {
+    let mut values = vec![zero; shape.iter().product()];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        let mut state = mix(seed.wrapping_add(chunk as u64));
+        for value in values {
+            state = state.wrapping_add(GOLDEN);
+            *value = make(bell(mix(state)));
+        }
+    });
+    values
 }
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -385,7 +456,7 @@ mod tests {
             ("heads=4,kv-heads=3", "kv-heads=3 does not divide heads=4"),
             ("head-dim=7", "head-dim=7 is odd"),
             ("top-k=5", "top-k=5 is above experts=4"),
-            ("qk-norm=2", "qk-norm=2 is not from 0 to 1"),
+            ("qk-norm=3", "qk-norm=3 is not from 0 to 2"),
         ] {
             let said = parse(text).unwrap_err();
             assert!(said.contains(says), "{text}: {said}");
@@ -396,6 +467,9 @@ mod tests {
     fn presets_have_the_parameters_of_their_name() {
         let millions = |name: &str| (parse(name).unwrap().model().parameters().0 + 500_000) / 1_000_000;
         assert_eq!((millions("mixtral-0.9b"), millions("qwen3-moe-0.9b")), (896, 928));
+        assert_eq!((millions("mixtral-8x7b"), millions("olmoe-1b-7b"), millions("qwen3-30b-a3b")), (46_703, 6_919, 30_532));
+        let active = |name: &str| (parse(name).unwrap().model().parameters().1 + 500_000) / 1_000_000;
+        assert_eq!((active("mixtral-8x7b"), active("olmoe-1b-7b"), active("qwen3-30b-a3b")), (12_880, 1_282, 3_353));
     }
 
     #[test]
@@ -417,6 +491,24 @@ mod tests {
         };
         assert!(same(&weights.embedding, &again.embedding), "the seed decides");
         assert!(!same(&weights.layers[0].attention.query, &weights.layers[1].attention.query), "layers differ");
+    }
+
+    #[cfg(feature = "gpu")]
+    #[test]
+    fn a_gpu_makes_the_same_weights() {
+        // Tensors with more elements than a chunk has.
+        let spec = SyntheticSpec { layers: 1, vocab: 1500, qk_norm: 1, ..TINY }.model();
+        let device = crate::model::load::DeviceKind::Cuda.open().unwrap();
+        for dtype in [DType::F32, DType::BF16] {
+            let here = weights(&spec, dtype, &Device::Cpu, 5).unwrap();
+            let there = weights_on_gpu(&spec, dtype, &device, 5).unwrap();
+            let values = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let pairs = here.named().into_iter().zip(there.named());
+            for ((name, here), (_, there)) in pairs {
+                assert_eq!((here.dtype(), here.dims()), (there.dtype(), there.dims()), "{name}");
+                assert_eq!(values(here), values(there), "{name}");
+            }
+        }
     }
 
     #[test]

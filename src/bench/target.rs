@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::subject::Subject;
 use crate::{
-    engine::EngineConfig,
+    engine::{EngineConfig, FIRST_GENERATION},
     error::{Error, Result},
     model::CacheShape,
     moe::policy::RoutingChoice,
@@ -170,11 +170,13 @@ fn loaded(subject: &Subject, limits: ServerLimits) -> Result<Loaded> {
     };
     Ok(Loaded {
         model: subject.model(limits.cache)?,
+        generation: FIRST_GENERATION,
         background: None,
         tokenizer: Arc::clone(&subject.tokenizer),
         eos_token_ids: Vec::new(),
         engine,
         service,
+        tuning: None,
     })
 }
 

@@ -24,9 +24,9 @@ use crate::model::{
 type Result<T> = std::result::Result<T, CheckpointError>;
 
 /// Bytes read at once.
-const CHUNK: usize = 1 << 20;
+pub(super) const CHUNK: usize = 1 << 20;
 
-const HEAD: &str = "lm_head.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// Where and how weights are held.
@@ -48,7 +48,7 @@ pub(super) struct Plan<'a> {
     shards: &'a Shards,
     layouts: Vec<ExpertLayout>,
     /// The head is on disk, though it is tied to the embedding.
-    redundant_head: bool,
+    pub(super) redundant_head: bool,
 }
 
 impl<'a> Plan<'a> {
@@ -73,7 +73,8 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    fn source(&self, weight: Weight) -> Source {
+    /// The tensors on disk that make `weight`.
+    pub(super) fn source(&self, weight: Weight) -> Source {
         let layout = match weight {
             Weight::Layer(index, _) => self.layouts.get(index).copied(),
             _ => None,

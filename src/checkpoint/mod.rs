@@ -3,7 +3,8 @@
 //!
 //! A family is data: a row of [`family`] and names of tensors ([`names`]). [`Checkpoint::open`] reads JSON and
 //! safetensors headers, [`Checkpoint::load`] the weights, [`save()`] writes a folder that transformers loads as Mixtral.
-//! The one addition to the format is the `routing` object of config.json, [`RoutingBlock`].
+//! The one addition to the format is the `routing` object of config.json, [`RoutingBlock`]. A [`Delta`] holds other values for some
+//! tensors of a checkpoint, and [`export()`] writes the checkpoint that has them.
 //!
 //! **A folder that changes meanwhile.** Files are read with positioned reads and never mapped into memory, so a file that
 //! somebody truncates is an error and not a SIGBUS. Length, modification time and inode of every file that
@@ -15,7 +16,10 @@
 //! sizes are checked against the files before memory is allocated, and nothing in a file can cause a panic.
 
 mod config;
+mod delta;
+mod digest;
 mod error;
+mod export;
 mod family;
 mod fields;
 mod generation;
@@ -44,7 +48,9 @@ use self::{
     shards::{Fingerprint, Shards},
 };
 pub use self::{
+    delta::Delta,
     error::{CheckpointError, TensorNames},
+    export::export,
     generation::GenerationDefaults,
     load::LoadOptions,
     routing_block::{

@@ -50,6 +50,45 @@ pub(super) enum LayerWeight {
     SharedGate,
 }
 
+impl Weight {
+    /// The same name as in [`ModelWeights::named`](crate::model::weights::ModelWeights::named).
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::Embedding => "embedding".into(),
+            Self::FinalNorm => "final_norm".into(),
+            Self::Head => "head".into(),
+            Self::Layer(index, weight) => format!("layers.{index}.{}", weight.name()),
+        }
+    }
+}
+
+impl LayerWeight {
+    fn name(self) -> &'static str {
+        match self {
+            Self::AttentionNorm => "attention_norm",
+            Self::Query => "query",
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::Output => "output",
+            Self::QueryBias => "query_bias",
+            Self::KeyBias => "key_bias",
+            Self::ValueBias => "value_bias",
+            Self::OutputBias => "output_bias",
+            Self::QueryNorm => "query_norm",
+            Self::KeyNorm => "key_norm",
+            Self::FeedForwardNorm => "feed_forward_norm",
+            Self::DenseGateUp => "dense.gate_up",
+            Self::DenseDown => "dense.down",
+            Self::Router => "router",
+            Self::ExpertsGateUp => "experts.gate_up",
+            Self::ExpertsDown => "experts.down",
+            Self::SharedGateUp => "shared.gate_up",
+            Self::SharedDown => "shared.down",
+            Self::SharedGate => "shared.gate",
+        }
+    }
+}
+
 /// How experts lie on disk in one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ExpertLayout {

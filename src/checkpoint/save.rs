@@ -33,7 +33,7 @@ use crate::{
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
-const WEIGHTS: &str = "model.safetensors";
+pub(super) const WEIGHTS: &str = "model.safetensors";
 
 /// What is to be written.
 #[derive(Clone, Copy, Debug)]
@@ -144,7 +144,7 @@ fn config_json(request: &SaveRequest<'_>) -> Result<Value> {
     Ok(config)
 }
 
-fn routing_json(block: &RoutingBlock) -> Result<Value> {
+pub(super) fn routing_json(block: &RoutingBlock) -> Result<Value> {
     serde_json::to_value(block).map_err(|e| not_savable("the routing block", e, "plain values"))
 }
 
@@ -302,7 +302,7 @@ impl<'a> Tensors<'a> {
 }
 
 /// The elements of a weight in order, which is also the order of the tensors it becomes.
-fn bytes_of(path: &Path, tensor: &Tensor, source: &Source, dtype: DType) -> Result<Vec<u8>> {
+pub(super) fn bytes_of(path: &Path, tensor: &Tensor, source: &Source, dtype: DType) -> Result<Vec<u8>> {
     let values = tensor.to_device(&Device::Cpu).and_then(|t| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>());
     let name = |element: usize| {
         let each = source.parts.first().map_or(1, |part| part.shape.iter().product::<usize>()).max(1);
@@ -370,7 +370,7 @@ fn layer_tensor_of(layer: &LayerWeights, weight: LayerWeight) -> Option<&Tensor>
 
 // === small files ===
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
     write_file(path, format!("{value:#}\n").as_bytes())
 }
 

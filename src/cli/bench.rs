@@ -44,6 +44,9 @@ const DEFAULT_SOAK_CLIENTS: usize = 200;
 /// As above, of a soak.
 const DEFAULT_SOAK_BATCH: usize = 16;
 
+/// Rows and columns of the matrix product by which the limit of operations is measured, where nothing is said: on a GPU small ones do not fill it.
+const DEFAULT_GEMM: (usize, usize) = (2048, 8192);
+
 /// Shape of the experiment with numbers of experts where nothing is said.
 const EXPERTS_BASE: &str = "layers=2,hidden=1024,heads=16,kv-heads=4,head-dim=64,expert-width=1408,vocab=1024";
 
@@ -55,7 +58,8 @@ const EXPERIMENT_MODEL: &str = "mixtral-0.9b,layers=4";
 /// By default a model is driven without a server: prefill reads --batch prompts of --prompt-tokens in steps of --step-tokens; decode
 /// continues --batch sequences after --context by --generate tokens; mixed does both in one step. Tokens are random. The share of the
 /// limits counts what a forward must read (weights of the experts that were reached, keys and values) and compute, against a plain read
-/// of a large buffer and the best matrix product of this program, both read before, between and after the runs.
+/// of a large buffer and the best matrix product of this program, both read before, between and after the runs. On a GPU each step draws
+/// its tokens there, the limits are those of its memory and of cuBLAS, and one more run with clocks tells where the time goes.
 ///
 /// --grpc, --soak and --experiment measure something else instead. Tables go to standard output, progress to standard error.
 #[derive(Args, Clone, Debug)]
@@ -65,9 +69,9 @@ pub struct BenchArgs {
     /// Checkpoint folder in Hugging Face layout.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// A shape with random weights: `tiny`, `mixtral-0.9b`, `qwen3-moe-0.9b`, or key=value,... with the keys layers, hidden, heads,
-    /// kv-heads, head-dim, experts, expert-width, top-k, vocab, context, shared-width and qk-norm; what is left out is that of the
-    /// shape named first, else of tiny.
+    /// A shape with random weights: `tiny`, `mixtral-0.9b`, `qwen3-moe-0.9b`, `mixtral-8x7b`, `olmoe-1b-7b`, `qwen3-30b-a3b`, or
+    /// key=value,... with the keys layers, hidden, heads, kv-heads, head-dim, experts, expert-width, top-k, vocab, context, shared-width
+    /// and qk-norm; what is left out is that of the shape named first, else of tiny: `mixtral-8x7b,layers=8` is as deep as that.
     #[arg(long, value_name = "SPEC")]
     pub synthetic: Option<SyntheticSpec>,
     /// A server that runs already, for --grpc and --soak. Its memory and the model alone are not measured.
@@ -116,9 +120,9 @@ pub struct BenchArgs {
     /// Size of the buffer by which the read bandwidth is measured; it should be larger than the last-level cache. 0 measures no limits.
     #[arg(long, value_name = "MIB", default_value_t = 1024, conflicts_with = "mode")]
     pub limits_mib: usize,
-    /// Rows and columns of the matrix product by which the limit of operations is measured.
-    #[arg(long, value_name = "N", default_value = "2048", conflicts_with = "mode")]
-    pub gemm_size: NonZeroUsize,
+    /// Rows and columns of the matrix product by which the limit of operations is measured. Default: 2048, on a GPU 8192.
+    #[arg(long, value_name = "N", conflicts_with = "mode")]
+    pub gemm_size: Option<NonZeroUsize>,
     /// Of weights, tokens, lengths and cancellations.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
@@ -237,8 +241,10 @@ impl BenchArgs {
     }
 
     fn limits(&self, subject: &Subject) -> Option<LimitConfig> {
-        let (buffer_bytes, gemm_size) = (self.limits_mib.saturating_mul(1 << 20), self.gemm_size.get());
+        let default = if subject.device == DeviceKind::Cpu { DEFAULT_GEMM.0 } else { DEFAULT_GEMM.1 };
+        let (buffer_bytes, gemm_size) = (self.limits_mib.saturating_mul(1 << 20), self.gemm_size.map_or(default, NonZeroUsize::get));
         (buffer_bytes > 0).then_some(LimitConfig {
+            device: subject.device,
             buffer_bytes,
             gemm_size,
             dtype: if subject.dtype == "f32" { DType::F32 } else { DType::BF16 },

@@ -1,6 +1,6 @@
 //! The flags of the cache of keys and values, and its size where they say nothing.
 
-use std::{fs, num::NonZeroUsize};
+use std::num::NonZeroUsize;
 
 use clap::{
     Args,
@@ -10,7 +10,12 @@ use clap::{
 use crate::{
     engine::{EngineConfig, PrefixCache},
     error::Result,
-    model::{CacheShape, kv_cache::KvCache, load::ServingModel},
+    memory,
+    model::{
+        CacheShape,
+        kv_cache::KvCache,
+        load::{DeviceKind, ServingModel},
+    },
 };
 
 /// Most bytes that the cache takes unless it is told to.
@@ -23,7 +28,8 @@ const ASSUMED_MEMORY: u64 = 4 << 30;
 #[derive(Args, Clone, Copy, Debug)]
 pub struct CacheArgs {
     /// Tokens whose keys and values are kept, over all requests. Default: --max-batch-requests full contexts, but at most
-    /// 4 GiB and a fourth of the memory of the machine or cgroup; one full context may take half of it. A request that
+    /// 4 GiB and a fourth of the memory of the machine or cgroup; one full context may take half of it. On a GPU at most 65 % of
+    /// the memory that is free when the weights are loaded. A request that
     /// could not fit alone is refused with OUT_OF_RANGE. Beside it MeasureFidelity takes up to a fourth as much while it runs, and
     /// shadow samples keep room for twice --shadow-max-tokens.
     #[arg(long, env = "HARDMAX_KV_CACHE_TOKENS", value_name = "N")]
@@ -48,11 +54,30 @@ impl CacheArgs {
         let bytes = KvCache::token_bytes(spec, model.cache_dtype()) as u64;
         let tokens = match self.kv_cache_tokens {
             Some(tokens) => tokens.get(),
-            None => default_tokens(spec.max_context, engine.max_batch_requests, bytes, memory().unwrap_or(ASSUMED_MEMORY)),
+            None if model.device() == DeviceKind::Cuda => default_on_gpu(spec.max_context, engine.max_batch_requests, bytes)?,
+            None => default_tokens(spec.max_context, engine.max_batch_requests, bytes, memory::limit().unwrap_or(ASSUMED_MEMORY)),
         };
         let num_blocks = tokens.div_ceil(self.block_tokens).min(u32::MAX as usize);
         Ok(CacheShape { block_tokens: self.block_tokens, num_blocks })
     }
+}
+
+/// Full contexts for a whole batch, as far as the memory goes that is free when the weights are there.
+#[cfg(feature = "gpu")]
+fn default_on_gpu(context: usize, batch: usize, token_bytes: u64) -> Result<usize> {
+    Ok(tokens_on_gpu(context, batch, token_bytes, crate::model::gpu::free_memory()?))
+}
+
+/// There is no GPU in this build, and so no model on one.
+#[cfg(not(feature = "gpu"))]
+fn default_on_gpu(context: usize, batch: usize, token_bytes: u64) -> Result<usize> {
+    Ok(tokens_on_gpu(context, batch, token_bytes, 0))
+}
+
+/// What is left is for the values of steps, and for the caches of measurements.
+fn tokens_on_gpu(context: usize, batch: usize, token_bytes: u64, free: u64) -> usize {
+    let fit = usize::try_from(free / 20 * 13 / token_bytes.max(1)).unwrap_or(usize::MAX);
+    context.saturating_mul(batch).min(fit).max(1)
 }
 
 /// Full contexts for a whole batch, as far as memory goes.
@@ -60,17 +85,6 @@ fn default_tokens(context: usize, batch: usize, token_bytes: u64, memory: u64) -
     let fit = |bytes: u64| usize::try_from(bytes / token_bytes.max(1)).unwrap_or(usize::MAX);
     let most = fit(MOST_BYTES.min(memory / 4)).max(context.min(fit(memory / 2)));
     context.saturating_mul(batch).min(most).max(1)
-}
-
-/// Bytes of memory that this process may use: of the cgroup, of either version, or of the machine.
-fn memory() -> Option<u64> {
-    let read = |path: &str| fs::read_to_string(path).ok();
-    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    let machine =
-        || read("/proc/meminfo")?.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok());
-    let cgroup = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
-    let machine = machine().map(|kib: u64| kib.saturating_mul(1024));
-    cgroup.into_iter().chain(machine).min()
 }
 
 #[cfg(test)]
@@ -108,10 +122,8 @@ mod tests {
         assert_eq!(default_tokens(1 << 17, 256, 1 << 14, 4 * GIB), 1 << 17, "one context");
         assert_eq!(default_tokens(1 << 20, 256, 1 << 14, 4 * GIB), 1 << 17, "half a context, which is half of the memory");
         assert_eq!(default_tokens(1 << 20, 1, u64::MAX, GIB), 1);
-    }
-
-    #[test]
-    fn this_machine_has_memory() {
-        assert!(memory().is_some_and(|bytes| bytes > 1 << 20));
+        assert_eq!(tokens_on_gpu(1000, 16, 1 << 10, 64 * GIB), 16_000);
+        assert_eq!(tokens_on_gpu(1 << 17, 256, 1 << 16, 100 * GIB), 65 * (1 << 14), "65 GiB");
+        assert_eq!(tokens_on_gpu(10, 10, 1 << 10, 0), 1);
     }
 }

@@ -19,16 +19,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection to the server at `url`; `http://` may be left out.
 pub(super) async fn connect(url: &str) -> Result<Channel> {
+    connect_to(url, "--url").await
+}
+
+/// The same of an address that `flag` names.
+pub(super) async fn connect_to(url: &str, flag: &str) -> Result<Channel> {
     let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
     if !full.starts_with("http://") {
-        return Err(Error::invalid("--url", format!("'{url}': only http:// is supported; put a proxy in front for TLS")));
+        return Err(Error::invalid(flag, format!("'{url}': only http:// is supported; put a proxy in front for TLS")));
     }
-    let endpoint = Endpoint::from_shared(full).map_err(|error| Error::invalid("--url", format!("'{url}': {error}")))?;
+    let endpoint = Endpoint::from_shared(full).map_err(|error| Error::invalid(flag, format!("'{url}': {error}")))?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).user_agent(concat!("hardmax/", env!("CARGO_PKG_VERSION")));
     let endpoint = endpoint.map_err(|error| Error::Internal(format!("user agent: {error}")))?;
     endpoint.connect().await.map_err(|error| {
         let cause = innermost(&error);
-        Error::FailedPrecondition(format!("no server at {url}: {cause}. Start one with `hardmax serve`, or name another with --url"))
+        Error::FailedPrecondition(format!("no server at {url}: {cause}. Start one with `hardmax serve`, or name another with {flag}"))
     })
 }
 

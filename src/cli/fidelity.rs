@@ -21,7 +21,7 @@ use crate::{
     },
     model::{
         ModelSpec,
-        load::{ServingModel, ServingOptions, WeightType},
+        load::{DeviceKind, ServingModel, ServingOptions, WeightType, load_weights},
     },
     moe::policy::RoutingChoice,
     ops::cpu::Reduction,
@@ -41,6 +41,9 @@ pub struct FidelityArgs {
     /// Checkpoint folder in Hugging Face layout.
     #[arg(long, env = "HARDMAX_MODEL", default_value = "models/demo")]
     pub model: PathBuf,
+    /// What `hardmax tune` changed: a file that it wrote over this very checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub delta: Option<PathBuf>,
     /// Text files, UTF-8, a document each.
     #[arg(long, num_args = 1.., value_name = "FILE", required_unless_present = "token_ids")]
     pub text: Vec<PathBuf>,
@@ -167,13 +170,15 @@ impl FidelityArgs {
     fn models(&self, checkpoint: &Checkpoint) -> Result<Models> {
         let options = self.compute.options();
         let device = options.device.open()?;
-        let load =
-            |weights: WeightType| checkpoint.load(&LoadOptions { dtype: weights.dtype(&device), device: device.clone(), progress: true });
+        let load = |weights: WeightType| {
+            let options = LoadOptions { dtype: weights.dtype(options.device), device: device.clone(), progress: true };
+            load_weights(checkpoint, self.delta.as_deref(), &options)
+        };
         let spec = || std::sync::Arc::new(checkpoint.spec().clone());
         let weights = load(options.weights)?;
         let mut others = Vec::new();
         if self.floor_tokens > 0 {
-            if device.is_cpu() {
+            if options.device == DeviceKind::Cpu {
                 let reduction = match options.reduction {
                     Reduction::Fastest => Reduction::BatchInvariant,
                     Reduction::BatchInvariant => Reduction::Fastest,
@@ -184,7 +189,7 @@ impl FidelityArgs {
                 let other = ServingModel::new(spec(), weights.clone(), options)?;
                 others.push((other, "the same weights, other batches".to_owned()));
             }
-            let (narrow, name) = match options.weights.dtype(&device) {
+            let (narrow, name) = match options.weights.dtype(options.device) {
                 DType::F32 => (WeightType::Bf16, "bf16 weights"),
                 _ => (WeightType::F32, "f32 weights"),
             };

@@ -8,12 +8,16 @@ pub mod compute;
 pub mod fidelity;
 pub mod forward;
 pub mod generate;
+#[cfg(feature = "gpu")]
+pub mod gpu_check;
 pub mod healthcheck;
 pub mod inspect;
 pub mod otlp;
 pub mod series;
 pub mod serve;
 pub mod train;
+pub mod tune;
+pub mod tuning;
 
 use std::io::IsTerminal as _;
 
@@ -51,6 +55,9 @@ pub enum Command {
     Bench(Box<bench::BenchArgs>),
     Compare(compare::CompareArgs),
     Fidelity(fidelity::FidelityArgs),
+    Tune(Box<tune::TuneArgs>),
+    #[cfg(feature = "gpu")]
+    GpuCheck(gpu_check::GpuCheckArgs),
 }
 
 /// The form of log lines.
@@ -76,6 +83,9 @@ impl Cli {
             Command::Bench(args) => bench::run(*args),
             Command::Compare(args) => compare::run(args),
             Command::Fidelity(args) => fidelity::run(args),
+            Command::Tune(args) => tune::run(*args),
+            #[cfg(feature = "gpu")]
+            Command::GpuCheck(args) => gpu_check::run(args),
         }
     }
 }
@@ -104,6 +114,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_entry_point_of_the_container_knows_which_commands_have_a_device() {
+        let cli = Cli::command();
+        let with_device = cli.get_subcommands().filter(|command| command.get_arguments().any(|argument| argument.get_id() == "device"));
+        let mut names: Vec<&str> = with_device.map(|command| command.get_name()).collect();
+        names.sort_unstable();
+        let pattern = format!("\n{}) ;;\n", names.join(" | "));
+        assert!(include_str!("../../docker/entrypoint.sh").contains(&pattern), "docker/entrypoint.sh has no line {pattern:?}");
     }
 
     #[test]

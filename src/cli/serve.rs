@@ -18,12 +18,13 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::{cache::CacheArgs, compute::ComputeArgs, otlp::OtlpArgs, series::SeriesArgs};
+use super::{cache::CacheArgs, compute::ComputeArgs, otlp::OtlpArgs, series::SeriesArgs, tuning::TuningArgs};
 use crate::{
     checkpoint::Checkpoint,
-    engine::{EngineConfig, MeasureConfig, ShadowConfig},
+    engine::{EngineConfig, FIRST_GENERATION, MeasureConfig, ShadowConfig},
     error::{Error, Result},
-    model::{ModelSpec, kv_cache::KvCache, load::load_to_serve},
+    jobs::Registry,
+    model::{ModelSpec, kv_cache::KvCache, load::load_tuned},
     moe::policy::{RoutingChoice, RoutingRule},
     ops::start_compute_threads,
     server::{self, DrainConfig, Listeners, Loaded},
@@ -50,6 +51,9 @@ pub struct ServeArgs {
     /// Checkpoint folder in Hugging Face layout: config.json, safetensors, tokenizer.json.
     #[arg(long, env = "HARDMAX_MODEL", value_name = "DIR", default_value = "models/demo")]
     pub model: PathBuf,
+    /// What `hardmax tune` changed: a file that it wrote over this very checkpoint. Default: nothing.
+    #[arg(long, env = "HARDMAX_DELTA", value_name = "FILE")]
+    pub delta: Option<PathBuf>,
     /// The name by which clients may ask for the model. Default: the name of the folder.
     #[arg(long, env = "HARDMAX_MODEL_NAME", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub model_name: Option<String>,
@@ -148,6 +152,9 @@ pub struct ServeArgs {
     /// Measuring the fidelity gap.
     #[command(flatten)]
     pub fidelity: FidelityArgs,
+    /// Tuning inside the server.
+    #[command(flatten)]
+    pub tuning: TuningArgs,
 }
 
 /// Measuring the fidelity gap: of live traffic, and of texts on request.
@@ -292,7 +299,7 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 }
 
 /// A number from 0 to 1.
-fn share(text: &str) -> Result<f64, String> {
+pub(super) fn share(text: &str) -> Result<f64, String> {
     let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (0.0..=1.0).contains(&value) { Ok(value) } else { Err("not from 0 to 1".into()) }
 }
@@ -409,9 +416,9 @@ impl fmt::Display for MetricsListen {
 
 /// Loads the checkpoint and puts together what the server needs of it.
 fn load_model(args: &ServeArgs) -> Result<Loaded> {
-    let (checkpoint, weights) = load_to_serve(&args.model, args.compute.options(), true)?;
+    let (checkpoint, weights) = load_tuned(&args.model, args.delta.as_deref(), args.compute.options(), true)?;
     let tokenizer = Arc::new(tokenizer(&checkpoint)?);
-    let (spec, routing, engine) = (checkpoint.spec(), args.serving_routing(), args.engine_config());
+    let (spec, routing, engine) = (Arc::clone(weights.spec()), args.serving_routing(), args.engine_config());
     spec.layer_choices(&routing, "--routing")?;
     let service = ServiceConfig {
         model_name: args.served_name(),
@@ -431,8 +438,8 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         layers = spec.layers.len(),
         device = %service.device,
         dtype = %service.dtype,
-        serving_routing = %describe(spec, &service.routing),
-        reference_routing = %describe(spec, &spec.reference.choice().into()),
+        serving_routing = %describe(&spec, &service.routing),
+        reference_routing = %describe(&spec, &spec.reference.choice().into()),
         "model loaded"
     );
     tracing::info!(
@@ -454,7 +461,7 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         tokens = cache.tokens(),
         blocks = cache.num_blocks,
         block_tokens = cache.block_tokens,
-        mebibytes = (cache.tokens() * KvCache::token_bytes(spec, weights.cache_dtype())) >> 20,
+        mebibytes = (cache.tokens() * KvCache::token_bytes(&spec, weights.cache_dtype())) >> 20,
         prefix_cache = ?engine.prefix_cache,
         "key-value cache"
     );
@@ -468,8 +475,10 @@ fn load_model(args: &ServeArgs) -> Result<Loaded> {
         max_measure_tokens = engine.measure.max_tokens,
         "fidelity"
     );
+    let tuning = args.tuning.setup().map(|setup| Registry::open(setup, checkpoint, weights.clone())).transpose()?;
+    let (generation, weights) = tuning.as_ref().map_or((FIRST_GENERATION, weights), Registry::current);
     let model = weights.start(cache)?;
-    Ok(Loaded { model, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service })
+    Ok(Loaded { model, generation, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service, tuning })
 }
 
 /// The tokenizer, without the truncation and padding that training may have left in its file: a prompt that is too long
@@ -537,6 +546,11 @@ mod tests {
             ["--metrics-idle-timeout", "1e19"],
             ["--live-page-hosts", "gpu1.lan:9464"],
             ["--live-page-hosts", "http://gpu1.lan"],
+            ["--max-tuning-tokens", "0"],
+            ["--tuning-keep", "0"],
+            ["--publish-watch", "86401"],
+            ["--publish-max-gap-ratio", "0"],
+            ["--publish-max-error-rate", "1.1"],
         ] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }
@@ -552,6 +566,15 @@ mod tests {
         let args = parse(&["--metrics-listen", "off", "--drain-timeout", "0.5"]).unwrap();
         assert_eq!(args.metrics_listen, MetricsListen::Off);
         assert_eq!(args.drain_timeout, Duration::from_millis(500));
+    }
+
+    #[test]
+    fn tuning_has_a_folder_of_its_own() {
+        assert!(parse(&["--tuning-data", "texts"]).unwrap().tuning.setup().is_none());
+        let setup = parse(&["--tuning-dir", "t", "--tuning-data", "a,b", "--publish-watch", "0"]).unwrap().tuning.setup().unwrap();
+        assert_eq!((setup.data, setup.keep, setup.guard.watch), (vec!["a".into(), "b".into()], 16, Duration::ZERO));
+        // The folder has deltas of its own.
+        assert!(parse(&["--tuning-dir", "t", "--delta", "d"]).is_err());
     }
 
     #[test]

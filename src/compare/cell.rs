@@ -3,14 +3,17 @@
 use std::{fs, path::Path, time::Instant};
 
 use super::{
-    files, gradient, lm,
+    gradient, lm,
     results::{By, CellRecord, Outcome},
     spec::{CellSpec, LAB_VERSION, TaskName},
     task,
     teacher::Teacher,
     training::Training,
 };
-use crate::error::{Error, Result};
+use crate::{
+    durable,
+    error::{Error, Result},
+};
 
 /// Exit status of a cell that could not write its files: `EX_IOERR` of sysexits.h.
 pub const UNWRITABLE: u8 = 74;
@@ -26,14 +29,14 @@ pub fn run(spec: &CellSpec, cells: &Path) -> Result<Outcome> {
         return Err(Error::invalid("--cell", format!("is of laboratory {}, and this program is laboratory {LAB_VERSION}", spec.lab)));
     }
     let outcome = match measure(spec, cells) {
-        Err(error) if files::is_full(&error) => return Err(error),
+        Err(error) if durable::is_full(&error) => return Err(error),
         measured => measured.unwrap_or_else(|error| Outcome::Failed(error.to_string())),
     };
     let mut record = CellRecord::new(spec.clone(), By::this(), outcome);
     if spec.is_teacher() && !matches!(record.outcome, Outcome::Failed(_)) {
-        record.weights = Some(files::sha256(&spec.weights(cells)?)?);
+        record.weights = Some(durable::sha256(&spec.weights(cells)?)?);
     }
-    files::write_json(&spec.file(cells)?, &record)?;
+    durable::write_json(&spec.file(cells)?, &record)?;
     Ok(record.outcome)
 }
 
@@ -43,7 +46,7 @@ pub fn finished(spec: &CellSpec, cells: &Path) -> Result<Option<CellRecord>> {
     let Ok(text) = fs::read(spec.file(cells)?) else { return Ok(None) };
     let Ok(record) = serde_json::from_slice::<CellRecord>(&text) else { return Ok(None) };
     let usable = record.spec == *spec && !matches!(record.outcome, Outcome::Failed(_));
-    let whole = !spec.is_teacher() || (record.weights.is_some() && files::sha256(&spec.weights(cells)?).ok() == record.weights);
+    let whole = !spec.is_teacher() || (record.weights.is_some() && durable::sha256(&spec.weights(cells)?).ok() == record.weights);
     Ok((usable && whole).then_some(record))
 }
 

@@ -6,7 +6,8 @@ use std::sync::LazyLock;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{files::hex, spec::TaskName};
+use super::spec::TaskName;
+use crate::durable::hex;
 
 /// Handwritten digits: 64 pixels of 0 to 16, then the class; a line each.
 pub const DIGITS: &str = include_str!("data/digits.csv");

@@ -7,8 +7,8 @@
 //! |---|---|
 //! | [`spec`], [`arm`] | what one cell is: task, mode, budget, seed, size; estimator, losses, controls |
 //! | [`arms`], [`plan()`], [`list`] | the built-in arms; all cells of a run; both in words |
-//! | [`run`], [`process`], [`files`] | a process for every cell, and the folder |
-//! | [`cell`], [`clock`], [`memory`], [`cost`] | that process; its CPU time and memory; what it is charged |
+//! | [`run`], [`process`] | a process for every cell, and the folder |
+//! | [`cell`], [`clock`], [`cost`] | that process; its CPU time and memory; what it is charged |
 //! | [`task`], [`data`] | rows with regions, their optimal routing, the loss; the files they are from |
 //! | [`net`], [`expert`], [`step`], [`adam`], [`training`], [`teacher`] | the small net, f64, gradients by hand |
 //! | [`record`], [`evaluate`], [`metric`], [`probe`], [`gradient`] | what is noted down and measured |
@@ -24,11 +24,9 @@ pub mod cost;
 pub mod data;
 pub mod evaluate;
 pub mod expert;
-pub mod files;
 pub mod gradient;
 pub mod list;
 pub mod lm;
-pub mod memory;
 pub mod metric;
 pub mod net;
 pub mod plan;
@@ -58,7 +56,10 @@ use self::{
     results::Results,
     run::Run,
 };
-use crate::error::{Error, Result};
+use crate::{
+    durable,
+    error::{Error, Result},
+};
 
 /// Plans, runs what is missing, and writes results, pictures and report.
 ///
@@ -69,10 +70,10 @@ pub fn compare(request: &Request, run: &Run) -> Result<Results> {
     let cells = plan(request)?;
     let _lock = run.lock()?;
     let results = run.run(&cells)?;
-    files::write_json(&run.folder.results(), &results)?;
+    durable::write_json(&run.folder.results(), &results)?;
     let plots = run.folder.plots();
     fs::create_dir_all(&plots).map_err(|error| Error::io(&plots, error))?;
     let pictures = plots::draw(&results, &plots)?;
-    files::write(&run.folder.report(), report::write(&results, &pictures).as_bytes())?;
+    durable::write(&run.folder.report(), report::write(&results, &pictures).as_bytes())?;
     Ok(results)
 }

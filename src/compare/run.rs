@@ -17,13 +17,16 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
 
 use super::{
-    cell, files,
+    cell,
     plan::Folder,
     process::{self, Ended},
     results::{By, CellRecord, Machine, Outcome, RESULTS_VERSION, Results},
     spec::{CellSpec, LAB_VERSION},
 };
-use crate::error::{Error, Result};
+use crate::{
+    durable,
+    error::{Error, Result},
+};
 
 /// How a plan is run.
 #[derive(Clone, Debug)]
@@ -56,9 +59,9 @@ impl Run {
     ///
     /// # Errors
     /// [`Error::FailedPrecondition`] if another run has it.
-    pub fn lock(&self) -> Result<files::Lock> {
+    pub fn lock(&self) -> Result<durable::Lock> {
         fs::create_dir_all(&self.folder.0).map_err(|error| Error::io(&self.folder.0, error))?;
-        files::Lock::take(&self.folder.lock())
+        durable::Lock::take(&self.folder.lock(), "choose another one with --out")
     }
 
     /// Runs what is missing of `cells`, and returns everything. A failed cell is a result; files that cannot be written
@@ -68,7 +71,7 @@ impl Run {
         let folder = self.folder.cells();
         fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
         remove_partial(&folder)?;
-        files::write_json(&self.folder.plan(), &cells)?;
+        durable::write_json(&self.folder.plan(), &cells)?;
         let queue = Queue::new(cells, &folder)?;
         match left_by_others(&queue.slugs(), &folder)? {
             0 => {}
@@ -412,7 +415,7 @@ mod tests {
         let cells = plan(&Request { modes: vec![Mode::Scratch], ..request() }).expect("sound");
         let write = |spec: &CellSpec, outcome: Outcome| {
             let record = CellRecord::new(spec.clone(), By::default(), outcome);
-            files::write_json(&spec.file(folder.path()).expect("a name"), &record).expect("writable");
+            durable::write_json(&spec.file(folder.path()).expect("a name"), &record).expect("writable");
         };
         write(&cells[0], Outcome::Trained(Box::new(CellResult { steps: 7, ..CellResult::default() })));
         write(&cells[1], Outcome::Failed("no memory".into()));
@@ -431,9 +434,9 @@ mod tests {
         let old = CellSpec { lab: LAB_VERSION - 1, ..cells[0].clone() };
         assert_eq!((old.slug(), old.id().expect("JSON") == cells[0].id().expect("JSON")), (cells[0].slug(), false));
         let record = CellRecord::new(old.clone(), By::default(), trained());
-        files::write_json(&old.file(folder.path()).expect("a name"), &record).expect("writable");
+        durable::write_json(&old.file(folder.path()).expect("a name"), &record).expect("writable");
         // Its name says that it is this cell; what is in it says otherwise.
-        files::write_json(&cells[1].file(folder.path()).expect("a name"), &record).expect("writable");
+        durable::write_json(&cells[1].file(folder.path()).expect("a name"), &record).expect("writable");
         let queue = Queue::new(&cells, folder.path()).expect("readable");
         assert_eq!(queue.open(), cells.len());
         assert_eq!(left_by_others(&queue.slugs(), folder.path()).expect("readable"), 2);
@@ -448,9 +451,9 @@ mod tests {
         let finished = || cell::finished(&spec, folder.path()).expect("readable").is_some();
         fs::write(&weights, "weights").expect("writable");
         let mut record = CellRecord::new(spec.clone(), By::default(), trained());
-        for (of, is) in [(None, false), (Some(files::sha256(&weights).expect("readable")), true)] {
+        for (of, is) in [(None, false), (Some(durable::sha256(&weights).expect("readable")), true)] {
             record.weights = of;
-            files::write_json(&spec.file(folder.path()).expect("a name"), &record).expect("writable");
+            durable::write_json(&spec.file(folder.path()).expect("a name"), &record).expect("writable");
             assert_eq!(finished(), is, "{:?}", record.weights);
         }
         fs::write(&weights, "weight").expect("writable");

@@ -11,9 +11,9 @@ use sha2::{Digest as _, Sha256};
 use super::{
     arm::{Arm, Route},
     data,
-    files::hex,
 };
 use crate::{
+    durable::hex,
     error::{Error, Result},
     moe::estimator::{EstimatorConfig, EstimatorSpec, Param, Purpose},
 };

@@ -12,6 +12,7 @@ use super::{
     task::Batch,
 };
 use crate::{
+    durable,
     error::{Error, Result},
     moe::{
         draw::Draw,
@@ -47,7 +48,7 @@ impl Teacher {
     /// Writes the weights of a trained net.
     pub fn write(net: &Net, path: &Path) -> Result<()> {
         let weights = Weights { router: net.router.clone(), experts: net.experts.clone() };
-        super::files::write_json(path, &weights)
+        durable::write_json(path, &weights)
     }
 
     /// Starts a student from the teacher: its experts, and its router where one learns that has the teacher's outputs.

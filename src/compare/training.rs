@@ -9,7 +9,6 @@ use super::{
     cost::{self, Rows},
     evaluate::Model,
     expert::ExpertShape,
-    memory::Watermark,
     net::{Gradients, Means, Net, Shape},
     probe,
     record::{Record, Update},
@@ -21,6 +20,7 @@ use super::{
 };
 use crate::{
     error::Result,
+    memory::Watermark,
     moe::{
         balance_bias,
         collapse::Monitor,

@@ -1,9 +1,10 @@
 //! Work of the engine's thread below requests: shadow samples of what was served, and measurements that somebody asked for.
 //!
-//! Both run several routings side by side over tokens, piece by piece, on models of their own over the weights that are served. The worker
-//! gives them a turn after each of its steps. While requests run, a piece runs only where its share of the time pays for it; while none
-//! does, pieces follow one another, and a request that comes waits for one of them. What goes wrong here ends a sample or a measurement and
-//! nothing else. Nothing is allocated before there is something to measure.
+//! Both run several routings side by side over tokens, piece by piece, on models of their own over the weights that are served: a sample
+//! on those that served it, a measurement on those in force at its first piece, and each keeps them until its end. The worker gives them a
+//! turn after each of its steps. While requests run, a piece runs only where its share of the time pays for it; while none does, pieces
+//! follow one another, and a request that comes waits for one of them. What goes wrong here ends a sample or a measurement and nothing
+//! else. Nothing is allocated before there is something to measure.
 
 use std::{
     any::Any,
@@ -36,7 +37,7 @@ use crate::{
 const SIDES: usize = 2;
 
 /// Makes models over the weights that are served, each with a cache of its own, on the engine's thread.
-pub trait ObservableSource: Send {
+pub trait ObservableSource: Send + Sync {
     /// A model with an empty cache of this size.
     fn start(&self, cache: CacheShape) -> Result<Box<dyn Observable>>;
 }
@@ -45,6 +46,13 @@ impl ObservableSource for ServingModel {
     fn start(&self, cache: CacheShape) -> Result<Box<dyn Observable>> {
         self.start_observable(cache)
     }
+}
+
+/// Models over the weights of one generation.
+#[derive(Clone)]
+pub(super) struct Source {
+    pub(super) generation: u64,
+    pub(super) models: Arc<dyn ObservableSource>,
 }
 
 /// Routings side by side, with what is seen of their layers.
@@ -65,7 +73,8 @@ pub(super) enum Load {
 
 /// All work below requests.
 pub(super) struct Background {
-    source: Option<Box<dyn ObservableSource>>,
+    /// Of the generation in force.
+    source: Option<Source>,
     spec: ModelSpec,
     shared: Arc<Shared>,
     shadows: Shadows,
@@ -79,7 +88,7 @@ struct Shadows {
     waiting: Shadow<Sample>,
     /// The one that is measured.
     current: Option<(Sample, Probed)>,
-    /// The model between two samples.
+    /// The model between two samples, of the generation in force.
     resting: Option<Box<dyn Observable>>,
     credit: Credit,
     size: PieceSize,
@@ -88,6 +97,7 @@ struct Shadows {
 /// What was served.
 struct Sample {
     origin: Origin,
+    source: Source,
     tokens: Vec<u32>,
     /// The reference first.
     cases: [Case; SIDES],
@@ -97,7 +107,6 @@ struct Sample {
 struct Origin {
     request: Arc<str>,
     trace_id: Option<Arc<str>>,
-    generation: u64,
 }
 
 /// Measurements, of which the first runs.
@@ -111,14 +120,14 @@ struct Measurements {
 impl Probed {
     /// On `model` if there is one, else on a new one for windows of at most `longest` tokens.
     pub(super) fn start(
-        source: &dyn ObservableSource,
+        source: &Source,
         spec: &ModelSpec,
         model: Option<Box<dyn Observable>>,
         cases: &[Case],
         longest: usize,
     ) -> Result<Self> {
         let probe = Probe::of_gaps(spec, cases)?;
-        let model = model.map_or_else(|| source.start(SideBySide::cache(cases.len(), longest)), Ok)?;
+        let model = model.map_or_else(|| source.models.start(SideBySide::cache(cases.len(), longest)), Ok)?;
         Ok(Self { sides: SideBySide::new(model, cases.to_vec()), probe })
     }
 
@@ -129,7 +138,7 @@ impl Probed {
 
 impl Background {
     /// Without a source nothing is ever measured.
-    pub(super) fn new(source: Option<Box<dyn ObservableSource>>, spec: ModelSpec, config: &EngineConfig, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(source: Option<Source>, spec: ModelSpec, config: &EngineConfig, shared: Arc<Shared>) -> Self {
         let shadow = if source.is_some() { config.shadow.clone() } else { ShadowConfig::off() };
         let shadows = Shadows {
             credit: Credit::new(shadow.budget),
@@ -143,33 +152,40 @@ impl Background {
         Self { source, spec, shared, shadows, measurements, shadow_next: true }
     }
 
+    /// Other weights are in force: what begins from now on is measured on models of `source`.
+    pub(super) fn publish(&mut self, source: Option<Source>) {
+        self.source = source;
+        self.shadows.resting = None;
+    }
+
     /// A sequence has ended well: its tokens may become a sample.
-    pub(super) fn offer(&mut self, sequence: &Sequence, generation: u64, now: Instant) {
+    pub(super) fn offer(&mut self, sequence: &Sequence, now: Instant) {
         // Given experts are no routing to be judged.
         let replayed = matches!(sequence.routing, LayerChoices::Replay { .. });
         if replayed || !self.shadows.waiting.takes(sequence.shadow) {
             return;
         }
-        match self.take(sequence, generation, now) {
+        let Some(source) = &sequence.generation.source else { return };
+        match self.take(sequence, source, now) {
             Ok(()) => self.show_pending(),
             Err(outcome) => self.shared.metrics.fidelity_outcome(outcome),
         }
     }
 
     /// Puts a sequence in the queue of samples, or says why not.
-    fn take(&mut self, sequence: &Sequence, generation: u64, now: Instant) -> Result<(), SampleOutcome> {
+    fn take(&mut self, sequence: &Sequence, source: &Source, now: Instant) -> Result<(), SampleOutcome> {
         let reference = Case::from(self.spec.reference.choice());
         let served = Case { name: "serving".into(), choices: sequence.routing.clone() };
-        if sequence.shadow != ShadowChoice::Always && !in_force(&self.shared, &self.spec, &served) {
+        if sequence.shadow != ShadowChoice::Always && !in_force(&self.shared, &self.spec, &served.choices) {
             return Err(SampleOutcome::OtherRouting);
         }
-        if same(&self.spec, &reference, &served) {
+        if same(&self.spec, &reference.choices, &served.choices) {
             return Err(SampleOutcome::Same);
         }
         let most = self.shadows.longest(&self.spec);
         let tokens = &sequence.tokens()[..sequence.tokens().len().min(most)];
-        let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone(), generation };
-        let sample = || Sample { origin: origin(), tokens: tokens.to_vec(), cases: [reference, served] };
+        let origin = || Origin { request: sequence.name.clone(), trace_id: sequence.trace_id.clone() };
+        let sample = || Sample { origin: origin(), source: source.clone(), tokens: tokens.to_vec(), cases: [reference, served] };
         self.shadows.waiting.push(sequence.shadow, tokens.len(), now, sample).map_err(outcome)
     }
 
@@ -236,10 +252,11 @@ impl Background {
     }
 
     fn shadow_piece(&mut self, idle: bool) {
-        let Self { source: Some(source), spec, shared, shadows, .. } = self else { return };
+        let Self { source, spec, shared, shadows, .. } = self;
         let Some((sample, work)) = shadows.next() else { return };
+        let current = source.as_ref().is_some_and(|source| source.generation == sample.source.generation);
         let begun = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| shadows.advance(source.as_ref(), spec, &sample, work)));
+        let result = catch_unwind(AssertUnwindSafe(|| shadows.advance(spec, &sample, work, current)));
         let spent = begun.elapsed();
         shared.metrics.fidelity_spent(spent);
         if !idle {
@@ -248,17 +265,18 @@ impl Background {
         match result {
             Ok(Ok(Step::Piece(work))) => shadows.current = Some((sample, work)),
             // The routing in force may have changed since the request ended.
-            Ok(Ok(Step::Done(measured))) if in_force(shared, spec, &sample.cases[1]) => {
+            Ok(Ok(Step::Done(measured))) if in_force(shared, spec, &sample.cases[1].choices) => {
                 shared.metrics.fidelity_sample(&measured);
-                sample.origin.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
+                shared.tallies.measured(sample.source.generation, measured.tokens, measured.kl.sum);
+                sample.tell_outlier(&measured, shadows.waiting.config().outlier_kl);
             }
             Ok(Ok(Step::Done(measured))) => {
                 shared.metrics.fidelity_outcome(SampleOutcome::OtherRouting);
-                sample.origin.tell_other(&measured);
+                sample.tell_other(&measured);
             }
             failed => {
                 let reason = reason(failed.map(|result| result.map(drop)));
-                let (request, trace_id, generation) = sample.origin.told();
+                let (request, trace_id, generation) = sample.told();
                 tracing::warn!(request, trace_id, generation, reason, "a shadow sample failed; no request is concerned");
                 shared.metrics.fidelity_outcome(SampleOutcome::Failed);
             }
@@ -271,7 +289,7 @@ impl Background {
         let Some(mut measurement) = measurements.next() else { return };
         let most = measurements.size.tokens();
         let begun = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| measurement.advance(source.as_ref(), spec, most)));
+        let result = catch_unwind(AssertUnwindSafe(|| measurement.advance(source, spec, most)));
         let spent = begun.elapsed();
         if !idle {
             measurements.credit.spend(spent);
@@ -328,10 +346,14 @@ impl Shadows {
         }
     }
 
-    /// One piece. After a failure the model is gone with its work, and the next sample has a new one.
-    fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, sample: &Sample, work: Option<Probed>) -> Result<Step> {
+    /// One piece. After a failure the model is gone with its work, and the next sample has a new one. Only one over the weights in force,
+    /// as `current` says, is kept for it.
+    fn advance(&mut self, spec: &ModelSpec, sample: &Sample, work: Option<Probed>, current: bool) -> Result<Step> {
         let longest = self.longest(spec);
-        let begin = || Probed::start(source, spec, self.resting.take(), &sample.cases, longest);
+        let begin = || {
+            let model = if current { self.resting.take() } else { None };
+            Probed::start(&sample.source, spec, model, &sample.cases, longest)
+        };
         let mut work = work.map_or_else(begin, Ok)?;
         // A new model is paid for, and says nothing of pieces.
         let begun = Instant::now();
@@ -342,7 +364,9 @@ impl Shadows {
         }
         let Probed { sides, probe } = work;
         let measured = sides.values().first().filter(|values| values.tokens() > 0).map(|values| measured(values, &probe.layers));
-        self.resting = Some(sides.into_model());
+        if current {
+            self.resting = Some(sides.into_model());
+        }
         measured.map(Step::Done).ok_or(Error::NonFinite)
     }
 }
@@ -358,10 +382,10 @@ impl Measurements {
     }
 }
 
-impl Origin {
+impl Sample {
     /// Request, trace and generation.
     fn told(&self) -> (&str, Option<&str>, u64) {
-        (&self.request, self.trace_id.as_deref(), self.generation)
+        (&self.origin.request, self.origin.trace_id.as_deref(), self.source.generation)
     }
 
     /// What an operator should look at, with all that leads to the request.
@@ -394,14 +418,14 @@ impl Origin {
 }
 
 /// Whether two routings are the same rule in every layer.
-fn same(spec: &ModelSpec, a: &Case, b: &Case) -> bool {
-    matches!((a.policies(spec), b.policies(spec)), (Ok(a), Ok(b)) if a == b)
+pub(super) fn same(spec: &ModelSpec, a: &LayerChoices, b: &LayerChoices) -> bool {
+    let policies = |choices: &LayerChoices| Case { name: String::new(), choices: choices.clone() }.policies(spec);
+    matches!((policies(a), policies(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Whether `served` is what requests without a routing of their own are served under now: its gap is that of the server.
-fn in_force(shared: &Shared, spec: &ModelSpec, served: &Case) -> bool {
-    let serving = shared.serving().map(|choices| Case { name: "in force".into(), choices });
-    serving.is_none_or(|serving| same(spec, &serving, served))
+pub(super) fn in_force(shared: &Shared, spec: &ModelSpec, served: &LayerChoices) -> bool {
+    shared.serving().is_none_or(|serving| same(spec, &serving, served))
 }
 
 fn outcome(dropped: Dropped) -> SampleOutcome {

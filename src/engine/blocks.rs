@@ -28,8 +28,8 @@ const NONE: BlockId = BlockId::MAX;
 pub(super) enum Salt {
     /// Usable by all requests under these weights and this routing.
     Common { generation: u64, routing: RoutingKey },
-    /// Usable by the choices of one request only.
-    Private(u64),
+    /// Usable by the choices of one request only, as long as they are of one generation.
+    Private { request: u64, generation: u64 },
 }
 
 /// A routing that can be compared exactly.
@@ -394,7 +394,7 @@ mod tests {
 
     #[test]
     fn weights_routing_and_request_divide_prefixes() {
-        let mut pool = pool(16);
+        let mut pool = pool(32);
         let routings = [
             RoutingChoice::Native,
             RoutingChoice::TopK { k: 1, weight_form: None },
@@ -414,7 +414,8 @@ mod tests {
         let mut salts: Vec<Salt> =
             routings.filter_map(|routing| keys.key(&routing)).map(|routing| Salt::Common { generation: 1, routing }).collect();
         assert_eq!(keys.key(&each([1, 2])), keys.key(&each([1, 2])));
-        salts.extend([Salt::Common { generation: 2, routing: RoutingKey::Same(ChoiceKey::Native) }, Salt::Private(1), Salt::Private(2)]);
+        salts.push(Salt::Common { generation: 2, routing: RoutingKey::Same(ChoiceKey::Native) });
+        salts.extend([(1, 1), (2, 1), (1, 2)].map(|(request, generation)| Salt::Private { request, generation }));
         let tables: Vec<Vec<BlockId>> = salts
             .iter()
             .map(|&salt| {
@@ -494,7 +495,7 @@ mod tests {
         let b = compute(&mut pool, SALT, &[5, 6]);
         assert_eq!(pool.find(SALT, &[1, 2, 3, 4]).blocks, a[..1]);
         assert!(pool.find(SALT, &[5, 6]).blocks.is_empty());
-        assert!(pool.find(Salt::Private(0), &[1, 2]).blocks.is_empty());
+        assert!(pool.find(Salt::Private { request: 0, generation: 1 }, &[1, 2]).blocks.is_empty());
         release(&mut pool, &a);
         release(&mut pool, &b);
         pool.check(&[]);
@@ -532,7 +533,7 @@ mod tests {
             let mut truth: HashMap<BlockId, (Salt, Vec<u32>)> = HashMap::new();
             for _ in 0..300 {
                 if rng.random_bool(0.6) {
-                    let salt = if rng.random() { SALT } else { Salt::Private(rng.random_range(0..2)) };
+                    let salt = if rng.random() { SALT } else { Salt::Private { request: rng.random_range(0..2), generation: 1 } };
                     let tokens: Vec<u32> = (0..rng.random_range(1..14)).map(|_| rng.random_range(0..2)).collect();
                     let prefix = pool.find(salt, &tokens[..tokens.len() - 1]);
                     for (index, id) in prefix.blocks.iter().enumerate() {

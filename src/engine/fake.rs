@@ -14,8 +14,8 @@ use super::{EngineConfig, GenerateParams, Request, ShadowChoice, Task};
 use crate::{
     error::{Error, Result},
     model::{
-        Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting,
-        RopeScaling, RopeSpec,
+        Batch, CacheShape, Drawn, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, ModelSpec, MoeSpec, QkNorm,
+        ReferenceRouting, RopeScaling, RopeSpec, RowChoice, SharedWeights, draw,
     },
     moe::{
         LayerRouting, Routing, RoutingStats, SparseRouting,
@@ -107,21 +107,27 @@ pub(super) fn request(prompt: &[u32]) -> Request {
 type Row = Box<dyn Fn(&[u32]) -> Vec<f32> + Send>;
 
 /// Computes each row from the tokens in the blocks alone, and checks that they hold what the span says: the whole history up to
-/// each position, under its routing.
+/// each position, under its routing and the weights of the moment.
 pub(super) struct FakeModel {
     spec: ModelSpec,
     cache: CacheShape,
     /// By block and row.
     written: HashMap<(u32, usize), Written>,
     row: Row,
+    draws: bool,
+    weights: Arc<FakeWeights>,
     gate: Option<Gate>,
 }
+
+/// The weights of a [`FakeModel`]: it says every byte so much larger than it would with 0, which it begins with.
+#[derive(Debug, Default)]
+pub(super) struct FakeWeights(pub(super) u32);
 
 /// What stands for the keys and values of a position.
 #[derive(Clone, Copy)]
 struct Written {
     token: u32,
-    /// Of this token, all before it, and their routing.
+    /// Of this token, all before it, their routing, and the weights.
     history: u64,
 }
 
@@ -135,9 +141,13 @@ struct Gate {
 pub(super) enum Verdict {
     Go,
     Fail,
+    /// The device is gone.
+    Lose,
     Panic,
     /// Logits of a wrong shape.
     Misshape,
+    /// These instead of what was asked for; rows are of zeros.
+    Answer(Vec<Drawn>),
 }
 
 /// Lets a test see each step before it is taken. Once dropped, the model runs freely.
@@ -166,7 +176,12 @@ impl Control {
 
 impl FakeModel {
     pub(super) fn new(row: impl Fn(&[u32]) -> Vec<f32> + Send + 'static) -> Self {
-        Self { spec: spec(), cache: CACHE, written: HashMap::new(), row: Box::new(row), gate: None }
+        Self { spec: spec(), cache: CACHE, written: HashMap::new(), row: Box::new(row), draws: false, weights: Arc::default(), gate: None }
+    }
+
+    /// Draws tokens itself, and leaves out the routes that nobody reads.
+    pub(super) fn drawing(self) -> Self {
+        Self { draws: true, ..self }
     }
 
     /// With a cache of this size.
@@ -218,6 +233,10 @@ impl LanguageModel for FakeModel {
         self.cache
     }
 
+    fn draws(&self) -> bool {
+        self.draws
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
         let verdict = match &self.gate {
             Some(gate) if gate.steps.send(batch.clone()).is_ok() => gate.verdicts.recv_timeout(PATIENCE).unwrap_or(Verdict::Go),
@@ -225,22 +244,31 @@ impl LanguageModel for FakeModel {
         };
         match verdict {
             Verdict::Fail => return Err(Error::FailedPrecondition("as the test wished".into())),
+            Verdict::Lose => return Err(Error::DeviceLost("as the test wished".into())),
             Verdict::Panic => panic!("as the test wished"),
-            Verdict::Go | Verdict::Misshape => {}
+            Verdict::Go | Verdict::Misshape | Verdict::Answer(_) => {}
         }
+        assert_eq!(batch.choices.len(), if self.draws { batch.num_logit_rows() } else { 0 });
         let wanted = batch.logit_rows();
-        let (mut logits, mut at) = (Vec::new(), 0);
+        let (mut logits, mut drawn, mut at) = (Vec::new(), Vec::new(), 0);
         for span in &batch.spans {
             let (table, block_tokens) = (batch.table(span), self.cache.block_tokens);
             let place = |position: usize| (table[position / block_tokens], position % block_tokens);
-            let (mut tokens, mut hash) = (Vec::new(), extend(0, &format!("{:?}", span.routing.at(0))));
+            let (mut tokens, mut hash) = (Vec::new(), extend(self.weights.0.into(), &format!("{:?}", span.routing.at(0))));
             for position in 0..span.past + span.new {
                 if position >= span.past {
                     tokens.push(batch.tokens[at]);
                     hash = extend(hash, &batch.tokens[at]);
                     self.written.insert(place(position), Written { token: batch.tokens[at], history: hash });
                     if wanted.contains(&(at as u32)) {
-                        logits.extend((self.row)(&tokens));
+                        let row = shifted((self.row)(&tokens), self.weights.0);
+                        drawn.push(match batch.choices.get(drawn.len()) {
+                            Some(RowChoice::Token(wanted)) => draw::reference(&row, wanted),
+                            Some(RowChoice::Logits) | None => Drawn::Row,
+                        });
+                        if drawn.last() == Some(&Drawn::Row) {
+                            logits.extend(row);
+                        }
                     }
                     at += 1;
                 } else {
@@ -251,19 +279,38 @@ impl LanguageModel for FakeModel {
                 }
             }
         }
-        let rows = wanted.len() + usize::from(matches!(verdict, Verdict::Misshape));
+        let extra = usize::from(matches!(verdict, Verdict::Misshape));
+        if let Verdict::Answer(answer) = verdict {
+            (drawn, logits) = (answer, Vec::new());
+        }
+        let rows = drawn.iter().filter(|&&drawn| drawn == Drawn::Row).count() + extra;
         logits.resize(rows * VOCAB, 0.0);
         let logits = Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?;
-        Ok(Forward { logits, layers: vec![routing(batch.tokens.len())?], time: ForwardTime::default() })
+        let drawn = if self.draws { drawn } else { Vec::new() };
+        let told = if self.draws && !batch.routes { 0 } else { batch.tokens.len() };
+        Ok(Forward { logits, drawn, layers: vec![routing(batch.tokens.len(), told)?], time: ForwardTime::default() })
+    }
+
+    fn exchange(&mut self, weights: SharedWeights) -> Result<SharedWeights> {
+        let weights = weights.get().ok_or_else(|| Error::FailedPrecondition("these weights are not those of a fake".into()))?;
+        Ok(SharedWeights::new(std::mem::replace(&mut self.weights, weights)))
     }
 }
 
-/// Every token goes to the first expert.
-fn routing(tokens: usize) -> Result<LayerRouting> {
+/// The logits of each byte are those of the byte `by` below.
+fn shifted(mut row: Vec<f32>, by: u32) -> Vec<f32> {
+    if let Some(bytes) = row.get_mut(..256) {
+        bytes.rotate_right(by as usize % 256);
+    }
+    row
+}
+
+/// Every token goes to the first expert; the routes of `told` are told.
+fn routing(tokens: usize, told: usize) -> Result<LayerRouting> {
     let mut stats = RoutingStats { tokens: tokens as u64, routes: tokens as u64, ..RoutingStats::new(EXPERTS) };
     stats.expert_tokens[0] = tokens as u64;
-    let routing = SparseRouting { offsets: (0..=tokens as u32).collect(), expert_ids: vec![0; tokens], weights: vec![1.0; tokens] };
-    let router_logits = Tensor::zeros((tokens, EXPERTS), candle_core::DType::F32, &Device::Cpu)?;
+    let routing = SparseRouting { offsets: (0..=told as u32).collect(), expert_ids: vec![0; told], weights: vec![1.0; told] };
+    let router_logits = Tensor::zeros((told, EXPERTS), candle_core::DType::F32, &Device::Cpu)?;
     Ok(LayerRouting { layer: 0, router_logits, routing: Routing::Sparse(routing), stats })
 }
 

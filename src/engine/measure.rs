@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 
 use super::{
-    background::{ObservableSource, Probed},
+    background::{Probed, Source},
     status::Shared,
 };
 use crate::{
@@ -85,7 +85,7 @@ pub struct MeasureProgress {
     pub policies: Vec<PolicyFidelity>,
     /// Nothing follows.
     pub done: bool,
-    /// Generation of the weights.
+    /// Generation of the weights, the same for all of the text.
     pub generation: u64,
 }
 
@@ -145,6 +145,7 @@ pub(super) struct Measurement {
     told: usize,
     /// What the next message says of the first policies, while it is made.
     telling: Option<Vec<PolicyFidelity>>,
+    /// Of the weights that it is measured on: those in force at its first piece.
     generation: u64,
     /// `None` before the first piece.
     work: Option<Probed>,
@@ -241,8 +242,7 @@ impl Measurement {
         let MeasureRequest { id, tokens, deadline, .. } = request;
         let (cases, window) = checked;
         let (events, progress) = mpsc::channel(UNREAD);
-        let generation = shared.status.borrow().generation;
-        let (done, told, telling, work) = (0, 0, None, None);
+        let (done, told, telling, generation, work) = (0, 0, None, 0, None);
         let measurement = Self { id, deadline, tokens, cases, window, done, told, telling, generation, work, events, _slot: slot };
         (measurement, MeasureStream { progress, shared, ended: false })
     }
@@ -263,14 +263,18 @@ impl Measurement {
         self.cases.len()
     }
 
-    /// One piece: at most so many tokens in every routing, or the sums of one. How many tokens it read, and whether it was the last.
-    pub(super) fn advance(&mut self, source: &dyn ObservableSource, spec: &ModelSpec, most: usize) -> Result<(usize, bool)> {
+    /// One piece: at most so many tokens in every routing, or the sums of one. The first makes a model of `source`. How many tokens it
+    /// read, and whether it was the last.
+    pub(super) fn advance(&mut self, source: &Source, spec: &ModelSpec, most: usize) -> Result<(usize, bool)> {
         if let Some(telling) = self.telling.take() {
             return Ok((0, self.tell(telling)));
         }
         let work = match &mut self.work {
             Some(work) => work,
-            none => none.insert(Probed::start(source, spec, None, &self.cases, self.window)?),
+            none => {
+                self.generation = source.generation;
+                none.insert(Probed::start(source, spec, None, &self.cases, self.window)?)
+            }
         };
         let window = &self.tokens[self.done..self.tokens.len().min(self.done + self.window)];
         let chunk = work.step(window, most)?;

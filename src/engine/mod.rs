@@ -3,11 +3,13 @@
 //! [`Engine`] is the handle of the async side. It checks a request, counts it in, and passes it to the thread ([`worker`]), which
 //! repeats: take commands, let the [`scheduler`] divide a step, run the model on a ragged batch, let each [`sequence`] make
 //! tokens of its logits ([`sampler`]) and text of its tokens ([`text`]), send events. Below that it measures the fidelity gap
-//! ([`background`]), of what it served and of what it is asked to ([`measure`]). The two sides share channels and one status; the async
+//! ([`background`]), of what it served and of what it is asked to ([`measure`]), and lets others have the machine for a piece of work
+//! ([`turns`]). Between two steps it can be given other weights ([`generations`]). The two sides share channels and one status; the async
 //! side never touches a tensor.
 
 mod background;
 mod blocks;
+mod generations;
 mod measure;
 mod request;
 mod sampler;
@@ -16,6 +18,7 @@ mod sequence;
 mod status;
 mod stream;
 mod text;
+mod turns;
 mod validate;
 mod worker;
 
@@ -36,23 +39,26 @@ use std::{
 
 use tokenizers::Tokenizer;
 
-use self::{
-    background::Background,
-    measure::Measurement,
-    sequence::Submission,
-    status::Shared,
-    stream::UnreadTraces,
-    worker::{Clock, Command, Worker},
-};
 pub use self::{
     background::ObservableSource,
+    generations::{FIRST_GENERATION, Generation, InFlight, Switched, Tally},
     measure::{
         LayerFidelity, MAX_MEASURE_POLICIES, MeasureConfig, MeasureProgress, MeasureRequest, MeasureSlot, MeasureStream, PolicyFidelity,
     },
     request::{Event, FinishReason, Finished, GenerateParams, MAX_LOGPROBS, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
-    status::EngineStatus,
+    status::{EngineStatus, Mode},
     stream::EventStream,
+    turns::{Share, Turns},
     validate::{MAX_ALLOWED_TOKENS, MAX_LOGIT_BIASES, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS},
+};
+use self::{
+    generations::Generations,
+    measure::Measurement,
+    sampler::Drawer,
+    sequence::Submission,
+    status::Shared,
+    stream::UnreadTraces,
+    worker::{Clock, Command, Publication, Worker},
 };
 pub use crate::fidelity::shadow::{ShadowChoice, ShadowConfig};
 use crate::{
@@ -130,6 +136,8 @@ impl Default for EngineConfig {
 pub struct EngineParts {
     /// Goes to the engine's thread, and is used and dropped there.
     pub model: Box<dyn LanguageModel>,
+    /// Number of its weights: [`FIRST_GENERATION`] for those of a checkpoint as it was loaded.
+    pub generation: u64,
     /// Where [`EngineConfig::shadow`] and [`EngineConfig::measure`] get models over the same weights. `None`: nothing is measured.
     pub background: Option<Box<dyn ObservableSource>>,
     /// Decodes what the model generates.
@@ -199,32 +207,33 @@ impl Engine {
     }
 
     fn start_with_clock(parts: EngineParts, clock: Clock) -> Result<Self> {
-        let EngineParts { model, background, tokenizer, eos_token_ids, config, metrics } = parts;
+        let EngineParts { model, generation, background, tokenizer, eos_token_ids, config, metrics } = parts;
         config.check()?;
         let spec = model.spec().clone();
         let cache = model.cache();
         if cache.block_tokens == 0 || cache.num_blocks == 0 {
             return Err(Error::invalid("kv_cache", format!("{} blocks of {} tokens", cache.num_blocks, cache.block_tokens)));
         }
-        let shared = Arc::new(Shared::new(worker::FIRST_GENERATION, metrics));
+        let shared = Arc::new(Shared::new(generation, metrics));
         #[expect(
             clippy::disallowed_methods,
-            reason = "bounded by `count_in` and `MeasureSlot`: a request sends two commands at most, a measurement one"
+            reason = "bounded by `count_in` and `MeasureSlot`: a request sends two commands at most, a measurement one; who publishes or \
+                      wants a turn waits for it"
         )]
         let (commands, inbox) = mpsc::channel();
         let surroundings = sequence::Surroundings {
             tokenizer: tokenizer.clone(),
             eos_token_ids: eos_token_ids.iter().copied().collect(),
             vocab_size: spec.vocab_size,
+            drawer: if model.draws() { Drawer::Model } else { Drawer::Sampler },
             // The last token is never read.
             max_context: spec.max_context.min(cache.tokens().saturating_add(1)),
             max_new_tokens: config.max_new_tokens,
             moe_layers: spec.moe_layers().map(|(layer, _)| layer).collect(),
-            generation: worker::FIRST_GENERATION,
         };
         let measuring = (background.is_some() && config.measure.max_requests > 0).then(Arc::default);
-        let background = Background::new(background, spec.clone(), &config, shared.clone());
-        let worker = Worker::new(model, clock, surroundings, &config, background, shared.clone(), inbox);
+        let generations = Generations::new(generation, background);
+        let worker = Worker::new(model, generations, clock, surroundings, &config, shared.clone(), inbox);
         let thread = worker.spawn()?;
         let thread = Mutex::new(Some(thread));
         let next_id = AtomicU64::new(1);
@@ -234,7 +243,7 @@ impl Engine {
 
     /// Checks a request and puts it in the queue.
     ///
-    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded`, `QueueFull` or `Draining`.
+    /// Fails with `InvalidArgument` or `OutOfRange` (with the path of the field), `DeadlineExceeded`, `QueueFull`, `Draining` or `Tuning`.
     pub fn submit(&self, request: Request) -> Result<EventStream> {
         let inner = &*self.inner;
         let metrics = &inner.shared.metrics;
@@ -267,7 +276,7 @@ impl Engine {
 
     /// A place for a measurement, to be taken before a long text is read.
     ///
-    /// Fails with `QueueFull`, `Draining`, or `FailedPrecondition` where this server measures nothing.
+    /// Fails with `QueueFull`, `Draining`, `Tuning`, or `FailedPrecondition` where this server measures nothing.
     pub fn measure_slot(&self) -> Result<MeasureSlot> {
         let inner = &*self.inner;
         let Some(measuring) = &inner.measuring else {
@@ -277,6 +286,9 @@ impl Engine {
         let status = self.status();
         if status.draining || !status.alive {
             return Err(inner.shared.why_stopped());
+        }
+        if status.mode == Mode::TuneExclusive {
+            return Err(Error::Tuning);
         }
         MeasureSlot::take(measuring, inner.config.measure.max_requests)
     }
@@ -357,9 +369,56 @@ impl Engine {
     }
 
     /// Says which routing is in force where a request chooses none: the fidelity gap of the traffic is that of this routing, and what
-    /// was served under another is not part of it. As long as nobody has said, everything is.
+    /// was served under another is not part of it. As long as nobody has said, everything is. Where it is another routing than before,
+    /// the samples in every [`Tally`] are forgotten.
     pub fn set_serving(&self, choices: LayerChoices) {
-        self.inner.shared.set_serving(choices);
+        let Inner { spec, shared, .. } = &*self.inner;
+        let before = shared.set_serving(choices.clone());
+        if !before.is_some_and(|before| background::same(spec, &before, &choices)) {
+            shared.tallies.forget_samples();
+        }
+    }
+
+    /// Whether `choices` is the routing in force where a request chooses none, by whatever name. As long as nobody has said, all are.
+    pub fn serves(&self, choices: &LayerChoices) -> bool {
+        background::in_force(&self.inner.shared, &self.inner.spec, choices)
+    }
+
+    /// Puts other weights in force between two steps: requests that are submitted after this returns run on them. Those inside go on as
+    /// `in_flight` says; older weights stay in memory until the last of their requests has ended. Where requests still run on that number,
+    /// it is their weights that come back, and not those that are given.
+    ///
+    /// Fails, and changes nothing, with `InvalidArgument` (`generation`), `Draining`, or `FailedPrecondition`: the number is in force
+    /// already, or the weights do not fit the model that is served.
+    pub async fn publish(&self, generation: Generation, in_flight: InFlight) -> Result<Switched> {
+        let inner = &*self.inner;
+        let (reply, switched) = tokio::sync::oneshot::channel();
+        let publication = Publication { generation, in_flight, reply };
+        inner.commands.send(Command::Publish(Box::new(publication))).map_err(|_| inner.shared.why_stopped())?;
+        switched.await.map_err(|_| inner.shared.why_stopped())?
+    }
+
+    /// What has come of a generation so far.
+    pub fn tally(&self, generation: u64) -> Tally {
+        self.inner.shared.tallies.get(generation)
+    }
+
+    /// Where foreign work gets its turns on the machine. They are given where there is no request that can go on, and beside requests as
+    /// [`Engine::set_share`] says.
+    pub fn turns(&self) -> Turns {
+        Turns::new(self.inner.commands.clone(), self.inner.shared.clone())
+    }
+
+    /// How much of the machine turns may have besides what requests leave; `None`, as at first: nothing. With [`Share::Exclusive`] new
+    /// requests are refused with [`Error::Tuning`] once this returns, and those inside end first: see [`Engine::drained`].
+    ///
+    /// Fails with `InvalidArgument` on `share.duty_cycle`, or `Draining`.
+    pub fn set_share(&self, share: Option<Share>) -> Result<()> {
+        let inner = &*self.inner;
+        share.map_or(Ok(()), Share::check)?;
+        inner.commands.send(Command::SetShare(share)).map_err(|_| inner.shared.why_stopped())?;
+        inner.shared.set_mode(Share::mode(share));
+        Ok(())
     }
 
     /// Refuses new requests from now on; those inside go on.
@@ -375,6 +434,11 @@ impl Engine {
     /// Resolves when the engine's thread is gone: after [`Engine::shutdown`], or because of a bug.
     pub async fn closed(&self) {
         self.wait_for(|status| !status.alive).await;
+    }
+
+    /// Resolves when tuning has all of the machine, or no longer has it.
+    pub async fn exclusive_is(&self, exclusive: bool) {
+        self.wait_for(|status| (status.mode == Mode::TuneExclusive) == exclusive).await;
     }
 
     async fn wait_for(&self, condition: impl FnMut(&EngineStatus) -> bool) {

@@ -188,7 +188,7 @@ pub struct Finished {
     pub prompt_logprobs: Vec<TokenLogprob>,
     /// Split of time.
     pub timing: Timing,
-    /// Generation of the weights.
+    /// Generation of the weights that its last token is of; of all tokens, but where it was migrated ([`InFlight`](super::InFlight)).
     pub generation: u64,
 }
 

@@ -269,6 +269,17 @@ impl Scheduler {
         self.preempted.push(rank.1);
     }
 
+    /// What was computed of a sequence is of no use to it any more: it is computed again, and shared under `salt` from now on. One that
+    /// runs goes back to its place in the queue.
+    pub(super) fn restart(&mut self, id: SequenceId, salt: Option<Salt>) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.salt = salt;
+        let (rank, place) = (entry.rank, entry.place);
+        if place == Place::Running {
+            self.preempt(rank);
+        }
+    }
+
     /// Forgets a sequence, wherever it is, and releases its blocks.
     pub(super) fn remove(&mut self, id: SequenceId) {
         let Some(mut entry) = self.entries.remove(&id) else { return };
@@ -395,6 +406,13 @@ impl Scheduler {
         self.release_followers(share.id);
     }
 
+    /// From now on blocks of a sequence become nobody else's: what is in them may be no numbers.
+    pub(super) fn keep_private(&mut self, id: SequenceId) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.parent = None;
+        }
+    }
+
     /// Lets the other choices of a request go once the first has computed what they share.
     fn release_followers(&mut self, id: SequenceId) {
         let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.computed >= entry.shared) else { return };
@@ -424,6 +442,18 @@ mod tests {
     };
 
     const SALT: Salt = Salt::Common { generation: 1, routing: RoutingKey::Same(ChoiceKey::Native) };
+
+    fn private(request: u64, generation: u64) -> Salt {
+        Salt::Private { request, generation }
+    }
+
+    /// The same for a later generation.
+    fn later(salt: Salt) -> Salt {
+        match salt {
+            Salt::Common { generation, routing } => Salt::Common { generation: generation + 10, routing },
+            Salt::Private { request, generation } => private(request, generation + 10),
+        }
+    }
 
     /// A sequence as its owner knows it.
     #[derive(Clone, Debug)]
@@ -565,7 +595,7 @@ mod tests {
         assert_eq!(setup.step(12), [(1, 1)], "token 11, which completes the third block");
         setup.arrive(0, 0, &(0..13).collect::<Vec<_>>(), 1, Some(SALT));
         setup.arrive(0, 0, &(0..8).collect::<Vec<_>>(), 1, Some(SALT));
-        setup.arrive(0, 0, &prompt, 1, Some(Salt::Private(1)));
+        setup.arrive(0, 0, &prompt, 1, Some(private(1, 1)));
         let admitted: Vec<Admitted> = std::iter::from_fn(|| setup.scheduler.admit(&setup.known)).collect();
         let expected = [(2, 12, 12), (3, 7, 4), (4, 9, 0)].map(|(id, reusable, reused)| Admitted { id, reusable, reused });
         assert_eq!(admitted, expected);
@@ -574,9 +604,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_private_is_computed_again() {
+        let mut setup = Setup::new(8, 100, 20);
+        let prompt: Vec<u32> = (0..10).collect();
+        setup.arrive(0, 0, &prompt, 1, Some(SALT));
+        setup.admit();
+        setup.scheduler.keep_private(1);
+        setup.step(10);
+        setup.arrive(0, 0, &prompt, 1, Some(SALT));
+        assert_eq!(setup.scheduler.admit(&setup.known).map(|admitted| admitted.reused), Some(0));
+        setup.check();
+    }
+
+    #[test]
     fn the_choices_of_a_request_share_its_prompt() {
         let mut setup = Setup::new(8, 6, 20);
-        setup.arrive(0, 0, &[5; 10], 3, Some(Salt::Private(1)));
+        setup.arrive(0, 0, &[5; 10], 3, Some(private(1, 1)));
         assert_eq!(setup.admit(), [1], "the others wait for the first");
         assert_eq!(setup.step(7), [(1, 6)]);
         assert!(setup.admit().is_empty());
@@ -590,7 +633,7 @@ mod tests {
     #[test]
     fn a_choice_that_goes_leaves_the_prompt_to_the_next() {
         let mut setup = Setup::new(8, 6, 20);
-        setup.arrive(0, 0, &[5; 10], 3, Some(Salt::Private(1)));
+        setup.arrive(0, 0, &[5; 10], 3, Some(private(1, 1)));
         setup.admit();
         setup.step(7);
         setup.scheduler.remove(1);
@@ -658,11 +701,39 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_restarted_knows_nothing_of_before() {
+        let mut setup = Setup::new(8, 100, 40);
+        setup.arrive(0, 0, &[5; 10], 1, Some(SALT));
+        setup.arrive(0, 0, &[5; 10], 3, Some(private(2, 1)));
+        assert_eq!(setup.admit(), [1, 2]);
+        setup.step(7);
+        assert_eq!(setup.admit(), [3, 4]);
+        setup.step(8);
+        setup.arrive(1, 0, &[6; 4], 1, Some(SALT));
+        for id in 1..=5 {
+            let salt = setup.scheduler.entries[&id].salt.map(later);
+            setup.scheduler.restart(id, salt);
+        }
+        assert_eq!(setup.scheduler.take_preempted(), [1, 2, 3, 4], "the last had no place to lose");
+        assert_eq!(setup.scheduler.pool().held(), 0);
+        let admitted: Vec<Admitted> = std::iter::from_fn(|| setup.scheduler.admit(&setup.known)).collect();
+        assert!(admitted.len() == 5 && admitted.iter().all(|admitted| admitted.reused == 0), "{admitted:?}");
+        assert_eq!(setup.step(9), [(1, 12), (2, 12), (3, 11), (4, 11), (5, 4)], "all tokens, said ones too");
+        setup.arrive(1, 0, &[5; 10], 1, Some(SALT));
+        assert_eq!(
+            setup.scheduler.admit(&setup.known).map(|admitted| admitted.reused),
+            Some(8),
+            "the old prefix is there for the old salt"
+        );
+        setup.check();
+    }
+
     /// What stands for the keys and values of one position: everything they depend on.
     type Truth = HashMap<(BlockId, usize), (Option<Salt>, Vec<u32>)>;
 
-    /// Random arrivals, lengths, priorities, choices, slow readers and cancellations. No block is written by two, what is read was
-    /// computed from the same history under the same salt, budgets hold, somebody advances, and everything ends and leaves nothing.
+    /// Random arrivals, lengths, priorities, choices, slow readers, cancellations and restarts. No block is written by two, what is read
+    /// was computed from the same history under the same salt, budgets hold, somebody advances, and everything ends and leaves nothing.
     #[test]
     fn random_loads_all_end() {
         let (mut preempted, mut reused) = (0, 0);
@@ -680,7 +751,7 @@ mod tests {
                     let prompt: Vec<u32> = (0..rng.random_range(1..14)).map(|_| rng.random_range(0..2)).collect();
                     let salt = match rng.random_range(0..4) {
                         0 => None,
-                        1 => Some(Salt::Private(setup.next)),
+                        1 => Some(private(setup.next, 1)),
                         n => Some(Salt::Common { generation: n, routing: RoutingKey::Same(ChoiceKey::Native) }),
                     };
                     let choices = if rng.random_bool(0.2) { rng.random_range(2..5) } else { 1 };
@@ -694,6 +765,11 @@ mod tests {
                 if let Some(&id) = goal.keys().min().filter(|_| rng.random_bool(0.04)) {
                     setup.scheduler.remove(id);
                     goal.remove(&id);
+                }
+                if let Some(&id) = goal.keys().max().filter(|_| step < 150 && rng.random_bool(0.04)) {
+                    let salt = salts[&id].map(later);
+                    setup.scheduler.restart(id, salt);
+                    salts.insert(id, salt);
                 }
                 for (&id, known) in &mut setup.known {
                     let started = goal.get(&id).is_some_and(|_| setup.scheduler.entries[&id].computed > 0);

@@ -12,8 +12,9 @@ use tokenizers::Tokenizer;
 use tokio::sync::mpsc;
 
 use super::{
+    generations::Resident,
     request::{Event, FinishReason, Finished, GenerateParams, Milestones, Request, Task, Timing, TokenLogprob, Tokens},
-    sampler::{self, Sampler},
+    sampler::{self, Drawer, Sampler},
     scheduler::{Readiness, SequenceId, Sequences, Share},
     status::Ticket,
     stream::UnreadTraces,
@@ -22,7 +23,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fidelity::shadow::ShadowChoice,
-    model::LogitRows,
+    model::{Drawn, LogitRows, RowChoice},
     moe::{
         policy::LayerChoices,
         trace::{RoutingTrace, TracedLayer},
@@ -51,13 +52,12 @@ pub(super) struct Surroundings {
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) eos_token_ids: HashSet<u32>,
     pub(super) vocab_size: usize,
+    pub(super) drawer: Drawer,
     pub(super) max_context: usize,
     /// Decoder layers with experts.
     pub(super) moe_layers: Arc<[usize]>,
     /// Most tokens that a request may generate.
     pub(super) max_new_tokens: usize,
-    /// Of the weights in force.
-    pub(super) generation: u64,
 }
 
 /// One choice of a request that waits or runs.
@@ -68,6 +68,8 @@ pub(super) struct Sequence {
     pub(super) trace_id: Option<Arc<str>>,
     /// All choices of the request.
     pub(super) group: Range<SequenceId>,
+    /// The weights that it runs on.
+    pub(super) generation: Arc<Resident>,
     pub(super) events: mpsc::Sender<Event>,
     unread: Arc<UnreadTraces>,
     pub(super) ticket: Ticket,
@@ -123,7 +125,9 @@ pub(super) enum Progress {
 /// What a step computed for one sequence.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows<'a> {
-    /// `[rows, V]`, as many as [`Sequence::logit_rows`] asked for.
+    /// What became of each row that [`Sequence::logit_rows`] asked for.
+    pub(super) drawn: &'a [Drawn],
+    /// `[rows, V]`: one for each [`Drawn::Row`].
     pub(super) logits: &'a [f32],
     /// What the routers did for the whole step; empty where no sequence of it is traced.
     pub(super) layers: &'a [TracedLayer<'a>],
@@ -133,9 +137,23 @@ pub(super) struct Rows<'a> {
     pub(super) now: Instant,
 }
 
+impl Rows<'_> {
+    /// Checks that the logits of all rows are there, and finite.
+    fn all(&self) -> Result<()> {
+        if self.drawn.contains(&Drawn::NonFinite) || self.logits.iter().any(|logit| !logit.is_finite()) {
+            return Err(Error::NonFinite);
+        }
+        match self.drawn.iter().find(|&&drawn| drawn != Drawn::Row) {
+            None => Ok(()),
+            Some(drawn) => Err(Error::Internal(format!("the model made {drawn:?} of a row that was asked for as it is"))),
+        }
+    }
+}
+
 impl Sequence {
-    /// Sequences that nothing has been done for, one for each choice. Fails if the tokenizer cannot decode the prompt.
-    pub(super) fn new(submission: Submission, surroundings: &Surroundings) -> Result<Vec<Self>> {
+    /// Sequences that nothing has been done for, one for each choice, to run on `generation`. Fails if the tokenizer cannot decode the
+    /// prompt.
+    pub(super) fn new(submission: Submission, surroundings: &Surroundings, generation: &Arc<Resident>) -> Result<Vec<Self>> {
         let Submission { request, events, unread, milestones, ids, tickets } = submission;
         let name: Arc<str> = request.id.into();
         let sequence = |(choice, ticket)| {
@@ -151,6 +169,7 @@ impl Sequence {
                 name: name.clone(),
                 trace_id: request.trace_id.clone(),
                 group: ids.clone(),
+                generation: Arc::clone(generation),
                 events: events.clone(),
                 unread: unread.clone(),
                 ticket,
@@ -210,6 +229,14 @@ impl Sequence {
         }
     }
 
+    /// What it needs of each of its rows, where the model can draw.
+    pub(super) fn row_choice(&self) -> RowChoice {
+        match &self.task {
+            Job::Generate(generation) => generation.row_choice(),
+            Job::Score { .. } | Job::Read => RowChoice::Logits,
+        }
+    }
+
     /// Tokens of the prompt in a share.
     pub(super) fn prompt_part(&self, share: Share) -> usize {
         (share.past + share.tokens).min(self.prompt_tokens).saturating_sub(share.past)
@@ -257,9 +284,7 @@ impl Sequence {
         let end = share.past + share.tokens;
         match &mut self.task {
             Job::Score { alternatives, logprobs } => {
-                if rows.logits.iter().any(|logit| !logit.is_finite()) {
-                    return Err(Error::NonFinite);
-                }
+                rows.all()?;
                 for (row, next) in rows.logits.chunks_exact(surroundings.vocab_size).zip(share.past + 1..) {
                     if next == logprobs.len()
                         && let Some(&token) = self.tokens.get(next)
@@ -271,16 +296,16 @@ impl Sequence {
                     return Ok(Progress::Quiet);
                 }
                 let logprobs = std::mem::take(logprobs);
-                Ok(self.finished(FinishReason::Length, Tokens::default(), logprobs, rows.now, surroundings))
+                Ok(self.finished(FinishReason::Length, Tokens::default(), logprobs, rows.now))
             }
             Job::Generate(_) | Job::Read if end < self.tokens.len() => Ok(self.quiet()),
             Job::Read => {
                 let tail = Tokens { trace: self.take_trace(), ..Tokens::default() };
-                Ok(self.finished(FinishReason::Length, tail, Vec::new(), rows.now, surroundings))
+                Ok(self.finished(FinishReason::Length, tail, Vec::new(), rows.now))
             }
             Job::Generate(generation) => {
                 let generated = self.tokens.len() - self.prompt_tokens + 1;
-                let (tokens, end) = generation.next(rows.logits, generated, surroundings)?;
+                let (tokens, end) = generation.next(rows, generated, surroundings)?;
                 let tokens = Tokens { choice: self.choice, trace: self.take_trace(), ..tokens };
                 self.tokens.extend(&tokens.ids);
                 if self.first_token.is_none() {
@@ -290,20 +315,13 @@ impl Sequence {
                 self.last_token = Some(rows.now);
                 Ok(match end {
                     None => Progress::Tokens(tokens),
-                    Some(reason) => self.finished(reason, tokens, Vec::new(), rows.now, surroundings),
+                    Some(reason) => self.finished(reason, tokens, Vec::new(), rows.now),
                 })
             }
         }
     }
 
-    fn finished(
-        &self,
-        reason: FinishReason,
-        tail: Tokens,
-        prompt_logprobs: Vec<TokenLogprob>,
-        now: Instant,
-        around: &Surroundings,
-    ) -> Progress {
+    fn finished(&self, reason: FinishReason, tail: Tokens, prompt_logprobs: Vec<TokenLogprob>, now: Instant) -> Progress {
         Progress::Finished(Box::new(Finished {
             choice: self.choice,
             tail,
@@ -313,7 +331,7 @@ impl Sequence {
             generated_tokens: self.tokens.len() - self.prompt_tokens,
             prompt_logprobs,
             timing: self.timing(now),
-            generation: around.generation,
+            generation: self.generation.number,
         }))
     }
 
@@ -326,6 +344,11 @@ impl Sequence {
             prefill: first_token.saturating_duration_since(started),
             decode: self.last_token.unwrap_or(first_token).saturating_duration_since(first_token),
         }
+    }
+
+    /// Whether it can go on under other weights: what it has said so far is told as tokens, and of nothing but those.
+    pub(super) fn can_migrate(&self) -> bool {
+        self.generates() && !self.is_traced()
     }
 
     /// Whether it continues its prompt, rather than scoring it.
@@ -370,7 +393,7 @@ impl Generation {
         let room = surroundings.max_context.saturating_sub(prompt.len());
         let wanted = params.max_new_tokens.unwrap_or(usize::MAX);
         Ok(Self {
-            sampler: Sampler::new(&params, prompt, choice, &surroundings.eos_token_ids),
+            sampler: Sampler::new(&params, prompt, choice, &surroundings.eos_token_ids, surroundings.drawer),
             text: Detokenizer::new(surroundings.tokenizer.clone(), prompt)?,
             stops: StopStrings::new(params.stop),
             stop_tokens: params.stop_token_ids.into_iter().collect(),
@@ -381,14 +404,35 @@ impl Generation {
         })
     }
 
-    /// The token after `row`, the `generated`th of this generation, and whether it is the last.
+    fn row_choice(&self) -> RowChoice {
+        let draw = if self.logprobs.is_none() { self.sampler.by_model() } else { None };
+        draw.map_or(RowChoice::Logits, RowChoice::Token)
+    }
+
+    /// The next token: what the sampler takes of the row, or what the model drew.
+    fn token(&mut self, rows: Rows<'_>, vocab_size: usize) -> Result<u32> {
+        let wrong = |message: String| Err(Error::Internal(format!("the model drew {message}")));
+        match *rows.drawn {
+            [Drawn::Row] => self.sampler.sample(rows.logits),
+            [Drawn::NonFinite] => Err(Error::NonFinite),
+            [Drawn::Token(_)] if self.row_choice() == RowChoice::Logits => wrong("a token where its row was asked for".into()),
+            [Drawn::Token(token)] if token as usize >= vocab_size => wrong(format!("token {token} of a vocabulary of {vocab_size}")),
+            [Drawn::Token(token)] => {
+                self.sampler.take(token);
+                Ok(token)
+            }
+            _ => wrong(format!("{} tokens instead of one", rows.drawn.len())),
+        }
+    }
+
+    /// The token after a row, the `generated`th of this generation, and whether it is the last.
     ///
     /// A stop token comes before a stop string, and that before the limit. The text of a stop token is not part of the
     /// continuation; its id is.
-    fn next(&mut self, row: &[f32], generated: usize, surroundings: &Surroundings) -> Result<(Tokens, Option<FinishReason>)> {
-        let token = self.sampler.sample(row)?;
+    fn next(&mut self, rows: Rows<'_>, generated: usize, surroundings: &Surroundings) -> Result<(Tokens, Option<FinishReason>)> {
+        let token = self.token(rows, surroundings.vocab_size)?;
         let early = generated <= self.min_new_tokens;
-        let logprobs = self.logprobs.map(|alternatives| sampler::logprob(row, token, alternatives)).into_iter().collect();
+        let logprobs = self.logprobs.map(|alternatives| sampler::logprob(rows.logits, token, alternatives)).into_iter().collect();
         let mut tokens = Tokens { ids: vec![token], logprobs, ..Tokens::default() };
         let mut end = if !self.ignore_eos && surroundings.eos_token_ids.contains(&token) {
             Some(FinishReason::EndOfSequence(token))

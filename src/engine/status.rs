@@ -10,12 +10,14 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::EngineConfig;
+use super::{EngineConfig, generations::Tallies};
 use crate::{
     error::{Error, QueueLimit, Result},
     moe::policy::LayerChoices,
     telemetry::metrics::{Metrics, Rejection},
 };
+
+pub use crate::telemetry::metrics::Mode;
 
 /// Shortest and longest advice on when to try again.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -33,8 +35,10 @@ pub struct EngineStatus {
     pub draining: bool,
     /// The thread is there. `false` after [`super::Engine::shutdown`].
     pub alive: bool,
-    /// Of the weights in force.
+    /// Of the weights in force: those that a request which comes now runs on.
     pub generation: u64,
+    /// Who has the machine besides requests.
+    pub mode: Mode,
 }
 
 /// What both sides see.
@@ -44,6 +48,8 @@ pub(super) struct Shared {
     pub(super) metrics: Arc<Metrics>,
     /// Tokens of prompts per second at full speed, as last measured; 0 before.
     pub(super) speed: AtomicU32,
+    /// What came of generations.
+    pub(super) tallies: Tallies,
     /// Routing in force where a request chooses none; `None` as long as nobody has said.
     serving: Mutex<Option<LayerChoices>>,
 }
@@ -64,12 +70,29 @@ enum Place {
 
 impl Shared {
     pub(super) fn new(generation: u64, metrics: Arc<Metrics>) -> Self {
-        let status = EngineStatus { running: 0, waiting: 0, waiting_tokens: 0, draining: false, alive: true, generation };
-        Self { status: watch::Sender::new(status), metrics, speed: AtomicU32::new(0), serving: Mutex::default() }
+        let mode = Mode::default();
+        let status = EngineStatus { running: 0, waiting: 0, waiting_tokens: 0, draining: false, alive: true, generation, mode };
+        metrics.set_generation(generation);
+        metrics.set_generations(1, 0, 0);
+        let (speed, tallies) = (AtomicU32::new(0), Tallies::default());
+        Self { status: watch::Sender::new(status), metrics, speed, tallies, serving: Mutex::default() }
     }
 
-    pub(super) fn set_serving(&self, choices: LayerChoices) {
-        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(choices);
+    /// Other weights are in force.
+    pub(super) fn set_generation(&self, generation: u64) {
+        self.metrics.set_generation(generation);
+        self.update(|status| status.generation = generation);
+    }
+
+    /// The machine is given to these.
+    pub(super) fn set_mode(&self, mode: Mode) {
+        self.metrics.set_mode(mode);
+        self.update(|status| status.mode = mode);
+    }
+
+    /// What was in force before.
+    pub(super) fn set_serving(&self, choices: LayerChoices) -> Option<LayerChoices> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner).replace(choices)
     }
 
     pub(super) fn serving(&self) -> Option<LayerChoices> {
@@ -103,6 +126,8 @@ impl Shared {
                 Some((Some(Rejection::Draining), Error::Draining))
             } else if !status.alive {
                 Some((None, Error::Internal("the engine thread died".into())))
+            } else if status.mode == Mode::TuneExclusive {
+                Some((Some(Rejection::Tuning), Error::Tuning))
             } else if status.running + status.waiting + choices > places {
                 full(QueueLimit::Requests(config.max_queue_requests))
             } else if status.waiting > 0 && status.waiting_tokens.saturating_add(tokens) > config.max_queue_tokens {

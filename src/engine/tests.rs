@@ -24,18 +24,28 @@ use crate::{
 mod background;
 mod cache;
 mod decoder;
+mod draws;
 mod faults;
+mod generations;
 mod routing;
 mod storm;
+mod turns;
 
-fn metrics() -> Arc<Metrics> {
+pub(super) fn metrics() -> Arc<Metrics> {
     let config = MetricsConfig { model: "fake".into(), layers: vec![(0, fake::EXPERTS)], max_context: 64, ..MetricsConfig::default() };
     Arc::new(Metrics::new(&config).unwrap())
 }
 
 fn start_with(model: FakeModel, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
-    let parts =
-        EngineParts { model: Box::new(model), background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
+    let parts = EngineParts {
+        model: Box::new(model),
+        generation: FIRST_GENERATION,
+        background: None,
+        tokenizer: fake::tokenizer(),
+        eos_token_ids: vec![EOS],
+        config,
+        metrics,
+    };
     Engine::start(parts).unwrap()
 }
 
@@ -399,8 +409,15 @@ fn start_with_jumps(model: FakeModel, config: EngineConfig, metrics: Arc<Metrics
         }
     };
     let clock = Box::new(move || Instant::now() + HOUR * jumps.load(Ordering::SeqCst));
-    let parts =
-        EngineParts { model: Box::new(model), background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![EOS], config, metrics };
+    let parts = EngineParts {
+        model: Box::new(model),
+        generation: FIRST_GENERATION,
+        background: None,
+        tokenizer: fake::tokenizer(),
+        eos_token_ids: vec![EOS],
+        config,
+        metrics,
+    };
     (Engine::start_with_clock(parts, clock).unwrap(), jump)
 }
 
@@ -582,6 +599,7 @@ async fn bad_requests_and_configurations_are_refused() {
         let model = Box::new(FakeModel::sum());
         let parts = EngineParts {
             model,
+            generation: FIRST_GENERATION,
             background: None,
             tokenizer: fake::tokenizer(),
             eos_token_ids: vec![EOS],

@@ -14,27 +14,30 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::oneshot;
+
 use super::{
-    EngineConfig, Event, FinishReason, Finished, PrefixCache, THREAD_NAME, Task, Timing,
+    EngineConfig, Event, FinishReason, Finished, PrefixCache, THREAD_NAME, Timing,
     background::{Background, Load, panic_message},
     blocks::{RoutingKeys, Salt},
+    generations::{Generation, Generations, InFlight, Resident, Switched},
     measure::Measurement,
+    sampler::Drawer,
     scheduler::{Admitted, Arrival, Limits, Scheduler, SequenceId, Share},
     sequence::{Progress, Rows, Sequence, Submission, Surroundings},
     status::Shared,
+    turns::{self, Lane, TurnRequest},
 };
 use crate::{
-    error::{Error, Result},
-    model::{Batch, Forward, LanguageModel, LogitRows, Span},
+    error::{Error, ErrorKind, Result},
+    model::{Batch, Drawn, Forward, LanguageModel, Span},
     moe::{
         LayerRouting,
+        policy::LayerChoices,
         trace::{self, TracedLayer},
     },
     telemetry::metrics::{Completed, Generated, Outcome, Rejection, SampleOutcome, Step},
 };
-
-/// Generation of the weights that the engine starts with.
-pub(super) const FIRST_GENERATION: u64 = 1;
 
 /// Deep tensor graphs are dropped recursively.
 const STACK_BYTES: usize = 16 << 20;
@@ -55,7 +58,18 @@ pub(super) enum Command {
     /// Nobody reads the events of these any more.
     Cancel(Range<SequenceId>),
     Measure(Box<Measurement>),
+    Publish(Box<Publication>),
+    Turn(TurnRequest),
+    SetShare(Option<turns::Share>),
     Shutdown,
+}
+
+/// Other weights, and who waits for them to be in force.
+#[derive(Debug)]
+pub(super) struct Publication {
+    pub(super) generation: Generation,
+    pub(super) in_flight: InFlight,
+    pub(super) reply: oneshot::Sender<Result<Switched>>,
 }
 
 /// What there is to do before the next command is waited for.
@@ -73,6 +87,7 @@ pub(super) type Clock = Box<dyn Fn() -> Instant + Send>;
 
 pub(super) struct Worker {
     model: Box<dyn LanguageModel>,
+    generations: Generations,
     clock: Clock,
     surroundings: Surroundings,
     shared: Arc<Shared>,
@@ -85,6 +100,8 @@ pub(super) struct Worker {
     born: Instant,
     /// No command is taken any more.
     stopping: bool,
+    /// The model's device is of no use any more, nor is this process.
+    lost: bool,
     scheduler: Scheduler,
     sequences: BTreeMap<SequenceId, Sequence>,
     deadlines: BTreeSet<(Instant, SequenceId)>,
@@ -94,6 +111,7 @@ pub(super) struct Worker {
     speed: f64,
     routing_keys: RoutingKeys,
     background: Background,
+    lane: Lane,
     /// Kept from step to step for their memory.
     batch: Batch,
     shares: Vec<Share>,
@@ -109,6 +127,27 @@ enum Ending {
     Shed,
 }
 
+/// What sequences take of a forward, of which the next one has the first part.
+#[derive(Clone, Copy)]
+struct Computed<'a> {
+    /// Of all; empty where none is traced.
+    layers: &'a [TracedLayer<'a>],
+    /// What became of each row of logits.
+    drawn: &'a [Drawn],
+    /// `[rows, V]`: one for each [`Drawn::Row`].
+    logits: &'a [f32],
+}
+
+impl Computed<'_> {
+    /// The part of a sequence that asked for so many `rows`, and the rest. There is no such part where it asked for more than there are.
+    fn split(self, rows: usize, vocab_size: usize) -> Option<(Self, Self)> {
+        let (mine, others) = self.drawn.split_at_checked(rows)?;
+        let values = mine.iter().filter(|&&drawn| drawn == Drawn::Row).count() * vocab_size;
+        let (logits, rest) = self.logits.split_at_checked(values)?;
+        Some((Self { drawn: mine, logits, ..self }, Self { drawn: others, logits: rest, ..self }))
+    }
+}
+
 /// Tells everyone that the thread is gone, however it goes.
 struct LastWords(Arc<Shared>);
 
@@ -121,18 +160,22 @@ impl Drop for LastWords {
 impl Worker {
     pub(super) fn new(
         model: Box<dyn LanguageModel>,
+        generations: Generations,
         clock: Clock,
         surroundings: Surroundings,
         config: &EngineConfig,
-        background: Background,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Command>,
     ) -> Self {
         let EngineConfig { max_batch_requests, max_step_tokens, priority_step, .. } = *config;
         let limits = Limits { max_running: max_batch_requests, max_step_tokens, priority_step };
         let scheduler = Scheduler::new(limits, model.cache());
+        let source = generations.current().source.clone();
+        let background = Background::new(source, model.spec().clone(), config, Arc::clone(&shared));
+        let lane = Lane::new(Arc::clone(&shared));
         Self {
             model,
+            generations,
             clock,
             surroundings,
             shared,
@@ -142,6 +185,7 @@ impl Worker {
             reader_timeout: config.reader_timeout,
             born: Instant::now(),
             stopping: false,
+            lost: false,
             scheduler,
             sequences: BTreeMap::new(),
             deadlines: BTreeSet::new(),
@@ -149,6 +193,7 @@ impl Worker {
             speed: 0.0,
             routing_keys: RoutingKeys::default(),
             background,
+            lane,
             batch: Batch::default(),
             shares: Vec::new(),
         }
@@ -188,8 +233,13 @@ impl Worker {
             } else {
                 Pace::Blocked
             };
+            self.show_generations();
+            if self.lost {
+                break;
+            }
             let load = if let Pace::Busy = pace { Load::Busy(begun.elapsed()) } else { Load::Idle };
-            if self.background.turn(load, &self.clock) {
+            let more = self.background.turn(load, &self.clock);
+            if self.lane.turn(load) || more {
                 pace = Pace::Busy;
             }
         }
@@ -205,15 +255,18 @@ impl Worker {
         self.streaming.clear();
         let mut told = 0..0;
         for (id, sequence) in std::mem::take(&mut self.sequences) {
-            let Sequence { events, group, ticket, .. } = sequence;
+            let Sequence { events, group, ticket, generation, .. } = sequence;
             drop(ticket);
             self.shared.metrics.finished(Outcome::Error);
+            self.shared.tallies.ended(generation.number, false);
             if !told.contains(&id) {
                 told = group;
                 let _ = events.try_send(Event::Failed(started_anew()));
             }
         }
+        self.return_to_current();
         self.show_cache();
+        self.show_generations();
     }
 
     /// Takes what has been sent, after waiting for the first command as long as the pace allows. Breaks at shutdown.
@@ -232,6 +285,9 @@ impl Worker {
                 Ok(Command::Submit(submission)) => self.enqueue(*submission),
                 Ok(Command::Cancel(ids)) => ids.for_each(|id| self.leave(id)),
                 Ok(Command::Measure(measurement)) => self.background.measure(*measurement),
+                Ok(Command::Publish(publication)) => self.publish(*publication),
+                Ok(Command::Turn(request)) => self.lane.push(request),
+                Ok(Command::SetShare(share)) => self.lane.set_share(share),
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
                 Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
             }
@@ -242,8 +298,8 @@ impl Worker {
     fn enqueue(&mut self, submission: Submission) {
         let (events, ids) = (submission.events.clone(), submission.ids.clone());
         let arrival = self.arrival(&submission);
-        let surroundings = &self.surroundings;
-        let error = match catch_unwind(AssertUnwindSafe(|| Sequence::new(submission, surroundings))) {
+        let (surroundings, generation) = (&self.surroundings, self.generations.current());
+        let error = match catch_unwind(AssertUnwindSafe(|| Sequence::new(submission, surroundings, generation))) {
             Ok(Ok(sequences)) => {
                 for (id, sequence) in ids.zip(sequences) {
                     self.deadlines.extend(sequence.deadline.map(|deadline| (deadline, id)));
@@ -273,17 +329,44 @@ impl Worker {
     /// How the scheduler sees a request.
     fn arrival(&mut self, submission: &Submission) -> Arrival {
         let Submission { request, milestones, ids, .. } = submission;
-        let generation = self.surroundings.generation;
-        let common = self.routing_keys.key(&request.routing).map(|routing| Salt::Common { generation, routing });
-        let salt = match (self.prefix_cache, &request.task) {
-            // What is not computed leaves no trace.
-            _ if request.trace => None,
-            (PrefixCache::On, _) if common.is_some() => common,
-            (_, Task::Generate(params)) if params.n > 1 => Some(Salt::Private(ids.start)),
-            _ => None,
-        };
+        let generation = self.generations.current().number;
+        // What is not computed leaves no trace.
+        let salt = if request.trace { None } else { salt(self.prefix_cache, &mut self.routing_keys, &request.routing, ids, generation) };
         let at = milestones.submitted().saturating_duration_since(self.born);
         Arrival { ids: ids.clone(), at, priority: request.priority, tokens: request.prompt.len(), salt }
+    }
+
+    /// Puts other weights in force: what comes from now on runs on them, and of what is inside that which is to be migrated.
+    fn publish(&mut self, publication: Publication) {
+        let Publication { generation, in_flight, reply } = publication;
+        let begun = Instant::now();
+        let switched = self.generations.publish(&mut *self.model, generation).map(|previous| {
+            let current = Arc::clone(self.generations.current());
+            self.background.publish(current.source.clone());
+            self.shared.set_generation(current.number);
+            let migrated = if in_flight == InFlight::Migrate { self.migrate(&current) } else { 0 };
+            let staying = self.sequences.values().filter(|sequence| sequence.generation.number != current.number).count();
+            self.show_generations();
+            let (took, generations) = (begun.elapsed(), self.generations.resident());
+            tracing::info!(generation = current.number, previous, staying, migrated, generations, ?took, "other weights are in force");
+            Switched { previous, staying, migrated, took }
+        });
+        // Whoever has gone does not want to know.
+        let _ = reply.send(switched);
+    }
+
+    /// Lets continuations go on under other weights; how many.
+    fn migrate(&mut self, to: &Arc<Resident>) -> usize {
+        let (mut migrated, prefix_cache, keys) = (0, self.prefix_cache, &mut self.routing_keys);
+        for (&id, sequence) in &mut self.sequences {
+            if sequence.can_migrate() && sequence.generation.number != to.number {
+                sequence.generation = Arc::clone(to);
+                self.scheduler.restart(id, salt(prefix_cache, keys, &sequence.routing, &sequence.group, to.number));
+                migrated += 1;
+            }
+        }
+        self.note_preempted();
+        migrated
     }
 
     /// Ends what is too late, and what is not read.
@@ -337,29 +420,54 @@ impl Worker {
         }
     }
 
-    /// One forward for everyone who can go on. `false` if nobody can.
-    fn step(&mut self, begun: Instant) -> bool {
+    /// One forward for everyone who can go on, or one for each generation that they run on. `false` if nobody can.
+    fn step(&mut self, mut begun: Instant) -> bool {
         let mut shares = std::mem::take(&mut self.shares);
         self.scheduler.plan(&self.sequences, &mut shares);
         self.note_preempted();
-        if !shares.is_empty() {
-            self.compute(&shares, begun);
+        // Among those of one generation the order stays that of ranks.
+        shares.sort_by_key(|share| self.sequences.get(&share.id).map(|sequence| sequence.generation.number));
+        let mut rest = &shares[..];
+        while let Some(generation) = rest.first().and_then(|share| self.sequences.get(&share.id)).map(|first| Arc::clone(&first.generation))
+        {
+            let others = rest.iter().position(|share| self.runs_on(share.id) != Some(generation.number));
+            let (mine, others) = rest.split_at(others.unwrap_or(rest.len()));
+            self.compute(&generation, mine, begun);
+            (rest, begun) = (others, Instant::now());
         }
+        self.return_to_current();
         self.shares = shares;
         !self.shares.is_empty()
     }
 
-    fn compute(&mut self, shares: &[Share], begun: Instant) {
+    fn runs_on(&self, id: SequenceId) -> Option<u64> {
+        self.sequences.get(&id).map(|sequence| sequence.generation.number)
+    }
+
+    /// The model has the weights in force between steps, so that older ones go with their last sequence.
+    fn return_to_current(&mut self) {
+        if let Err(error) = self.generations.load_current(&mut *self.model) {
+            tracing::error!(%error, "the weights in force cannot be run on");
+        }
+    }
+
+    /// A forward of sequences that run on `generation`.
+    fn compute(&mut self, generation: &Arc<Resident>, shares: &[Share], begun: Instant) {
         let started = (self.clock)();
         let mut batch = std::mem::take(&mut self.batch);
         self.build(&mut batch, shares, started);
         let launched = Instant::now();
-        let forward = self.forward(&batch);
+        let loaded = self.generations.load(&mut *self.model, generation).map_err(|error| error.to_string());
+        let forward = loaded.and_then(|()| self.forward(&batch));
         let (now, forward_time) = ((self.clock)(), launched.elapsed());
         let settled = forward.and_then(|forward| {
             self.measure(&batch, now.saturating_duration_since(started));
-            let layers = self.traced_layers(shares, &forward.layers)?;
-            let settled = forward.read_logits(|logits| self.settle(shares, &batch, (&layers, logits), now));
+            // On a device a token that is no number reaches others of its step and sequence.
+            if forward.layers.iter().any(|layer| layer.stats.non_finite > 0) {
+                shares.iter().for_each(|share| self.scheduler.keep_private(share.id));
+            }
+            let (layers, drawn) = (traced_layers(&batch, &forward.layers)?, &forward.drawn[..]);
+            let settled = forward.read_logits(|logits| self.settle(shares, &batch, Computed { layers: &layers, drawn, logits }, now));
             settled.map_err(|error| format!("the logits cannot be read: {error}"))?;
             Ok(forward)
         });
@@ -388,12 +496,18 @@ impl Worker {
 
     fn build(&mut self, batch: &mut Batch, shares: &[Share], now: Instant) {
         batch.clear();
+        batch.routes = false;
         for &share in shares {
             let end = share.past + share.tokens;
             if let Some(sequence) = self.sequences.get_mut(&share.id) {
                 sequence.begin_step(now);
                 let (table, tokens) = (self.scheduler.table(share.id, end), sequence.tokens().get(share.past..end).unwrap_or_default());
                 batch.push(table, tokens, share.past, sequence.routing.from_position(share.past), sequence.logit_rows(share));
+                batch.routes |= sequence.is_traced();
+                if self.surroundings.drawer == Drawer::Model {
+                    let rows = batch.spans.last().map_or(0, Span::num_logit_rows);
+                    batch.choices.extend(std::iter::repeat_n(sequence.row_choice(), rows));
+                }
             }
         }
     }
@@ -401,17 +515,11 @@ impl Worker {
     /// Runs the model; a failure is told in words, because it is told to every request of the batch.
     fn forward(&mut self, batch: &Batch) -> Result<Forward, String> {
         let (model, vocab_size) = (&mut self.model, self.surroundings.vocab_size);
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            let forward = model.forward(batch)?;
-            let expected = (batch.spans.iter().map(rows).sum::<usize>(), vocab_size);
-            match forward.logits.dims2()? {
-                found if found == expected => Ok(forward),
-                found => Err(Error::Internal(format!("logits of shape {found:?} instead of {expected:?}"))),
-            }
-        }));
+        let result = catch_unwind(AssertUnwindSafe(|| checked(model.forward(batch)?, batch.num_logit_rows(), vocab_size)));
         match result {
             Ok(Ok(forward)) => Ok(forward),
             Ok(Err(error)) => {
+                self.lost |= matches!(error, Error::DeviceLost(_));
                 tracing::error!(%error, spans = batch.spans.len(), tokens = batch.tokens.len(), "forward failed");
                 Err(format!("the forward pass failed: {error}"))
             }
@@ -432,14 +540,6 @@ impl Worker {
         }
     }
 
-    /// What the traces of a step are made of: nothing where none is asked for.
-    fn traced_layers<'a>(&self, shares: &[Share], layers: &'a [LayerRouting]) -> Result<Vec<TracedLayer<'a>>, String> {
-        if !shares.iter().any(|share| self.sequences.get(&share.id).is_some_and(Sequence::is_traced)) {
-            return Ok(Vec::new());
-        }
-        trace::traced_layers(layers).map_err(|error| format!("the routing cannot be read: {error}"))
-    }
-
     fn report_panic(&self, panic: &(dyn Any + Send), place: &'static str) {
         tracing::error!(place, message = panic_message(panic), "panic in the engine; its requests fail, the engine goes on");
         self.shared.metrics.engine_panicked();
@@ -450,12 +550,19 @@ impl Worker {
         self.shared.metrics.set_cache_usage(pool.held(), pool.shape().num_blocks);
     }
 
+    fn show_generations(&self) {
+        let (current, resident) = (self.generations.current().number, self.generations.resident());
+        let is_older = |sequence: &&Sequence| sequence.generation.number != current;
+        let older = if resident > 1 { self.sequences.values().filter(is_older).count() } else { 0 };
+        self.shared.metrics.set_generations(resident, self.sequences.len() - older, older);
+    }
+
     /// Gives each sequence its rows, and its reader what came of them.
-    fn settle(&mut self, shares: &[Share], batch: &Batch, (layers, logits): (&[TracedLayer<'_>], &[f32]), now: Instant) {
-        let (mut rest, mut first) = (logits, 0);
+    fn settle(&mut self, shares: &[Share], batch: &Batch, computed: Computed<'_>, now: Instant) {
+        let (mut rest, mut first) = (computed, 0);
         for (share, span) in shares.iter().zip(&batch.spans) {
-            let Some((mine, others)) = rest.split_at_checked(rows(span) * self.surroundings.vocab_size) else { continue };
-            self.advance(*share, Rows { logits: mine, layers, first, now });
+            let Some((mine, others)) = rest.split(span.num_logit_rows(), self.surroundings.vocab_size) else { return };
+            self.advance(*share, Rows { drawn: mine.drawn, logits: mine.logits, layers: mine.layers, first, now });
             rest = others;
             first += span.new;
         }
@@ -504,7 +611,7 @@ impl Worker {
         }
         if let Ending::Finished(finished) = &ending {
             self.shared.metrics.completed(&completed(&sequence, finished));
-            self.background.offer(&sequence, finished.generation, (self.clock)());
+            self.background.offer(&sequence, (self.clock)());
         }
         if let Ending::Shed = ending {
             self.shared.metrics.rejected(Rejection::Deadline);
@@ -532,6 +639,11 @@ impl Worker {
         if let Some(outcome) = outcome(ending) {
             self.shared.metrics.finished(outcome);
         }
+        match ending {
+            Ending::Finished(_) => self.shared.tallies.ended(sequence.generation.number, true),
+            Ending::Failed(error) if error.kind() == ErrorKind::Internal => self.shared.tallies.ended(sequence.generation.number, false),
+            Ending::Failed(_) | Ending::Cancelled | Ending::Shed => {}
+        }
         Some(sequence)
     }
 
@@ -539,6 +651,7 @@ impl Worker {
     fn end_all(&mut self) {
         self.shared.update(|status| status.draining = true);
         self.background.end(SampleOutcome::DroppedDraining, || Error::Draining);
+        self.lane.clear();
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(submission) = command {
                 self.enqueue(*submission);
@@ -550,18 +663,47 @@ impl Worker {
     }
 }
 
+/// What blocks of a request depend on besides their tokens; `None`: they are nobody else's.
+fn salt(
+    prefix_cache: PrefixCache,
+    keys: &mut RoutingKeys,
+    routing: &LayerChoices,
+    choices: &Range<SequenceId>,
+    generation: u64,
+) -> Option<Salt> {
+    let common = if prefix_cache == PrefixCache::On { keys.key(routing) } else { None };
+    let several = choices.end - choices.start > 1;
+    let private = several.then_some(Salt::Private { request: choices.start, generation });
+    common.map(|routing| Salt::Common { generation, routing }).or(private)
+}
+
 /// What everything that was inside when the engine panicked is told.
 fn started_anew() -> Error {
     Error::Internal("the engine panicked and was started anew".into())
 }
 
-/// Rows of logits that a span asks for.
-fn rows(span: &Span) -> usize {
-    match span.logits {
-        LogitRows::None => 0,
-        LogitRows::Last => 1,
-        LogitRows::All => span.new,
+/// A forward that has an answer for each of the `rows` that were asked for; where the model drew none, that is spelt out.
+fn checked(mut forward: Forward, rows: usize, vocab_size: usize) -> Result<Forward> {
+    let drawn = &mut forward.drawn;
+    if drawn.is_empty() {
+        drawn.resize(rows, Drawn::Row);
     }
+    if drawn.len() != rows {
+        return Err(Error::Internal(format!("{} rows of logits answered instead of {rows}", drawn.len())));
+    }
+    let expected = (drawn.iter().filter(|&&drawn| drawn == Drawn::Row).count(), vocab_size);
+    match forward.logits.dims2()? {
+        found if found == expected => Ok(forward),
+        found => Err(Error::Internal(format!("logits of shape {found:?} instead of {expected:?}"))),
+    }
+}
+
+/// What the traces of a step are made of: nothing where none is asked for.
+fn traced_layers<'a>(batch: &Batch, layers: &'a [LayerRouting]) -> Result<Vec<TracedLayer<'a>>, String> {
+    if !batch.routes {
+        return Ok(Vec::new());
+    }
+    trace::traced_layers(layers, batch.tokens.len()).map_err(|error| format!("the routing cannot be read: {error}"))
 }
 
 /// `None` for what was not let in.

@@ -162,6 +162,22 @@ impl LogitCompare {
     }
 }
 
+/// `KL(reference ‖ served)` of two rows of logits, in nats, for whoever needs nothing else. No number where a logit is none.
+pub fn kl(reference: &[f32], served: &[f32]) -> f64 {
+    let (p_total, q_total) = (log_sum_exp(reference), log_sum_exp(served));
+    let term = |(&r, &s): (&f32, &f32)| {
+        let (lp, lq) = (f64::from(r) - p_total, f64::from(s) - q_total);
+        lp.exp() * (lp - lq)
+    };
+    let sum: f64 = reference.iter().zip(served).map(term).sum();
+    if sum.is_nan() { sum } else { sum.max(0.0) }
+}
+
+/// The id of the largest logit, the lowest of equals; `None` of an empty row.
+pub fn likeliest(row: &[f32]) -> Option<u32> {
+    top::<1>(row)[0]
+}
+
 /// `-ln softmax(row)[token]` in nats.
 pub fn nll(row: &[f32], token: u32) -> f64 {
     log_sum_exp(row) - f64::from(row[token as usize])

@@ -13,13 +13,15 @@ const LEAST_ROWS: usize = 8;
 /// Tokens of the largest piece.
 const MOST_TOKENS: usize = 128;
 
-/// Credit is saved for so long.
+/// Credit is saved for so long where nothing else is said.
 const SAVED: Duration = Duration::from_secs(10);
 
 /// A share of the time in which requests are worked on: it is earned while they are, and spent in pieces.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Credit {
     share: f64,
+    /// Seconds for which it is saved.
+    saved: f64,
     /// Seconds. Below 0 after a piece that took longer than it was thought to.
     balance: f64,
 }
@@ -37,12 +39,17 @@ pub struct PieceSize {
 impl Credit {
     /// None yet. `share` of the time, from 0.
     pub fn new(share: f64) -> Self {
-        Self { share, balance: 0.0 }
+        Self::saving(share, SAVED)
+    }
+
+    /// The same, saved for `saved` at most: so much of the time may go to pieces that follow one another.
+    pub fn saving(share: f64, saved: Duration) -> Self {
+        Self { share, saved: saved.as_secs_f64(), balance: 0.0 }
     }
 
     /// Requests were worked on for so long. A piece costs `cost`: credit is saved for one at least.
     pub fn earn(&mut self, worked: Duration, cost: Duration) {
-        let most = (self.share * SAVED.as_secs_f64()).max(cost.as_secs_f64());
+        let most = (self.share * self.saved).max(cost.as_secs_f64());
         if self.share > 0.0 && self.balance < most {
             self.balance = (self.balance + self.share * worked.as_secs_f64()).min(most);
         }
@@ -138,6 +145,9 @@ mod tests {
         let mut credit = Credit::new(0.01);
         credit.earn(Duration::from_secs(3600), ms(20));
         assert!(credit.affords(ms(100)) && !credit.affords(ms(101)));
+        let mut brief = Credit::saving(0.5, Duration::from_secs(1));
+        brief.earn(Duration::from_secs(3600), ms(20));
+        assert!(brief.affords(ms(500)) && !brief.affords(ms(501)));
         let mut slow = Credit::new(0.01);
         (0..1000).for_each(|_| slow.earn(Duration::from_secs(1), Duration::from_secs(2)));
         assert!(slow.affords(Duration::from_secs(2)), "a piece that takes longer than what is saved for");

@@ -1,5 +1,7 @@
 //! Grouped-query attention over a ragged batch, with or without a cache.
 
+use std::cell::RefCell;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{
@@ -25,6 +27,8 @@ pub(super) struct Attention {
     clip_qkv: Option<f32>,
     eps: f64,
     weights: AttentionWeights,
+    /// What goes into products with weights; all else is f32.
+    products: DType,
 }
 
 /// What all layers share in one forward.
@@ -35,6 +39,28 @@ pub(super) struct AttentionInput<'a> {
     pub(super) cos: Tensor,
     /// `[T, hd / 2]` f32.
     pub(super) sin: Tensor,
+    /// For devices.
+    pub(super) masks: Masks,
+}
+
+/// What queries may see, made for the first layer that asks: most layers of a model ask the same.
+#[derive(Debug, Default)]
+pub(super) struct Masks(RefCell<Vec<(MaskKey, Tensor)>>);
+
+/// New tokens, tokens before them, window.
+type MaskKey = (usize, usize, Option<usize>);
+
+impl Masks {
+    fn get(&self, key: MaskKey, device: &Device) -> Result<Tensor> {
+        let known = self.0.borrow().iter().find(|(known, _)| *known == key).map(|(_, mask)| mask.clone());
+        if let Some(mask) = known {
+            return Ok(mask);
+        }
+        let (new, past, window) = key;
+        let mask = ops::device::causal_mask(new, past, window, device)?;
+        self.0.borrow_mut().push((key, mask.clone()));
+        Ok(mask)
+    }
 }
 
 impl Attention {
@@ -45,19 +71,36 @@ impl Attention {
             head_dim: spec.head_dim,
             window: spec.layers[layer].sliding_window,
         };
-        Self { layer, shape, qk_norm: spec.qk_norm, clip_qkv: spec.clip_qkv, eps: spec.rms_norm_eps, weights }
+        let (qk_norm, clip_qkv, eps) = (spec.qk_norm, spec.clip_qkv, spec.rms_norm_eps);
+        Self { layer, shape, qk_norm, clip_qkv, eps, weights, products: DType::F32 }
     }
 
-    /// `x [T, D]` to `[T, D]`.
+    /// With this element type in products with weights.
+    pub(super) fn set_products(&mut self, products: DType) {
+        self.products = products;
+    }
+
+    /// `x [T, D]` f32 to `[T, D]` f32.
     pub(super) fn forward(&self, x_td: &Tensor, input: &AttentionInput<'_>, cache: Option<&mut KvCache>) -> Result<Tensor> {
         let (q, k, v) = self.project(x_td, input)?;
         let y_thd = match cache {
-            Some(cache) => self.cached(&q, &k, &v, input.batch, cache)?,
-            None if q.device().is_cpu() && q.dtype() == DType::F32 && !q.track_op() => self.ragged(&q, &k, &v, &input.batch.spans)?,
-            None => self.composed(&q, &input.batch.spans, &split(&k, &v, &input.batch.spans)?)?,
+            Some(cache) => self.cached(&q, &k, &v, input, cache)?,
+            None if ops::runs_here(q.device()) && q.dtype() == DType::F32 && !q.track_op() => {
+                self.ragged(&q, &k, &v, &input.batch.spans)?
+            }
+            None => self.composed(&q, input, &split(&k, &v, &input.batch.spans)?)?,
         };
-        let y = ops::linear(&y_thd.reshape((x_td.dim(0)?, self.shape.heads * self.shape.head_dim))?, &self.weights.output)?;
-        add_bias(y, self.weights.output_bias.as_ref())
+        let y_td = y_thd.reshape((x_td.dim(0)?, self.shape.heads * self.shape.head_dim))?;
+        self.product(&y_td, &self.weights.output, self.weights.output_bias.as_ref())
+    }
+
+    /// `x [T, K]` times `weight [N, K]` transposed, plus `bias [N]`, f32.
+    fn product(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let y = ops::linear(&x.to_dtype(self.products)?, weight)?.to_dtype(DType::F32)?;
+        match bias {
+            Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(DType::F32)?)?),
+            None => Ok(y),
+        }
     }
 
     /// Queries `[T, H, hd]`, keys and values `[T, KV, hd]`; normalised, clipped and rotated.
@@ -79,7 +122,7 @@ impl Attention {
 
     fn shaped(&self, x_td: &Tensor, weight: &Tensor, bias: Option<&Tensor>, norm: Option<&Tensor>, heads: usize) -> Result<Tensor> {
         let shape = (x_td.dim(0)?, heads, self.shape.head_dim);
-        let flat = add_bias(ops::linear(x_td, weight)?, bias)?;
+        let flat = self.product(x_td, weight, bias)?;
         let normed = match (norm, self.qk_norm) {
             (Some(norm), QkNorm::PerHead) => ops::rms_norm(&flat.reshape(shape)?, norm, self.eps)?,
             (Some(norm), QkNorm::Full) => ops::rms_norm(&flat, norm, self.eps)?,
@@ -93,7 +136,8 @@ impl Attention {
     }
 
     /// Writes the new keys and values to the cache, and attends over it.
-    fn cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+    fn cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput<'_>, cache: &mut KvCache) -> Result<Tensor> {
+        let batch = input.batch;
         cache.write(self.layer, batch, k, v)?;
         match cache.layer(self.layer)? {
             LayerCache::Host { keys, values } => {
@@ -110,7 +154,7 @@ impl Attention {
                     Ok((cache.gather(keys, table, tokens)?, cache.gather(values, table, tokens)?))
                 };
                 let pairs = batch.spans.iter().map(pair).collect::<Result<Vec<_>>>()?;
-                self.composed(q, &batch.spans, &pairs)
+                self.composed(q, input, &pairs)
             }
         }
     }
@@ -143,7 +187,8 @@ impl Attention {
     }
 
     /// Tensor operations, differentiable: all sequences at once where they have one length and no past.
-    fn composed(&self, q: &Tensor, spans: &[Span], pairs: &[(Tensor, Tensor)]) -> Result<Tensor> {
+    fn composed(&self, q: &Tensor, input: &AttentionInput<'_>, pairs: &[(Tensor, Tensor)]) -> Result<Tensor> {
+        let spans = &input.batch.spans;
         let uniform = spans.iter().all(|span| span.new == spans[0].new && span.past == 0);
         let mut start = 0;
         let mut parts = Vec::with_capacity(spans.len());
@@ -151,36 +196,24 @@ impl Attention {
             let keys: Vec<&Tensor> = pairs.iter().map(|(k, _)| k).collect();
             let values: Vec<&Tensor> = pairs.iter().map(|(_, v)| v).collect();
             let (keys, values) = (Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?);
-            if q.device().is_cpu() && q.dtype() == DType::F32 {
+            if ops::runs_here(q.device()) && q.dtype() == DType::F32 {
                 return ops::causal_attention(q, &keys, &values, spans.len(), self.shape);
             }
-            parts.push(self.block(q, &keys, &values, spans.len(), 0)?);
+            parts.push(self.block([q, &keys, &values], input, spans.len(), (spans[0].new, 0))?);
         } else {
             for (span, (keys, values)) in spans.iter().zip(pairs) {
-                parts.push(self.block(&q.narrow(0, start, span.new)?, keys, values, 1, span.past)?);
+                let q = q.narrow(0, start, span.new)?;
+                parts.push(self.block([&q, keys, values], input, 1, (span.new, span.past))?);
                 start += span.new;
             }
         }
         Ok(Tensor::cat(&parts, 0)?)
     }
 
-    /// `count` sequences of one length: q `[count · S, H, hd]`, k and v `[count · (past + S), KV, hd]`.
-    fn block(&self, q: &Tensor, k: &Tensor, v: &Tensor, count: usize, past: usize) -> Result<Tensor> {
-        let AttentionShape { heads, kv_heads, head_dim, window } = self.shape;
-        let new = q.dim(0)? / count;
-        let total = past + new;
-        let q = q.reshape((count, new, heads, head_dim))?.transpose(1, 2)?.contiguous()?;
-        let spread = |x: &Tensor| -> Result<Tensor> {
-            let x = x.reshape((count, total, kv_heads, head_dim))?.transpose(1, 2)?.unsqueeze(2)?;
-            let x = x.broadcast_as((count, kv_heads, heads / kv_heads, total, head_dim))?;
-            Ok(x.reshape((count, heads, total, head_dim))?)
-        };
-        let (k, v) = (spread(k)?, spread(v)?);
-        let scores = (q.matmul(&k.transpose(2, 3)?.contiguous()?)? * (1.0 / (head_dim as f64).sqrt()))?.to_dtype(DType::F32)?;
-        let scores = scores.broadcast_add(&mask(new, past, window, q.device())?)?;
-        let weights = ops::softmax(&scores)?.to_dtype(v.dtype())?;
-        let y = weights.matmul(&v)?;
-        Ok(y.transpose(1, 2)?.reshape((count * new, heads, head_dim))?)
+    /// `count` sequences of `new` tokens after `past`: q `[count · new, H, hd]`, k and v `[count · (past + new), KV, hd]`.
+    fn block(&self, qkv: [&Tensor; 3], input: &AttentionInput<'_>, count: usize, (new, past): (usize, usize)) -> Result<Tensor> {
+        let mask = input.masks.get((new, past, self.shape.window), qkv[0].device())?;
+        Ok(ops::device::attention(qkv, &mask, count, self.shape)?)
     }
 }
 
@@ -193,19 +226,4 @@ fn split(k: &Tensor, v: &Tensor, spans: &[Span]) -> Result<Vec<(Tensor, Tensor)>
         Ok(pair)
     };
     spans.iter().map(pair).collect()
-}
-
-fn add_bias(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    match bias {
-        Some(bias) => Ok(x.broadcast_add(&bias.to_dtype(x.dtype())?)?),
-        None => Ok(x),
-    }
-}
-
-/// `[new, past + new]` f32: 0 where the query may look, negative infinity elsewhere.
-fn mask(new: usize, past: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
-    let allowed = |query: usize, key: usize| key <= query && window.is_none_or(|window| query - key < window);
-    let rows =
-        (past..past + new).flat_map(|query| (0..past + new).map(move |key| if allowed(query, key) { 0f32 } else { f32::NEG_INFINITY }));
-    Ok(Tensor::from_vec(rows.collect(), (new, past + new), device)?)
 }

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
+use super::draw::RowChoice;
 use crate::moe::policy::LayerChoices;
 
 /// New tokens of several sequences, one sequence after the other.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Batch {
     /// Token ids of all spans, concatenated. T = `tokens.len()`.
     pub tokens: Vec<u32>,
@@ -13,6 +14,19 @@ pub struct Batch {
     pub spans: Vec<Span>,
     /// Block tables of all spans, concatenated: see [`Span::blocks`].
     pub blocks: Vec<u32>,
+    /// What is wanted of each of [`Batch::logit_rows`], in their order. Empty: all of them as they are, which is also what a model does
+    /// that draws nothing ([`LanguageModel::draws`](super::LanguageModel::draws)).
+    pub choices: Vec<RowChoice>,
+    /// Somebody reads the routes and the router logits of this forward, not only the load. Where nobody does, a model may leave them out
+    /// of [`Forward::layers`](super::Forward::layers).
+    pub routes: bool,
+}
+
+/// Empty; everything that a forward computes is wanted.
+impl Default for Batch {
+    fn default() -> Self {
+        Self { tokens: Vec::new(), spans: Vec::new(), blocks: Vec::new(), choices: Vec::new(), routes: true }
+    }
 }
 
 /// The part of a batch that belongs to one sequence.
@@ -52,16 +66,23 @@ impl Batch {
         self.spans.push(Span { new: tokens.len(), past, routing: routing.into(), logits, blocks: start..self.blocks.len() });
     }
 
-    /// Empties it; its memory stays for the next step.
+    /// Makes it what [`Batch::default`] is; its memory stays for the next step.
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.spans.clear();
         self.blocks.clear();
+        self.choices.clear();
+        self.routes = true;
     }
 
     /// The block table of a span of this batch; empty where the span lies about it.
     pub fn table(&self, span: &Span) -> &[u32] {
         self.blocks.get(span.blocks.clone()).unwrap_or_default()
+    }
+
+    /// How many [`Batch::logit_rows`] has, R.
+    pub fn num_logit_rows(&self) -> usize {
+        self.spans.iter().map(Span::num_logit_rows).sum()
     }
 
     /// Rows of `tokens` that need logits, in order.
@@ -78,5 +99,16 @@ impl Batch {
             start = end;
         }
         rows
+    }
+}
+
+impl Span {
+    /// Rows of logits that it asks for.
+    pub fn num_logit_rows(&self) -> usize {
+        match self.logits {
+            LogitRows::None => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => self.new,
+        }
     }
 }

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{Batch, CacheShape, ModelSpec};
 use crate::{
     error::{Error, Result},
-    ops::cpu_slice,
+    ops::{cpu_slice, runs_here},
 };
 
 /// Cached keys and values of all layers.
@@ -53,7 +53,7 @@ impl KvCache {
         let too_large =
             || Error::out_of_range("kv_cache", format!("no memory for {} blocks of {} tokens", shape.num_blocks, shape.block_tokens));
         let elements = rows.and_then(|rows| rows.checked_mul(head_dim)).ok_or_else(too_large)?;
-        let host = device.is_cpu() && dtype == DType::F32;
+        let host = runs_here(device) && dtype == DType::F32;
         if host {
             // Asked for as a whole, so that a lack is an error and not an abort; given back at once.
             let all = elements.checked_mul(2 * spec.layers.len()).ok_or_else(too_large)?;

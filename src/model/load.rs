@@ -1,19 +1,21 @@
 //! From a checkpoint folder to a model that can run.
 
-use std::{fmt, path::Path, str::FromStr, sync::Arc};
+use std::{collections::BTreeMap, fmt, path::Path, str::FromStr, sync::Arc};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "gpu")]
+use super::gpu::{GpuDecoder, GpuWeights};
 use super::{
-    CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec, Observable,
+    CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec, Observable, SharedWeights,
     host::{HostDecoder, HostOptions, HostWeights},
     weights::ModelWeights,
 };
 use crate::{
-    checkpoint::{Checkpoint, LoadOptions},
+    checkpoint::{Checkpoint, Delta, LoadOptions},
     error::{Error, Result},
     moe::kernel,
-    ops::cpu::Reduction,
+    ops::{cpu::Reduction, runs_here},
 };
 
 /// Where a model runs.
@@ -38,6 +40,8 @@ pub enum WeightType {
     Bf16,
     /// Blocks of 32 8-bit integers with a scale, made at load: 8.5 bits per weight. CPU only.
     Q8,
+    /// Routed experts in 8-bit floats (e4m3) with a scale for every 128 x 128 weights, made at load; the rest bfloat16. GPU only.
+    Fp8,
 }
 
 impl fmt::Display for DeviceKind {
@@ -62,13 +66,13 @@ impl FromStr for DeviceKind {
 }
 
 impl DeviceKind {
-    /// Opens the device. Call it on the thread that will run the model.
+    /// Opens the device.
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => Ok(Device::new_cuda_with_stream(0)?),
-            #[cfg(not(feature = "cuda"))]
+            #[cfg(feature = "gpu")]
+            Self::Cuda => super::gpu::open(),
+            #[cfg(not(feature = "gpu"))]
             Self::Cuda => {
                 let message = "this binary was built without CUDA: build it with --features cuda, or use --device cpu";
                 Err(Error::FailedPrecondition(message.into()))
@@ -78,11 +82,11 @@ impl DeviceKind {
 }
 
 impl WeightType {
-    /// The dtype that is loaded on `device`. 8-bit blocks are made of bf16.
-    pub fn dtype(self, device: &Device) -> DType {
+    /// The dtype that is loaded for `device`. 8-bit blocks are made of bf16.
+    pub fn dtype(self, device: DeviceKind) -> DType {
         match self {
-            Self::Auto if device.is_cpu() => DType::F32,
-            Self::Auto | Self::Bf16 | Self::Q8 => DType::BF16,
+            Self::Auto if device == DeviceKind::Cpu => DType::F32,
+            Self::Auto | Self::Bf16 | Self::Q8 | Self::Fp8 => DType::BF16,
             Self::F32 => DType::F32,
         }
     }
@@ -101,12 +105,12 @@ pub struct Loaded {
 
 /// Loads the folder `dir` as tensors. `progress` shows a bar if stderr is a terminal. Tensors have no 8-bit blocks: with those it fails.
 pub fn load(dir: &Path, device: DeviceKind, weights: WeightType, progress: bool) -> Result<Loaded> {
-    if weights == WeightType::Q8 {
-        return Err(Error::FailedPrecondition("8-bit weights are for serving on the CPU".into()));
+    if matches!(weights, WeightType::Q8 | WeightType::Fp8) {
+        return Err(Error::FailedPrecondition("8-bit weights are for serving: use --dtype f32 or bf16".into()));
     }
     let checkpoint = Checkpoint::open(dir)?;
+    let dtype = weights.dtype(device);
     let device = device.open()?;
-    let dtype = weights.dtype(&device);
     let kernel = kernel::for_device(&device);
     let loaded = checkpoint.load(&LoadOptions { dtype, device, progress })?;
     let decoder = Decoder::new(Arc::new(checkpoint.spec().clone()), loaded, &kernel)?;
@@ -125,11 +129,16 @@ pub struct ServingOptions {
 }
 
 impl ServingOptions {
-    fn check(&self, device: &Device) -> Result<()> {
-        if !device.is_cpu() && self.weights == WeightType::Q8 {
+    /// Fails where the device does not have what is asked for.
+    pub fn check(&self) -> Result<()> {
+        let on_cpu = self.device == DeviceKind::Cpu;
+        if !on_cpu && self.weights == WeightType::Q8 {
             return Err(Error::FailedPrecondition("8-bit weights are for the CPU: use --device cpu, or --dtype bf16".into()));
         }
-        if !device.is_cpu() && self.reduction == Reduction::BatchInvariant {
+        if on_cpu && self.weights == WeightType::Fp8 {
+            return Err(Error::FailedPrecondition("8-bit floats are for GPUs: use --device cuda, or --dtype q8".into()));
+        }
+        if !on_cpu && self.reduction == Reduction::BatchInvariant {
             return Err(Error::FailedPrecondition("--deterministic is for the CPU: use --device cpu".into()));
         }
         Ok(())
@@ -140,6 +149,9 @@ impl ServingOptions {
 #[derive(Clone, Debug)]
 pub struct ServingModel {
     place: Place,
+    options: ServingOptions,
+    /// As they were given; the place holds the same storage. `None` where it holds blocks that were made of them.
+    weights: Option<Arc<ModelWeights>>,
     /// For people, as `f32`.
     dtype: &'static str,
 }
@@ -147,32 +159,93 @@ pub struct ServingModel {
 #[derive(Clone, Debug)]
 enum Place {
     Host(Arc<HostWeights>),
-    Device(Box<Decoder>),
+    Device(Arc<Decoder>),
+    #[cfg(feature = "gpu")]
+    Gpu(Arc<GpuWeights>),
 }
 
 /// Loads the folder `dir` to serve it. `progress` shows a bar if stderr is a terminal.
 pub fn load_to_serve(dir: &Path, options: ServingOptions, progress: bool) -> Result<(Checkpoint, ServingModel)> {
+    load_tuned(dir, None, options, progress)
+}
+
+/// [`load_to_serve`] with the tensors of the file `delta` in their places.
+///
+/// Fails besides where the delta is for another checkpoint.
+pub fn load_tuned(dir: &Path, delta: Option<&Path>, options: ServingOptions, progress: bool) -> Result<(Checkpoint, ServingModel)> {
     let checkpoint = Checkpoint::open(dir)?;
-    let device = options.device.open()?;
-    options.check(&device)?;
-    let loaded = checkpoint.load(&LoadOptions { dtype: options.weights.dtype(&device), device, progress })?;
-    let model = ServingModel::new(Arc::new(checkpoint.spec().clone()), loaded, options)?;
+    options.check()?;
+    let (dtype, device) = (options.weights.dtype(options.device), options.device.open()?);
+    #[cfg(feature = "gpu")]
+    if options.device == DeviceKind::Cuda {
+        super::gpu::check_memory(checkpoint.spec(), dtype)?;
+    }
+    let weights = load_weights(&checkpoint, delta, &LoadOptions { dtype, device, progress })?;
+    let model = ServingModel::new(Arc::new(checkpoint.spec().clone()), weights, options)?;
     Ok((checkpoint, model))
+}
+
+/// The weights of `checkpoint`, with the tensors of the file `delta` in their places.
+///
+/// Fails besides where the delta is for another checkpoint.
+pub fn load_weights(checkpoint: &Checkpoint, delta: Option<&Path>, options: &LoadOptions) -> Result<ModelWeights> {
+    let Some(path) = delta else { return Ok(checkpoint.load(options)?) };
+    let delta = Delta::read(path)?;
+    checkpoint.check_delta(&delta)?;
+    checkpoint.load(options)?.with(&delta.tensors)
 }
 
 impl ServingModel {
     /// Puts `weights`, which are on the device of the options, in their places.
     pub fn new(spec: Arc<ModelSpec>, weights: ModelWeights, options: ServingOptions) -> Result<Self> {
+        options.check()?;
         let device = weights.embedding.device().clone();
-        options.check(&device)?;
-        if device.is_cpu() {
-            let host = HostOptions { quantize: options.weights == WeightType::Q8, reduction: options.reduction };
-            let dtype = if host.quantize { "q8" } else { weights.embedding.dtype().as_str() };
-            return Ok(Self { place: Place::Host(Arc::new(HostWeights::new(spec, weights, host)?)), dtype });
-        }
-        let dtype = weights.embedding.dtype().as_str();
-        let decoder = Decoder::new(spec, weights, &kernel::for_device(&device))?;
-        Ok(Self { place: Place::Device(Box::new(decoder)), dtype })
+        let quantize = options.weights == WeightType::Q8;
+        let dtype = match options.weights {
+            WeightType::Q8 => "q8",
+            WeightType::Fp8 => "fp8",
+            _ => weights.embedding.dtype().as_str(),
+        };
+        let kept = (!matches!(options.weights, WeightType::Q8 | WeightType::Fp8)).then(|| Arc::new(weights.clone()));
+        let place = match options.device {
+            DeviceKind::Cpu if runs_here(&device) => {
+                let host = HostOptions { quantize, reduction: options.reduction };
+                Place::Host(Arc::new(HostWeights::new(spec, weights, host)?))
+            }
+            #[cfg(feature = "gpu")]
+            DeviceKind::Cuda if weights.embedding.dtype() == DType::BF16 => {
+                Place::Gpu(Arc::new(GpuWeights::new(spec, weights, options.weights == WeightType::Fp8)?))
+            }
+            _ => Place::Device(Arc::new(Decoder::new(spec, weights, &kernel::for_device(&device))?)),
+        };
+        Ok(Self { place, options, weights: kept, dtype })
+    }
+
+    /// The weights as tensors. `None` of 8-bit ones.
+    pub fn weights(&self) -> Option<&Arc<ModelWeights>> {
+        self.weights.as_ref()
+    }
+
+    /// The same model with other values for some tensors, by the names of [`ModelWeights::named`]; the rest is shared.
+    ///
+    /// # Errors
+    /// Those of [`ModelWeights::with`]; `FailedPrecondition` with 8-bit weights.
+    pub fn with_tensors(&self, changed: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let Some(weights) = &self.weights else {
+            let message = "8-bit weights cannot be replaced one by one: load the model with --dtype f32 or bf16";
+            return Err(Error::FailedPrecondition(message.into()));
+        };
+        Self::new(Arc::clone(self.spec()), weights.with(changed)?, self.options)
+    }
+
+    /// Whether its tensors are on a device: see [`ModelWeights::on_device`].
+    pub fn on_device(&self) -> bool {
+        self.weights.as_ref().is_some_and(|weights| weights.on_device())
+    }
+
+    /// Waits until the device has done what was launched there.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.weights.as_ref().map_or(Ok(()), |weights| weights.embedding.device().synchronize())?)
     }
 
     /// What the model is.
@@ -180,7 +253,14 @@ impl ServingModel {
         match &self.place {
             Place::Host(weights) => weights.spec(),
             Place::Device(decoder) => decoder.spec(),
+            #[cfg(feature = "gpu")]
+            Place::Gpu(weights) => weights.spec(),
         }
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> DeviceKind {
+        self.options.device
     }
 
     /// Element type of the large weights, for people.
@@ -193,6 +273,18 @@ impl ServingModel {
         match &self.place {
             Place::Host(_) => DType::F32,
             Place::Device(decoder) => decoder.activations(),
+            #[cfg(feature = "gpu")]
+            Place::Gpu(_) => DType::BF16,
+        }
+    }
+
+    /// For a model that already runs, one that was started over other weights of the same options.
+    pub fn shared(&self) -> SharedWeights {
+        match &self.place {
+            Place::Host(weights) => SharedWeights::new(Arc::clone(weights)),
+            Place::Device(decoder) => SharedWeights::new(Arc::clone(decoder)),
+            #[cfg(feature = "gpu")]
+            Place::Gpu(weights) => SharedWeights::new(Arc::clone(weights)),
         }
     }
 
@@ -201,11 +293,22 @@ impl ServingModel {
         Ok(self.start_observable(cache)?)
     }
 
+    /// [`ServingModel::start`] as what it is where it is one of kernels.
+    #[cfg(feature = "gpu")]
+    pub fn start_on_gpu(&self, cache: CacheShape) -> Result<Option<GpuDecoder>> {
+        match &self.place {
+            Place::Gpu(weights) => GpuDecoder::new(Arc::clone(weights), cache).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// [`ServingModel::start`] for one who wants to look inside.
     pub fn start_observable(&self, cache: CacheShape) -> Result<Box<dyn Observable>> {
         Ok(match &self.place {
             Place::Host(weights) => Box::new(HostDecoder::new(Arc::clone(weights), cache)?),
-            Place::Device(decoder) => Box::new(CachedDecoder::new(Decoder::clone(decoder), cache)?),
+            Place::Device(decoder) => Box::new(CachedDecoder::new(Arc::clone(decoder), cache)?),
+            #[cfg(feature = "gpu")]
+            Place::Gpu(weights) => Box::new(GpuDecoder::new(Arc::clone(weights), cache)?),
         })
     }
 }

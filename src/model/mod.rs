@@ -3,25 +3,33 @@
 mod attention;
 mod batch;
 mod decoder;
+pub mod draw;
 mod feed_forward;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod host;
 pub mod kv_cache;
 pub mod load;
+pub mod placement;
 pub mod rope;
+mod shared;
 mod spec;
 pub mod weights;
 
-use std::time::Duration;
+use std::{any::Any, sync::Arc, time::Duration};
 
 use candle_core::{Device, Tensor};
 
+pub(crate) use self::decoder::Layerwise;
 pub use self::{
     batch::{Batch, LogitRows, Span},
     decoder::{CachedDecoder, Decoder},
+    draw::{Drawn, RowChoice, TokenDraw},
+    shared::SharedWeights,
     spec::{FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     moe::{LayerRouting, observe::MoeObserver},
     ops::cpu_slice,
 };
@@ -34,6 +42,11 @@ pub trait LanguageModel: Send {
     /// The blocks of its cache, which the caller gives out.
     fn cache(&self) -> CacheShape;
 
+    /// Whether it carries out [`RowChoice::Token`]. One that does not ignores [`Batch::choices`] and hands out every row.
+    fn draws(&self) -> bool {
+        false
+    }
+
     /// Runs the new tokens of `batch`, reading and writing the cache blocks that its spans name.
     fn forward(&mut self, batch: &Batch) -> Result<Forward>;
 
@@ -41,6 +54,11 @@ pub trait LanguageModel: Send {
     fn recycle(&mut self, forward: Forward) {
         drop(forward);
     }
+
+    /// Runs on these weights from now on, and returns those before; the cache stays as it is, with keys and values of either.
+    ///
+    /// Fails with `FailedPrecondition` where they are not of this kind of model or of another [`ModelSpec`]; then nothing has changed.
+    fn exchange(&mut self, weights: SharedWeights) -> Result<SharedWeights>;
 }
 
 /// A model whose MoE layers can be watched at work.
@@ -61,9 +79,12 @@ pub struct CacheShape {
 /// What a forward returns.
 #[derive(Debug)]
 pub struct Forward {
-    /// `[R, V]` f32, one row for each of [`Batch::logit_rows`].
+    /// `[R, V]` f32: one row for each [`Drawn::Row`] of `drawn`, in order; one for each of [`Batch::logit_rows`] where that is empty.
     pub logits: Tensor,
-    /// One for each MoE layer, in order of depth.
+    /// What became of each of [`Batch::logit_rows`], in order. Empty: all are in `logits`.
+    pub drawn: Vec<Drawn>,
+    /// One for each MoE layer, in order of depth. The load is always there; without [`Batch::routes`] the router logits may be `[0, E]`
+    /// and the routing of no token.
     pub layers: Vec<LayerRouting>,
     /// Where the time went.
     pub time: ForwardTime,
@@ -87,5 +108,17 @@ pub struct ForwardTime {
     pub experts: Duration,
 }
 
+/// Weights of the kind `W` that fit where a model with this spec runs. `spec_of` tells what they are made for.
+fn fitting<W: Any + Send + Sync>(weights: &SharedWeights, spec: &ModelSpec, spec_of: impl Fn(&W) -> &ModelSpec) -> Result<Arc<W>> {
+    let refused = |message: &str| Error::FailedPrecondition(format!("these weights {message}"));
+    let weights =
+        weights.get::<W>().ok_or_else(|| refused("are of another kind of model: make them with the options of the served one"))?;
+    let theirs = spec_of(&weights);
+    if std::ptr::eq(theirs, spec) || theirs == spec {
+        return Ok(weights);
+    }
+    Err(refused("are of another model than the served one: publish changes values, not what the model is"))
+}
+
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

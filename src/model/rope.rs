@@ -54,6 +54,18 @@ impl Rope {
         Self { inverse_frequencies: frequencies.into_iter().map(|f| f as f32).collect(), scale: scale as f32 }
     }
 
+    /// `[hd / 2]`.
+    #[cfg(feature = "gpu")]
+    pub(super) fn inverse_frequencies(&self) -> &[f32] {
+        &self.inverse_frequencies
+    }
+
+    /// Scale of cos and sin.
+    #[cfg(feature = "gpu")]
+    pub(super) fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// [`Rope::at`] into buffers, which grow where they are too short.
     pub(super) fn fill(&self, positions: impl Iterator<Item = usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         cos.clear();

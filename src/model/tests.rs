@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use candle_core::{Device, IndexOp};
-use rand::{SeedableRng, rngs::StdRng};
+use candle_core::{DType, Device, IndexOp, Tensor};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{
     Batch, CacheShape, CachedDecoder, Decoder, FeedForwardSpec, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
     ReferenceRouting, RopeScaling, RopeSpec,
+    weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights},
 };
 use crate::{
     model::kv_cache::KvCache,
@@ -17,11 +18,11 @@ use crate::{
         kernel,
         policy::{RoutingChoice, RoutingPolicy, WeightForm},
     },
-    ops,
+    ops::{self, as_on_a_device},
     train::trainable::{Learning, Part, Trainable},
 };
 
-pub(super) fn spec() -> ModelSpec {
+pub(crate) fn spec() -> ModelSpec {
     let moe = MoeSpec { num_experts: 4, expert_width: 24, top_k: 1, weight_form: WeightForm::Renorm, shared_expert_width: None };
     ModelSpec {
         family: "mixtral".into(),
@@ -269,10 +270,21 @@ fn for_estimator(estimator: &Estimator, learning: Learning) -> (Decoder, Trainab
 
 #[test]
 fn every_variable_gets_a_gradient() {
+    check_every_gradient(DType::F32);
+}
+
+/// In the operations of a device, in f32 and with products of bf16: every master gets an f32 gradient.
+#[test]
+fn every_variable_gets_a_gradient_on_a_device() {
+    as_on_a_device(|| [DType::F32, DType::BF16].into_iter().for_each(check_every_gradient));
+}
+
+fn check_every_gradient(products: DType) {
     let tokens: Vec<u32> = (0..48).map(|i| (i * i + 3 * i) as u32 % 50).collect();
     let targets: Vec<u32> = tokens.iter().map(|t| (t + 1) % 50).collect();
     for (name, estimator) in estimators() {
         let (decoder, model) = for_estimator(&estimator, Learning::All);
+        let decoder = decoder.with_products(products);
         let mut batch = Batch::default();
         tokens.chunks(12).for_each(|part| batch.push(&[], part, 0, RoutingChoice::Native, LogitRows::All));
         let mut state = TrainState::new(1);
@@ -285,6 +297,7 @@ fn every_variable_gets_a_gradient() {
             || matches!(estimator.gradient, Gradient::Score { .. }) && estimator.k() == 1;
         for parameter in model.parameters() {
             let grad = grads.get(&parameter.var).unwrap_or_else(|| panic!("{name}: no gradient reaches {}", parameter.name));
+            assert_eq!((grad.dtype(), grad.shape()), (DType::F32, parameter.var.shape()), "{name}: gradient of {}", parameter.name);
             let norm = grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
             if constant && parameter.part == Part::Router {
                 assert_eq!(norm, 0.0, "{name}: gradient of {}", parameter.name);
@@ -322,6 +335,11 @@ fn frozen_parts_have_no_gradient() {
 
 #[test]
 fn the_tracked_forward_is_the_served_one() {
+    check_tracked_and_served();
+    as_on_a_device(check_tracked_and_served);
+}
+
+fn check_tracked_and_served() {
     let (spec, model) = model();
     let kernel = kernel::for_device(&Device::Cpu);
     let tracked = Decoder::new(Arc::clone(&spec), model.tracked(Learning::All), &kernel).unwrap();
@@ -348,5 +366,143 @@ fn the_tracked_forward_is_the_served_one() {
         let b = tracked.forward(&batch, &mut mode, None).unwrap().logits;
         let worst: f32 = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap();
         assert!(worst < 1e-4, "{policy}: {worst}");
+    }
+}
+
+/// Models of every form of attention: windows, shared heads, norms of queries and keys, biases, clipping; dense layers and shared experts.
+fn forms() -> Vec<(&'static str, ModelSpec)> {
+    let with = |edit: &dyn Fn(&mut ModelSpec)| {
+        let mut spec = spec();
+        edit(&mut spec);
+        spec
+    };
+    vec![
+        ("windows and shared heads", spec()),
+        ("a norm for each head", with(&|spec| spec.qk_norm = QkNorm::PerHead)),
+        ("norms of whole projections", with(&|spec| spec.qk_norm = QkNorm::Full)),
+        ("biases, clipping", with(&|spec| (spec.qkv_bias, spec.out_bias, spec.clip_qkv) = (true, true, Some(0.5)))),
+        ("a dense layer, a shared expert, a tied head", {
+            with(&|spec| {
+                spec.layers[0].feed_forward = FeedForwardSpec::Dense { width: 20 };
+                if let FeedForwardSpec::Moe(moe) = &mut spec.layers[1].feed_forward {
+                    moe.shared_expert_width = Some(12);
+                }
+                spec.tied_head = true;
+            })
+        }),
+    ]
+}
+
+/// Random weights of any spec; norms near 1.
+fn any_weights(spec: &ModelSpec) -> ModelWeights {
+    let rng = &mut StdRng::seed_from_u64(23);
+    let (d, hd) = (spec.hidden_size, spec.head_dim);
+    let (q, kv) = (spec.num_heads * hd, spec.num_kv_heads * hd);
+    let mut make = |shape: &[usize]| {
+        let scale = if shape.len() == 1 { 0.3 } else { 1.5 / (shape[shape.len() - 1] as f32).sqrt() };
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-scale..scale)).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    };
+    let norm = |tensor: Tensor| (tensor + 1.0).unwrap();
+    let (qk, layers) = (matches!(spec.qk_norm, QkNorm::PerHead), &spec.layers);
+    let layers = layers.iter().map(|layer| LayerWeights {
+        attention_norm: norm(make(&[d])),
+        attention: AttentionWeights {
+            query: make(&[q, d]),
+            key: make(&[kv, d]),
+            value: make(&[kv, d]),
+            output: make(&[d, q]),
+            qkv_bias: spec.qkv_bias.then(|| [make(&[q]), make(&[kv]), make(&[kv])]),
+            output_bias: spec.out_bias.then(|| make(&[d])),
+            qk_norm: (spec.qk_norm != QkNorm::None)
+                .then(|| [norm(make(&[if qk { hd } else { q }])), norm(make(&[if qk { hd } else { kv }]))]),
+        },
+        feed_forward_norm: norm(make(&[d])),
+        feed_forward: match &layer.feed_forward {
+            FeedForwardSpec::Dense { width } => {
+                FeedForwardWeights::Dense(SwiGluWeights { gate_up: make(&[2 * width, d]), down: make(&[d, *width]) })
+            }
+            FeedForwardSpec::Moe(moe) => FeedForwardWeights::Moe(MoeWeights {
+                router: (make(&[moe.num_experts, d]) * 3.0).unwrap(),
+                gate_up: make(&[moe.num_experts, 2 * moe.expert_width, d]),
+                down: make(&[moe.num_experts, d, moe.expert_width]),
+                shared: moe.shared_expert_width.map(|width| SharedExpertWeights {
+                    expert: SwiGluWeights { gate_up: make(&[2 * width, d]), down: make(&[d, width]) },
+                    gate: make(&[1, d]),
+                }),
+            }),
+        },
+    });
+    let layers = layers.collect();
+    let head = (!spec.tied_head).then(|| make(&[spec.vocab_size, d]));
+    ModelWeights { embedding: make(&[spec.vocab_size, d]), layers, final_norm: norm(make(&[d])), head }
+}
+
+/// Loss and the gradient of every tensor, by name, of windows of one length or of several.
+fn differentiated(spec: &ModelSpec, lengths: &[usize], products: DType) -> (f32, BTreeMap<String, Vec<f32>>) {
+    let weights = any_weights(spec);
+    let names = weights.named().into_iter().map(|(name, _)| name).collect();
+    let model = Trainable::over(&weights, &names).unwrap();
+    let decoder = Decoder::new(Arc::new(spec.clone()), model.tracked(Learning::All), &kernel::for_device(&Device::Cpu)).unwrap();
+    let decoder = decoder.with_products(products);
+    let (mut batch, mut targets) = (Batch::default(), Vec::new());
+    for (index, &length) in lengths.iter().enumerate() {
+        let tokens: Vec<u32> = (0..length).map(|i| (i * i + 7 * i + index * 11) as u32 % 50).collect();
+        targets.extend(tokens.iter().map(|token| (token + 1) % 50));
+        batch.push(&[], &tokens, 0, RoutingChoice::Native, LogitRows::All);
+    }
+    let policy = RoutingPolicy::Soft { temperature: 1.0 };
+    let forward = decoder.forward(&batch, &mut RoutingMode::Train { policy, state: &mut TrainState::new(1) }, None).unwrap();
+    let loss = ops::cross_entropy(&forward.logits, &targets).unwrap();
+    let grads = loss.backward().unwrap();
+    let gradient = |var: &candle_core::Var| grads.get(var).expect("a gradient").flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let gradients = model.parameters().iter().map(|parameter| (parameter.name.clone(), gradient(&parameter.var))).collect();
+    (loss.to_scalar().unwrap(), gradients)
+}
+
+#[test]
+fn a_device_has_the_gradients_of_the_cpu() {
+    for (name, spec) in forms() {
+        for lengths in [&[12, 12][..], &[3, 17, 8]] {
+            let (loss, wanted) = differentiated(&spec, lengths, DType::F32);
+            // Where a value is clipped or not by the rounding of bf16, its gradient is there or not.
+            for (products, most) in [(DType::F32, 1e-4), (DType::BF16, 0.1)] {
+                let (found_loss, found) = as_on_a_device(|| differentiated(&spec, lengths, products));
+                assert!((found_loss - loss).abs() < most as f32 * loss, "{name}, {products:?}: {found_loss} and {loss}");
+                for (tensor, wanted) in &wanted {
+                    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|d| f64::from(d).powi(2)).sum::<f64>().sqrt();
+                    let apart = norm(&mut wanted.iter().zip(&found[tensor]).map(|(a, b)| a - b));
+                    let size = norm(&mut wanted.iter().copied());
+                    assert!(size > 0.0 && apart < most * size, "{name}, {products:?}: {tensor}: {apart} of {size}");
+                }
+            }
+        }
+    }
+}
+
+/// Serving in the operations of a device: gathered blocks, chunks, the reference kernel; in bf16 near the logits of f32.
+#[test]
+fn a_device_serves_what_the_cpu_serves() {
+    let run = |products: DType| {
+        let mut model = CachedDecoder::new(decoder().with_products(products), CACHE).unwrap();
+        let mut rows = Vec::new();
+        for chunk in 0..4 {
+            let mut batch = Batch::default();
+            for (i, (prompt, routing)) in requests()[4..].iter().enumerate() {
+                if let Some(part) = prompt.chunks(7).nth(chunk) {
+                    batch.push(&table(i), part, chunk * 7, *routing, LogitRows::All);
+                }
+            }
+            rows.extend(model.forward(&batch).unwrap().logits.to_vec2::<f32>().unwrap().concat());
+        }
+        rows
+    };
+    let wanted = run(DType::F32);
+    for (products, most) in [(DType::F32, 1e-5), (DType::BF16, 0.03)] {
+        let found = as_on_a_device(|| run(products));
+        let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|z| f64::from(z).powi(2)).sum::<f64>().sqrt();
+        let apart = norm(&mut wanted.iter().zip(&found).map(|(a, b)| a - b));
+        let size = norm(&mut wanted.iter().copied());
+        assert!(found.len() == wanted.len() && apart < most * size, "{products:?}: {apart} of {size}");
     }
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{MoeSpec, ReferenceRouting, weights::MoeWeights},
-    ops::{self, cpu_slice},
+    ops::{self, OnHost, cpu_slice},
 };
 
 /// How the MoE layers of one forward route.
@@ -52,6 +52,17 @@ pub struct LayerRouting {
     pub stats: RoutingStats,
 }
 
+impl LayerRouting {
+    /// The same as numbers: it holds no graph any more.
+    pub fn detached(self) -> Self {
+        let routing = match self.routing {
+            Routing::Dense { weights, routed, z, gradient } => Routing::Dense { weights: weights.detach(), routed, z, gradient },
+            sparse @ Routing::Sparse(_) => sparse,
+        };
+        Self { router_logits: self.router_logits.detach(), routing, ..self }
+    }
+}
+
 /// One MoE layer.
 #[derive(Clone, Debug)]
 pub struct MoeLayer {
@@ -64,6 +75,8 @@ pub struct MoeLayer {
     pub(super) experts: Experts,
     shared: Option<SharedExpert>,
     kernel: Arc<dyn ExpertKernel>,
+    /// What goes into products of experts; routers read f32.
+    pub(super) products: DType,
 }
 
 /// `sigmoid(gate · x) * swiglu(x)`.
@@ -79,10 +92,15 @@ impl MoeLayer {
     pub fn new(index: usize, spec: MoeSpec, reference: ReferenceRouting, weights: MoeWeights, kernel: Arc<dyn ExpertKernel>) -> Self {
         let shared = weights.shared.map(|shared| SharedExpert { expert: SwiGlu::new(shared.expert), gate: shared.gate });
         let experts = Experts { gate_up: weights.gate_up, down: weights.down };
-        Self { index, spec, reference, router: weights.router, experts, shared, kernel }
+        Self { index, spec, reference, router: weights.router, experts, shared, kernel, products: DType::F32 }
     }
 
-    /// `x [T, D]` to `[T, D]`, and what the router did.
+    /// With this element type in the products of experts.
+    pub fn set_products(&mut self, products: DType) {
+        self.products = products;
+    }
+
+    /// `x [T, D]` f32 to `[T, D]` f32, and what the router did.
     pub fn forward(&self, x_td: &Tensor, mode: &mut RoutingMode<'_>) -> Result<(Tensor, LayerRouting)> {
         let (y_td, routing) = match mode {
             RoutingMode::Serve { runs, observer } => {
@@ -95,7 +113,7 @@ impl MoeLayer {
             RoutingMode::Train { policy, state } => train::forward(self, x_td, policy.estimator(), state)?,
         };
         let y_td = match &self.shared {
-            Some(shared) => (y_td + shared.forward(x_td)?)?,
+            Some(shared) => (y_td + shared.forward(x_td, self.products)?)?,
             None => y_td,
         };
         Ok((y_td, routing))
@@ -103,11 +121,12 @@ impl MoeLayer {
 
     fn serve(&self, x_td: &Tensor, runs: &[(LayerChoices, usize)]) -> Result<(Tensor, LayerRouting)> {
         let router_logits = ops::linear(&x_td.to_dtype(DType::F32)?, &self.router)?;
-        let host = router_logits.to_device(&candle_core::Device::Cpu)?;
+        let host = OnHost::copied(&router_logits)?;
         let mut routed = Routed::default();
         let runs = runs.iter().map(|(choices, tokens)| (choices, *tokens));
-        cpu_slice::<f32, _>(&host, |z| routed.fill((self.index, &self.spec), self.reference, z, runs))?;
-        let mut y_td = self.kernel.grouped(x_td, &routed.plan, &self.experts)?;
+        cpu_slice::<f32, _>(host.tensor(), |z| routed.fill((self.index, &self.spec), self.reference, z, runs))?;
+        let y_td = self.kernel.grouped(&x_td.to_dtype(self.products)?, &routed.plan, &self.experts)?;
+        let mut y_td = y_td.to_dtype(x_td.dtype())?;
         if !routed.non_finite().is_empty() {
             y_td = poison(&y_td, routed.non_finite())?;
         }
@@ -150,7 +169,7 @@ impl ExpertOutputs for LayerExperts<'_> {
         let single =
             SparseRouting { offsets: (0..=routes as u32).collect(), expert_ids: routing.expert_ids.clone(), weights: vec![1.0; routes] };
         let plan = DispatchPlan::new(&single, self.layer.spec.num_experts);
-        let y_rd = self.layer.kernel.grouped(&x_rd, &plan, &self.layer.experts)?;
+        let y_rd = self.layer.kernel.grouped(&x_rd.to_dtype(self.layer.products)?, &plan, &self.layer.experts)?;
         Ok(y_rd.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 }
@@ -199,9 +218,10 @@ impl Routed {
 }
 
 impl SharedExpert {
-    fn forward(&self, x_td: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x_td: &Tensor, products: DType) -> Result<Tensor> {
         let gate = candle_nn::ops::sigmoid(&ops::linear(&x_td.to_dtype(DType::F32)?, &self.gate)?)?;
-        Ok(self.expert.forward(x_td)?.broadcast_mul(&gate.to_dtype(x_td.dtype())?)?)
+        let y_td = self.expert.forward(&x_td.to_dtype(products)?)?.to_dtype(x_td.dtype())?;
+        Ok(y_td.broadcast_mul(&gate.to_dtype(x_td.dtype())?)?)
     }
 }
 

@@ -45,7 +45,7 @@ pub enum Routing {
     Sparse(SparseRouting),
     /// Training: weights that can be differentiated, zeros where an expert has no part.
     Dense {
-        /// `[T, E]` f32, tracked where the router is trained.
+        /// `[T, E]` f32 on the host, tracked where the router is trained.
         weights: Tensor,
         /// The same routing as plain numbers, with what its backward needs.
         routed: Arc<RoutedBatch>,

@@ -146,18 +146,23 @@ struct Scratch {
 
 /// The MoE layers of a forward as traces read them: copied only from a device other than the CPU, once for all sequences.
 ///
-/// Fails where the forward was one of training.
-pub fn traced_layers(forward: &[LayerRouting]) -> Result<Vec<TracedLayer<'_>>> {
-    forward.iter().map(TracedLayer::new).collect()
+/// Fails where the forward was one of training, or does not have the routes of all its `tokens`.
+pub fn traced_layers(forward: &[LayerRouting], tokens: usize) -> Result<Vec<TracedLayer<'_>>> {
+    forward.iter().map(|layer| TracedLayer::new(layer, tokens)).collect()
 }
 
 impl<'a> TracedLayer<'a> {
-    fn new(layer: &'a LayerRouting) -> Result<Self> {
+    fn new(layer: &'a LayerRouting, tokens: usize) -> Result<Self> {
         let Routing::Sparse(routing) = &layer.routing else {
             return Err(Error::Internal("a forward of training cannot be traced".into()));
         };
         let router_logits = layer.router_logits.to_device(&Device::Cpu)?.contiguous()?;
-        Ok(Self { routing, experts: router_logits.dim(1)?, router_logits })
+        let ((rows, experts), routed) = (router_logits.dims2()?, routing.offsets.len().saturating_sub(1));
+        if (rows, routed) != (tokens, tokens) {
+            let found = format!("{rows} rows of router logits and the routes of {routed}");
+            return Err(Error::Internal(format!("layer {} has {found} for {tokens} tokens", layer.layer)));
+        }
+        Ok(Self { routing, experts, router_logits })
     }
 }
 
@@ -205,7 +210,7 @@ mod tests {
     }
 
     fn record(trace: &mut RoutingTrace, tokens: Range<usize>) {
-        trace.record(&traced_layers(&forward()).unwrap(), tokens).unwrap();
+        trace.record(&traced_layers(&forward(), 3).unwrap(), tokens).unwrap();
     }
 
     #[test]
@@ -239,6 +244,15 @@ mod tests {
             let found = margin(&LOGITS[0], experts, &mut chosen);
             assert!(found == expected || (found - expected).abs() < 1e-6, "{experts:?}: {found}");
         }
+    }
+
+    #[test]
+    fn a_forward_without_all_routes_cannot_be_traced() {
+        let mut layers = forward();
+        assert!(matches!(traced_layers(&layers, 4), Err(Error::Internal(_))));
+        layers[1].routing = Routing::Sparse(SparseRouting::default());
+        let refused = traced_layers(&layers, 3).unwrap_err().to_string();
+        assert!(refused.contains("layer 3 has 3 rows of router logits and the routes of 0 for 3 tokens"), "{refused}");
     }
 
     #[test]

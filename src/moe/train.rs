@@ -13,12 +13,12 @@ use super::{
     capacity::Capacity,
     draw::{Draw, Stream},
     estimator::{Combine, Estimator, Execution, Phase, RoutedBatch, StepContext},
-    execute::{self, Means},
+    execute::{Means, Run},
     explore::{self, Exploration},
 };
 use crate::{
     error::{Error, Result},
-    ops,
+    ops::{self, OnHost},
 };
 
 /// What a step adds to the policy, the same in all layers, and what layers remember from step to step.
@@ -44,6 +44,9 @@ pub struct TrainState {
     pub fixed: Option<Arc<[u32]>>,
     /// By decoder layer, from 0; grows with the first forward.
     pub layers: Vec<LayerState>,
+    /// By decoder layer, for those whose router does not learn: what it routes by, in the place of the step's policy. Empty is
+    /// none.
+    pub served: Arc<[Option<Estimator>]>,
 }
 
 /// What one layer remembers.
@@ -71,6 +74,7 @@ impl TrainState {
             copy_rows: usize::MAX,
             fixed: None,
             layers: Vec::new(),
+            served: Arc::default(),
         }
     }
 
@@ -85,6 +89,11 @@ impl TrainState {
             self.layers.resize(index + 1, LayerState::default());
         }
         &mut self.layers[index]
+    }
+
+    /// What a decoder layer routes by under the step's `policy`.
+    fn estimator(&self, layer: usize, policy: Estimator) -> Estimator {
+        self.served.get(layer).copied().flatten().unwrap_or(policy)
     }
 
     fn draw(&self, layer: usize) -> Draw {
@@ -103,8 +112,9 @@ impl TrainState {
     }
 }
 
-/// `x [T, D]` to the mixture of its experts `[T, D]`, without a shared expert, and what the router did.
-pub(super) fn forward(layer: &MoeLayer, x_td: &Tensor, estimator: Estimator, state: &mut TrainState) -> Result<(Tensor, LayerRouting)> {
+/// `x [T, D]` f32 to the mixture of its experts `[T, D]` f32, without a shared expert, and what the router did.
+pub(super) fn forward(layer: &MoeLayer, x_td: &Tensor, policy: Estimator, state: &mut TrainState) -> Result<(Tensor, LayerRouting)> {
+    let estimator = state.estimator(layer.index, policy);
     let num_experts = layer.experts.gate_up.dim(0)?;
     let router_logits = match &state.fixed {
         Some(route) => one_hot(route, num_experts, x_td)?,
@@ -118,19 +128,19 @@ pub(super) fn forward(layer: &MoeLayer, x_td: &Tensor, estimator: Estimator, sta
     let mut stats = routed.stats(&z);
 
     let gradient = Arc::new(OnceLock::new());
-    let on_host = router_logits.to_device(&Device::Cpu)?.contiguous()?;
     let op = RouteOp { estimator, routed: Arc::clone(&routed), z: Arc::clone(&z), gradient: Arc::clone(&gradient) };
-    let weights_te = on_host.apply_op1(op)?.to_device(x_td.device())?;
-    let experts = &layer.experts;
+    // Routed on the host in any case: the experts that it chooses are what the next launches are made of.
+    let weights_te = OnHost::copied(&router_logits)?.apply(op)?;
+    let run = Run { experts: &layer.experts, x_td, weights_te: &weights_te, products: layer.products };
     let (y_td, executed) = match (estimator.combine, routed.execution) {
-        (Combine::Merged, _) => execute::merged(experts, x_td, &weights_te)?,
+        (Combine::Merged, _) => run.merged()?,
         (Combine::Means { decay }, _) => {
             let learn = (state.phase == Phase::Train).then_some(decay);
             let means = Means { state: state.layer_mut(layer.index), learn };
-            execute::with_means(experts, x_td, &weights_te, &routed, means)?
+            run.with_means(&routed, means)?
         }
-        (Combine::Mixture(_), Execution::All) => execute::all(experts, x_td, &weights_te)?,
-        (Combine::Mixture(_), Execution::Chosen) => execute::chosen(experts, x_td, &weights_te, &routed)?,
+        (Combine::Mixture(_), Execution::All) => run.all()?,
+        (Combine::Mixture(_), Execution::Chosen) => run.chosen(&routed)?,
     };
     stats.executed = executed;
     let routing = Routing::Dense { weights: weights_te, routed, z, gradient };
@@ -226,7 +236,7 @@ mod tests {
         let var = Var::from_tensor(&Tensor::from_slice(z, (2, 4), &Device::Cpu).unwrap()).unwrap();
         let op = op(estimator, z);
         let norm = Arc::clone(&op.gradient);
-        let sum = (var.apply_op1(op).unwrap() * credit).unwrap().sum_all().unwrap();
+        let sum = (OnHost::copied(&var).unwrap().apply(op).unwrap() * credit).unwrap().sum_all().unwrap();
         let grads = sum.backward().unwrap();
         let gradient = grads.get(&var).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         (sum.to_scalar().unwrap(), gradient, norm.get().copied())

@@ -88,8 +88,9 @@ impl CustomOp2 for WeightedSwiGlu {
                 *d_weight = gate.iter().zip(up).zip(grad).map(|((&gate, &up), &grad)| silu(gate) * up * grad).sum();
             });
         })?;
-        let d_x = Tensor::from_vec(d_x, x.shape(), x.device())?;
-        Ok((Some(d_x), Some(Tensor::from_vec(d_weights, weights.shape(), weights.device())?)))
+        // What is not tracked has no use for its gradient, and would keep it.
+        let d_x = x.track_op().then(|| Tensor::from_vec(d_x, x.shape(), x.device())).transpose()?;
+        Ok((d_x, Some(Tensor::from_vec(d_weights, weights.shape(), weights.device())?)))
     }
 }
 

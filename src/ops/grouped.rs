@@ -1,9 +1,10 @@
 //! A product of rows with one matrix for each group of them: routed tokens, sorted by expert, with the stacked weights
 //! of all experts. Experts without a row cost nothing, forward or backward.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::views::{Target, View, elements, multiply, with_slices};
@@ -50,12 +51,12 @@ impl GroupedLinear {
         self.offsets.windows(2).map(|pair| pair[0]..pair[1]).enumerate()
     }
 
-    fn forward<T: WithDType>(&self, sizes: Sizes, x: &[T], weight: &[T]) -> Vec<T> {
+    fn forward<T: WithDType, W: Widen<T>>(&self, sizes: Sizes, x: &[T], weight: &[W]) -> Vec<T> {
         let Sizes { rows, inner, outer } = sizes;
         let mut out = vec![T::zero(); rows * outer];
         self.parts(&mut out, outer).into_par_iter().for_each(|(group, range, part)| {
             let target = Target { start: part.as_mut_ptr(), row_stride: outer, add: false };
-            let (x, weight) = (&x[range.start * inner..], &weight[group * outer * inner..][..outer * inner]);
+            let (x, weight) = (&x[range.start * inner..], W::widen(&weight[group * outer * inner..][..outer * inner]));
             let weight = View::rows(weight.as_ptr(), inner).transposed();
             // SAFETY: `part` holds the rows of this group, x as many rows of `inner`, the weight `outer` of them.
             unsafe { multiply([range.len(), outer, inner], target, T::from_f64(1.0), View::rows(x.as_ptr(), inner), weight) };
@@ -64,12 +65,12 @@ impl GroupedLinear {
     }
 
     /// `grad · W`, `[R, K]`.
-    fn backward_x<T: WithDType>(&self, sizes: Sizes, weight: &[T], grad: &[T]) -> Vec<T> {
+    fn backward_x<T: WithDType, W: Widen<T>>(&self, sizes: Sizes, weight: &[W], grad: &[T]) -> Vec<T> {
         let Sizes { rows, inner, outer } = sizes;
         let mut out = vec![T::zero(); rows * inner];
         self.parts(&mut out, inner).into_par_iter().for_each(|(group, range, part)| {
             let target = Target { start: part.as_mut_ptr(), row_stride: inner, add: false };
-            let (grad, weight) = (&grad[range.start * outer..], &weight[group * outer * inner..][..outer * inner]);
+            let (grad, weight) = (&grad[range.start * outer..], W::widen(&weight[group * outer * inner..][..outer * inner]));
             let weight = View::rows(weight.as_ptr(), inner);
             // SAFETY: as in `forward`, with the two widths exchanged.
             unsafe { multiply([range.len(), inner, outer], target, T::from_f64(1.0), View::rows(grad.as_ptr(), outer), weight) };
@@ -92,15 +93,45 @@ impl GroupedLinear {
         out
     }
 
-    fn backward<T: WithDType>(&self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn backward_frozen(&self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let sizes = self.check(x.shape(), weight.shape())?;
+        let of = |weights: &[bf16], grads: &[f32]| self.backward_x(sizes, weights, grads);
+        let d_x = with_slices([weight], |[weights]| with_slices([grad], |[grads]| of(weights, grads)))??;
+        Tensor::from_vec(d_x, x.shape(), x.device())
+    }
+
+    fn backward<T: Widen<T>>(&self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let sizes = self.check(x.shape(), weight.shape())?;
         with_slices([x, weight, grad], |[x_values, weights, grads]: [&[T]; 3]| {
             let made = |values: Vec<T>, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
             // What is frozen is not worth the product.
-            let d_x = x.track_op().then(|| made(self.backward_x(sizes, weights, grads), x)).transpose()?;
+            let d_x = x.track_op().then(|| made(self.backward_x::<T, T>(sizes, weights, grads), x)).transpose()?;
             let d_weight = weight.track_op().then(|| made(self.backward_weight(sizes, x_values, grads), weight)).transpose()?;
             Ok((d_x, d_weight))
         })?
+    }
+}
+
+/// A matrix in the element type of the product.
+trait Widen<T: Clone>: WithDType {
+    fn widen(matrix: &[Self]) -> Cow<'_, [T]>;
+}
+
+impl Widen<f32> for f32 {
+    fn widen(matrix: &[f32]) -> Cow<'_, [f32]> {
+        Cow::Borrowed(matrix)
+    }
+}
+
+impl Widen<f64> for f64 {
+    fn widen(matrix: &[f64]) -> Cow<'_, [f64]> {
+        Cow::Borrowed(matrix)
+    }
+}
+
+impl Widen<f32> for bf16 {
+    fn widen(matrix: &[bf16]) -> Cow<'_, [f32]> {
+        Cow::Owned(matrix.iter().map(|value| value.to_f32()).collect())
     }
 }
 
@@ -112,28 +143,25 @@ impl CustomOp2 for GroupedLinear {
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let sizes = self.check(l1.shape(), l2.shape())?;
         let out = match (s1, s2) {
-            (CpuStorage::F32(_), CpuStorage::F32(_)) => CpuStorage::F32(self.forward(sizes, elements(s1, l1)?, elements(s2, l2)?)),
-            (CpuStorage::F64(_), CpuStorage::F64(_)) => CpuStorage::F64(self.forward(sizes, elements(s1, l1)?, elements(s2, l2)?)),
-            _ => bail!("grouped linear: x and weights must both be f32 or both f64"),
+            (CpuStorage::F32(_), CpuStorage::F32(_)) => {
+                CpuStorage::F32(self.forward::<_, f32>(sizes, elements(s1, l1)?, elements(s2, l2)?))
+            }
+            (CpuStorage::F32(_), CpuStorage::BF16(_)) => {
+                CpuStorage::F32(self.forward::<_, bf16>(sizes, elements(s1, l1)?, elements(s2, l2)?))
+            }
+            (CpuStorage::F64(_), CpuStorage::F64(_)) => {
+                CpuStorage::F64(self.forward::<_, f64>(sizes, elements(s1, l1)?, elements(s2, l2)?))
+            }
+            _ => bail!("grouped linear: x and weights must both be f32 or both f64, or f32 and bf16"),
         };
         Ok((out, Shape::from((sizes.rows, sizes.outer))))
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        match x.dtype() {
-            DType::F64 => self.backward::<f64>(x, weight, grad),
+        match (x.dtype(), weight.dtype()) {
+            (DType::F64, _) => self.backward::<f64>(x, weight, grad),
+            (_, DType::BF16) => Ok((Some(self.backward_frozen(x, weight, grad)?), None)),
             _ => self.backward::<f32>(x, weight, grad),
         }
-    }
-}
-
-/// [`GroupedLinear`] of ordinary operations, for other devices and element types.
-pub(super) fn composed(x: &Tensor, weight: &Tensor, offsets: &[usize]) -> Result<Tensor> {
-    let active = offsets.windows(2).enumerate().filter(|(_, pair)| pair[0] < pair[1]);
-    let parts = active.map(|(group, pair)| x.narrow(0, pair[0], pair[1] - pair[0])?.matmul(&weight.get(group)?.t()?));
-    let parts = parts.collect::<Result<Vec<_>>>()?;
-    match parts.is_empty() {
-        true => Tensor::zeros((0, weight.dim(1)?), x.dtype(), x.device()),
-        false => Tensor::cat(&parts, 0),
     }
 }

@@ -2,29 +2,48 @@
 //!
 //! candle's fused softmax, RMSNorm and RoPE drop gradients without an error. Every such call of the crate is here, and
 //! picks by [`Tensor::track_op`]: the fused or hand-written form when nothing is tracked, the composed one otherwise.
+//!
+//! Where operations run on the CPU ([`place`]) they are loops over slices, in f32; on a device those of [`device`].
 
+mod attached;
 pub mod cpu;
+pub(crate) mod device;
+mod frozen;
 mod fused;
 mod grouped;
 mod known;
+mod place;
 mod refill;
 mod threads;
 mod views;
 
-use candle_core::{D, DType, Device, Storage, Tensor, WithDType};
+use candle_core::{D, DType, Storage, Tensor, WithDType};
 use half::bf16;
 
 use self::cpu::{Arithmetic, AttentionShape, Data, Input, Matrix, Output, Product, Scratch, Store};
-pub(crate) use self::refill::refill;
+#[cfg(test)]
+pub(crate) use self::place::as_on_a_device;
 pub use self::threads::{COMPUTE_THREADS, start_compute_threads};
+pub(crate) use self::{
+    place::{OnHost, runs_here},
+    refill::refill,
+};
 use crate::error::{Error, Result};
 
 /// `x [T, K]` times `weight [N, K]` transposed, in the dtype of `x`: `[T, N]`.
 ///
 /// On the CPU without gradients each row is reduced in an order that does not depend on the batch; bf16 weights are read as they are.
+/// A weight that is not tracked gets no gradient.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() || x.dtype() != DType::F32 || x.track_op() || weight.track_op() {
+    if !runs_here(x.device()) {
+        return Ok(device::linear(x, weight)?);
+    }
+    if x.dtype() != DType::F32 || weight.track_op() {
         return Ok(x.matmul(&weight.to_dtype(x.dtype())?.t()?)?);
+    }
+    if x.track_op() {
+        let weight = weight.contiguous()?.unsqueeze(0)?;
+        return OnHost::here(x)?.apply(frozen::Frozen { weight });
     }
     let ((t, k), n) = (x.dims2()?, weight.dim(0)?);
     if weight.dim(1)? != k {
@@ -79,51 +98,77 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 
 /// `silu(gate) · up` of `[.., 2F]`, whose last dimension is F of gate, then F of up: `[.., F]`. Differentiable.
 pub fn silu_mul(gate_up: &Tensor) -> Result<Tensor> {
-    let f = gate_up.dim(D::Minus1)? / 2;
-    if gate_up.device().is_cpu() && gate_up.dtype() == DType::F32 {
-        return Ok(gate_up.contiguous()?.apply_op1(fused::SiluMul)?);
+    if runs_here(gate_up.device()) && gate_up.dtype() == DType::F32 {
+        return OnHost::here(gate_up)?.apply(fused::SiluMul);
     }
-    Ok((gate_up.narrow(D::Minus1, 0, f)?.silu()? * gate_up.narrow(D::Minus1, f, f)?)?)
+    Ok(device::silu_mul(gate_up)?)
 }
 
 /// `w_te · silu(gate) · up` of all experts: `[T, E, 2F]` and `[T, E]` to `[T, E, F]`. Differentiable in both.
 pub fn weighted_swiglu(gate_up: &Tensor, weights: &Tensor) -> Result<Tensor> {
-    if gate_up.device().is_cpu() && gate_up.dtype() == DType::F32 && weights.dtype() == DType::F32 {
-        return Ok(gate_up.contiguous()?.apply_op2(&weights.contiguous()?, fused::WeightedSwiGlu)?);
+    if runs_here(gate_up.device()) && gate_up.dtype() == DType::F32 && weights.dtype() == DType::F32 {
+        return OnHost::here(gate_up)?.apply2(&OnHost::here(weights)?, fused::WeightedSwiGlu);
     }
-    Ok(silu_mul(gate_up)?.broadcast_mul(&weights.to_dtype(gate_up.dtype())?.unsqueeze(D::Minus1)?)?)
+    Ok(device::weighted_swiglu(gate_up, weights)?)
 }
 
 /// Mean negative log-likelihood of `targets [T]` under `softmax(logits [T, V])`, a scalar. Differentiable.
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    if logits.device().is_cpu() && logits.dtype() == DType::F32 {
-        return Ok(logits.contiguous()?.apply_op1(fused::CrossEntropy { targets: targets.to_vec() })?);
+    if runs_here(logits.device()) && logits.dtype() == DType::F32 {
+        return OnHost::here(logits)?.apply(fused::CrossEntropy { targets: targets.to_vec() });
     }
-    let targets = Tensor::from_slice(targets, targets.len(), logits.device())?;
-    Ok(candle_nn::loss::cross_entropy(logits, &targets)?)
+    Ok(device::cross_entropy(logits, targets)?)
 }
 
 /// Rows sorted by group with one matrix for each group: `x [R, K]` and `weight [E, N, K]` to `[R, N]`, rows of group e
-/// being `offsets[e] .. offsets[e + 1]` (`offsets [E + 1]`). Differentiable in both.
+/// being `offsets[e] .. offsets[e + 1]` (`offsets [E + 1]`). Differentiable in both; a weight in another element type is converted
+/// a matrix at a time.
 pub fn grouped_linear(x: &Tensor, weight: &Tensor, offsets: &[usize]) -> Result<Tensor> {
-    if x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64) && weight.dtype() == x.dtype() {
+    let frozen_bf16 = x.dtype() == DType::F32 && weight.dtype() == DType::BF16 && !weight.track_op();
+    if runs_here(x.device()) && matches!(x.dtype(), DType::F32 | DType::F64) && (weight.dtype() == x.dtype() || frozen_bf16) {
         let op = grouped::GroupedLinear { offsets: offsets.to_vec() };
-        return Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, op)?);
+        return OnHost::here(x)?.apply2(&OnHost::here(weight)?, op);
     }
-    Ok(grouped::composed(x, weight, offsets)?)
+    Ok(device::grouped_linear(x, weight, offsets)?)
+}
+
+/// All experts on all rows: `x [T, D]` and `gate_up [E, 2F, D]` to `[T, E, 2F]`. Differentiable in both.
+pub fn experts_in(x: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
+    let ((t, d), (e, two_f, _)) = (x.dims2()?, gate_up.dims3()?);
+    let flat = gate_up.reshape((e * two_f, d))?;
+    let alone = x.track_op() && !flat.track_op();
+    let y = match alone || flat.dtype() != x.dtype() || !runs_here(x.device()) {
+        true => linear(x, &flat)?,
+        false => x.matmul(&flat.t()?)?,
+    };
+    Ok(y.reshape((t, e, two_f))?)
+}
+
+/// What comes of the weighted hidden values of all experts: `hidden [T, E, F]` and `down [E, D, F]` to the sum over experts,
+/// `[T, D]`. Differentiable in both.
+pub fn experts_down(hidden: &Tensor, down: &Tensor) -> Result<Tensor> {
+    if !runs_here(hidden.device()) {
+        return Ok(device::experts_down(hidden, down)?);
+    }
+    let ((t, e, f), d) = (hidden.dims3()?, down.dim(1)?);
+    let hidden = hidden.reshape((t, e * f))?;
+    let alone = hidden.track_op() && !down.track_op();
+    if hidden.dtype() == DType::F32 && (alone || down.dtype() != DType::F32) {
+        return OnHost::here(&hidden)?.apply(frozen::Frozen { weight: down.detach().contiguous()? });
+    }
+    Ok(hidden.matmul(&down.transpose(1, 2)?.reshape((e * f, d))?)?)
 }
 
 /// A scalar function of `x` that was computed outside: its `value`, and its `gradient` in the order of the elements of x.
 pub fn known(x: &Tensor, value: f64, gradient: Vec<f64>) -> Result<Tensor> {
     // To the host and back is differentiable.
-    let on_host = x.to_device(&Device::Cpu)?.contiguous()?.apply_op1(known::Known { value, gradient })?;
-    Ok(on_host.to_device(x.device())?)
+    Ok(OnHost::copied(x)?.apply(known::Known { value, gradient })?.to_device(x.device())?)
 }
 
 /// Causal attention of `count` sequences of one length: q `[T, H, hd]`, k and v `[T, KV, hd]` to `[T, H, hd]`, f32 on
 /// the CPU. Differentiable.
 pub(crate) fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, count: usize, shape: AttentionShape) -> Result<Tensor> {
-    Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, fused::CausalAttention { shape, count })?)
+    OnHost::here(q)?.apply3([&OnHost::here(k)?, &OnHost::here(v)?], fused::CausalAttention { shape, count })
 }
 
 /// Lends the elements of a contiguous CPU tensor.

@@ -63,7 +63,6 @@ impl ServiceConfig {
             estimator: spec.estimator.clone(),
             serving: self.routing.to_string(),
             reference: spec.reference.choice().to_string(),
-            generation: 1,
             num_layers: spec.layers.len(),
             layers: spec.moe_layers().map(|(layer, moe)| (layer, moe.num_experts)).collect(),
             top_k: spec.most_experts_per_token(&choices)?,

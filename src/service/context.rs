@@ -8,6 +8,7 @@ use super::{ServiceConfig, convert, proto};
 use crate::{
     engine::Engine,
     error::{Error, Result},
+    jobs::Jobs,
     moe::policy::{LayerChoices, RoutingRule},
 };
 
@@ -22,6 +23,8 @@ const PART_GROWTH: usize = 4;
 pub(super) struct Context {
     pub(super) engine: Engine,
     pub(super) config: ServiceConfig,
+    /// `None`: the server does not tune.
+    pub(super) jobs: Option<Jobs>,
     serving: RwLock<Serving>,
     /// Permits for long tokenisations.
     tokenizing: Arc<Semaphore>,
@@ -65,12 +68,12 @@ carry_input!(
 
 impl Context {
     /// Fails where a layer of the model cannot follow `config.routing`.
-    pub(super) fn new(engine: Engine, config: ServiceConfig) -> Result<Self> {
+    pub(super) fn new(engine: Engine, config: ServiceConfig, jobs: Option<Jobs>) -> Result<Self> {
         let choices = engine.spec().layer_choices(&config.routing, "routing")?;
         engine.set_serving(choices.clone());
         let serving = RwLock::new(Serving { rule: config.routing.clone(), choices });
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Ok(Self { engine, config, serving, tokenizing: Arc::new(Semaphore::new(cores)) })
+        Ok(Self { engine, config, jobs, serving, tokenizing: Arc::new(Semaphore::new(cores)) })
     }
 
     /// In force where a request says nothing.

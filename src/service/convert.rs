@@ -3,7 +3,7 @@
 
 use super::{SamplingDefaults, proto};
 use crate::{
-    engine::{FinishReason, Finished, GenerateParams, ShadowChoice, Timing, TokenLogprob},
+    engine::{FinishReason, Finished, GenerateParams, Mode, ShadowChoice, Timing, TokenLogprob},
     error::{Error, Result},
     model::{FeedForwardSpec, ModelSpec},
     moe::policy::{LayerChoices, RoutingChoice, RoutingPolicy, RoutingRule, WeightForm},
@@ -201,6 +201,16 @@ pub(super) fn moe_layers(spec: &ModelSpec, serving: &LayerChoices) -> Result<(Ve
         moe.top_k = resolved.experts_per_token(moe.num_experts);
     }
     Ok((layers, served.parameters()))
+}
+
+/// What the machine does.
+pub(super) fn mode(mode: Mode) -> proto::get_model_info_response::Mode {
+    use proto::get_model_info_response::Mode as Told;
+    match mode {
+        Mode::Serve => Told::Serve,
+        Mode::Tune => Told::Tune,
+        Mode::TuneExclusive => Told::TuneExclusive,
+    }
 }
 
 /// Counts on the wire are 32 bits.

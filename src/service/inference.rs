@@ -21,6 +21,7 @@ use super::{
 use crate::{
     engine::{self, Event, Finished, ShadowChoice, Task, Tokens},
     error::{Error, Result},
+    jobs::Jobs,
     moe::policy::LayerChoices,
 };
 
@@ -134,6 +135,7 @@ impl InferenceService {
         self.context.check_model(&request.model)?;
         let (handle, config) = (&self.context.engine, &self.context.config);
         let (spec, engine, cache) = (handle.spec(), handle.config(), handle.cache());
+        let jobs = self.context.jobs.as_ref();
         let (moe_layers, (parameters, active_parameters)) = convert::moe_layers(spec, &self.context.serving().choices)?;
         Ok(proto::GetModelInfoResponse {
             model: config.model_name.clone(),
@@ -166,6 +168,9 @@ impl InferenceService {
                 cache_block_tokens: convert::saturate(cache.block_tokens),
             }),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
+            mode: convert::mode(handle.status().mode).into(),
+            tuning_job: jobs.and_then(Jobs::running).map(|job| job.to_string()).unwrap_or_default(),
+            previous_generation: jobs.and_then(Jobs::previous),
         })
     }
 }

@@ -17,11 +17,12 @@ mod routing;
 mod status;
 mod trace;
 mod traced;
+mod tuning;
 
 use std::sync::Arc;
 
 use self::context::Context;
-use crate::{engine::Engine, error::Result};
+use crate::{engine::Engine, error::Result, jobs::Jobs};
 
 pub use self::{
     config::{SamplingDefaults, ServiceConfig},
@@ -34,6 +35,7 @@ pub use self::{
     routing::{RoutingService, TraceStream},
     status::{code_name, to_status},
     trace::joined as routing_trace,
+    tuning::{TuningService, read_event, read_figures, read_phase, read_verdicts, tuning_message},
 };
 
 /// Messages, clients and server traits generated from `proto/hardmax/v1`.
@@ -52,9 +54,9 @@ pub struct Services {
 }
 
 impl Services {
-    /// Over `engine`. Fails where a layer of the model cannot follow `config.routing`.
-    pub fn new(engine: Engine, config: ServiceConfig) -> Result<Self> {
-        Ok(Self { context: Arc::new(Context::new(engine, config)?) })
+    /// Over `engine`, and the tuning jobs beside it. Fails where a layer of the model cannot follow `config.routing`.
+    pub fn new(engine: Engine, config: ServiceConfig, jobs: Option<Jobs>) -> Result<Self> {
+        Ok(Self { context: Arc::new(Context::new(engine, config, jobs)?) })
     }
 
     /// `hardmax.v1.Inference`.
@@ -65,6 +67,11 @@ impl Services {
     /// `hardmax.v1.Routing`.
     pub fn routing(&self) -> RoutingService {
         RoutingService::new(Arc::clone(&self.context))
+    }
+
+    /// `hardmax.v1.Tuning`.
+    pub fn tuning(&self) -> TuningService {
+        TuningService::new(Arc::clone(&self.context))
     }
 
     /// Prompts of the live page.

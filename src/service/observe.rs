@@ -161,6 +161,17 @@ fn method(path: &str) -> Option<Method> {
         "/hardmax.v1.Routing/ResetStatistics" => Some(Method::ResetStatistics),
         "/hardmax.v1.Routing/GetRoutingPolicy" => Some(Method::GetRoutingPolicy),
         "/hardmax.v1.Routing/SetRoutingPolicy" => Some(Method::SetRoutingPolicy),
+        "/hardmax.v1.Tuning/StartTuning" => Some(Method::StartTuning),
+        "/hardmax.v1.Tuning/WatchTuning" => Some(Method::WatchTuning),
+        "/hardmax.v1.Tuning/PauseTuning" => Some(Method::PauseTuning),
+        "/hardmax.v1.Tuning/ResumeTuning" => Some(Method::ResumeTuning),
+        "/hardmax.v1.Tuning/StopTuning" => Some(Method::StopTuning),
+        "/hardmax.v1.Tuning/ListTunings" => Some(Method::ListTunings),
+        "/hardmax.v1.Tuning/GetTuning" => Some(Method::GetTuning),
+        "/hardmax.v1.Tuning/Publish" => Some(Method::Publish),
+        "/hardmax.v1.Tuning/Rollback" => Some(Method::Rollback),
+        "/hardmax.v1.Tuning/ListGenerations" => Some(Method::ListGenerations),
+        "/hardmax.v1.Tuning/ExportGeneration" => Some(Method::ExportGeneration),
         _ => None,
     }
 }

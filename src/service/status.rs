@@ -107,14 +107,21 @@ mod tests {
     fn what_may_be_retried_says_when() {
         let retry_after = Duration::from_millis(2500);
         let full = |limit| (Error::QueueFull { limit, retry_after }, Code::ResourceExhausted, retry_after, "2500");
-        let cases =
-            [full(QueueLimit::Requests(3)), full(QueueLimit::Tokens(100)), (Error::Draining, Code::Unavailable, RETRY_AFTER, "1000")];
+        let later = |error| (error, Code::Unavailable, RETRY_AFTER, "1000");
+        let cases = [full(QueueLimit::Requests(3)), full(QueueLimit::Tokens(100)), later(Error::Draining), later(Error::Tuning)];
         for (error, code, delay, pushback) in cases {
             let status = to_status(&error);
             assert_eq!(status.code(), code);
             assert_eq!(status.get_details_retry_info().and_then(|info| info.retry_delay), Some(delay));
             assert_eq!(status.metadata().get("grpc-retry-pushback-ms").map(|ms| ms.as_bytes()), Some(pushback.as_bytes()));
         }
+    }
+
+    #[test]
+    fn a_full_disk_is_an_exhausted_resource() {
+        let status = to_status(&Error::DiskFull { path: "jobs/t1".into() });
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.message().starts_with("jobs/t1: the disk is full"), "{}", status.message());
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! Every series that the server can export, as data. What registers and writes them takes names, labels, buckets and HELP from here,
 //! and `docs/metrics.md` is this list in print.
 
-use super::labels::{Code, LayerMeasure, Method, Outcome, OutputMeasure, Part, Rejection, SampleOutcome, Side};
+use super::labels::{
+    Age, Code, GradientPart, LayerMeasure, LossPart, Method, Mode, Outcome, OutputMeasure, Part, PublishOutcome, Rejection, RollbackReason,
+    SampleOutcome, Side, Stage, TunedRouting, TuningState,
+};
 
 /// Series that belong together.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -77,6 +80,8 @@ pub enum Presence {
     Shadow,
     /// The same, and there is one series for each MoE layer.
     ShadowPerLayer,
+    /// The server can tune its model.
+    Tuning,
     /// It is known to others by this name.
     VllmAlias,
 }
@@ -119,6 +124,9 @@ const STEP_BUCKETS: &[f64] = &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 
 /// Of the tokens that one expert gets in one step.
 pub(super) const EXPERT_BATCH_BUCKETS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0];
 
+/// Of a turn of tuning, in seconds: requests wait for its end.
+pub(super) const TURN_BUCKETS: &[f64] = &[0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
 /// Of the gap of a layer: distances and shares, from rounding to another function.
 pub(super) const LAYER_GAP_BUCKETS: &[f64] = &[0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0];
 
@@ -137,6 +145,15 @@ const LAYER_MEASURE: Label = Label { name: "measure", values: Values::OneOf(Laye
 const OUTPUT_MEASURE: Label = Label { name: "measure", values: Values::OneOf(OutputMeasure::LABELS) };
 const SAMPLE_OUTCOME: Label = Label { name: "outcome", values: Values::OneOf(SampleOutcome::LABELS) };
 const SIDE: Label = Label { name: "routing", values: Values::OneOf(Side::LABELS) };
+const AGE: Label = Label { name: "age", values: Values::OneOf(Age::LABELS) };
+const MODE: Label = Label { name: "mode", values: Values::OneOf(Mode::LABELS) };
+const TUNING_STATE: Label = Label { name: "state", values: Values::OneOf(TuningState::LABELS) };
+const LOSS_PART: Label = Label { name: "part", values: Values::OneOf(LossPart::LABELS) };
+const GRADIENT_PART: Label = Label { name: "part", values: Values::OneOf(GradientPart::LABELS) };
+const TUNED_ROUTING: Label = Label { name: "routing", values: Values::OneOf(TunedRouting::LABELS) };
+const STAGE: Label = Label { name: "stage", values: Values::OneOf(Stage::LABELS) };
+const PUBLISH_OUTCOME: Label = Label { name: "outcome", values: Values::OneOf(PublishOutcome::LABELS) };
+const ROLLBACK_REASON: Label = Label { name: "reason", values: Values::OneOf(RollbackReason::LABELS) };
 /// As vLLM names [`MODEL`].
 const MODEL_NAME: Label = Label { name: "model_name", values: MODEL.values };
 
@@ -168,7 +185,7 @@ catalog! {
             "Well-formed requests that were not let into the engine, by reason.",
         )
         .by(&[REJECTION])
-        .moves("the queue is full, the deadline is over, the server is stopping, or a prompt does not fit into the context");
+        .moves("the queue is full, the deadline is over, the server stops or only tunes, or a prompt does not fit into the context");
         RUNNING = gauge("hardmax_requests_running", "requests", "Requests in the batch now.")
             .moves("a request enters or leaves the batch");
         WAITING = gauge("hardmax_requests_waiting", "requests", "Requests in the queue now.")
@@ -423,6 +440,114 @@ catalog! {
         .shadow()
         .moves("a piece of a sample has run");
     }
+    "Generations and tuning" {
+        GENERATION = gauge("hardmax_generation", "generation", "Number of the weights in force: those that a request which comes now runs on.")
+            .moves("weights are published or rolled back");
+        GENERATIONS_RESIDENT = gauge(
+            "hardmax_generations_resident",
+            "generations",
+            "Generations that requests run on, the one in force included.",
+        )
+        .moves("weights are published, or the last request of older ones has ended");
+        GENERATION_REQUESTS =
+            gauge("hardmax_generation_requests", "requests", "Requests inside, by whether the weights that they run on are in force.")
+                .by(&[MODEL, AGE])
+                .moves("a request comes or ends, or weights are published");
+        MODE_OF_SERVER = gauge(
+            "hardmax_mode",
+            "mode",
+            "1 for what the machine is given to, 0 for the rest: serve, requests; tune, requests and a tuning job within its share; \
+             tune_exclusive, a tuning job alone.",
+        )
+        .by(&[MODEL, MODE])
+        .moves("a tuning job begins, ends, or gets another share");
+        TUNING_JOBS = gauge("hardmax_tuning_jobs", "jobs", "Tuning jobs that the server keeps, by state.")
+            .tuning()
+            .by(&[MODEL, TUNING_STATE])
+            .moves("a job begins, ends, or is forgotten for its age");
+        TUNING_INFO = info("hardmax_tuning_info", "The tuning job that the series below are of; always 1, and absent before the first.")
+            .tuning()
+            .by(&[
+                MODEL,
+                fact("job", "its identifier"),
+                fact("target", "what learns: `router`, `router+experts`, `all`, or names"),
+                fact("estimator", "how its routers learn"),
+            ]);
+        TUNING_STEP = gauge("hardmax_tuning_step", "steps", "Steps that the job has done.").tuning().moves("a step is done");
+        TUNING_STEPS = gauge("hardmax_tuning_steps", "steps", "Steps that the job is to do.").tuning().moves("a job begins");
+        TUNING_LOSS = gauge(
+            "hardmax_tuning_loss",
+            "nats",
+            "Loss of the last step: total, and its parts lm (next token), distill (divergence from the teacher, by its weight) and auxiliary (the rest \
+             of the total). 0 where there is no such part.",
+        )
+        .tuning()
+        .by(&[MODEL, LOSS_PART])
+        .moves("a step is done");
+        TUNING_GRADIENT_NORM = gauge(
+            "hardmax_tuning_gradient_norm",
+            "norm",
+            "L2 norm of the gradient of the last step before clipping; 0 where it was not finite.",
+        )
+        .tuning()
+        .by(&[MODEL, GRADIENT_PART])
+        .moves("a step is done");
+        TUNING_GAP = gauge(
+            "hardmax_tuning_gap_nats",
+            "nats",
+            "Own gap on held-out text: mean divergence of a hard routing from the reference routing of the same weights, per token.",
+        )
+        .tuned()
+        .moves("the job has evaluated its weights");
+        TUNING_PERPLEXITY_RATIO = gauge(
+            "hardmax_tuning_perplexity_ratio",
+            "ratio",
+            "Perplexity on held-out text under a hard routing, over that of the weights before under their reference routing.",
+        )
+        .tuned()
+        .moves("the job has evaluated its weights");
+        TUNING_DEAD_EXPERTS = gauge(
+            "hardmax_tuning_dead_experts",
+            "experts",
+            "Experts that no held-out token goes to under a hard routing, all layers together.",
+        )
+        .tuned()
+        .moves("the job has evaluated its weights, and the number is another");
+        TUNING_TOKENS = counter("hardmax_tuning_tokens_total", "tokens", "Tokens that jobs have learned from.")
+            .tuning()
+            .moves("a step is done");
+        TUNING_SKIPPED_STEPS =
+            counter("hardmax_tuning_skipped_steps_total", "steps", "Steps that changed nothing, for gradients that were not finite.")
+                .tuning()
+                .moves("a step is done and the gradients are not finite: a learning rate is too high, or a temperature too low");
+        TUNING_TURN_SECONDS = seconds(
+            "hardmax_tuning_turn_seconds",
+            "Duration of a turn: a piece of tuning for which the engine waits.",
+            TURN_BUCKETS,
+        )
+        .tuning()
+        .moves("a turn has ended");
+        TUNING_ETA = gauge("hardmax_tuning_eta_seconds", "seconds", "Estimated time to the last step; 0 where no job runs.")
+            .tuning()
+            .moves("a step is done");
+        PUBLISHES = counter(
+            "hardmax_publishes_total",
+            "publishes",
+            "Wishes to put a candidate in force: published; refused, for gates that were not met; overridden, published all the same; \
+             failed.",
+        )
+        .tuning()
+        .by(&[MODEL, PUBLISH_OUTCOME])
+        .moves("a Publish has been answered");
+        ROLLBACKS = counter(
+            "hardmax_rollbacks_total",
+            "rollbacks",
+            "Returns to older weights: asked for, or by the server itself, because the gap of the traffic had grown or requests failed.",
+        )
+        .tuning()
+        .by(&[MODEL, ROLLBACK_REASON])
+        .moves("older weights are in force again");
+    }
     "Server" {
         BUILD_INFO = info("hardmax_build_info", "The server; always 1.").by(&[
             fact("version", "of hardmax"),
@@ -430,7 +555,7 @@ catalog! {
         ]);
         MODEL_INFO = info("hardmax_model_info", "The served model; always 1.").by(&[
             MODEL,
-            fact("generation", "of the weights"),
+            fact("generation", "of the weights in force"),
             fact("dtype", "of the large weights"),
             fact("device", "`cpu` or `cuda`"),
             fact("layers", "decoder layers"),
@@ -521,6 +646,16 @@ impl Family {
     const fn per_layer_measure(mut self) -> Self {
         self.presence = Presence::ShadowPerLayer;
         self.by(&[MODEL, LAYER, LAYER_MEASURE])
+    }
+
+    const fn tuning(mut self) -> Self {
+        self.presence = Presence::Tuning;
+        self
+    }
+
+    /// Measured before the first step and last, under each routing.
+    const fn tuned(self) -> Self {
+        self.tuning().by(&[MODEL, TUNED_ROUTING, STAGE])
     }
 
     const fn vllm_alias(mut self) -> Self {

@@ -25,7 +25,7 @@ pub struct MetricsConfig {
     pub serving: String,
     /// Routing that the checkpoint was trained under.
     pub reference: String,
-    /// Of the weights in force.
+    /// Of the weights in force; the engine says it ([`Metrics::set_generation`](super::metrics::Metrics::set_generation)).
     pub generation: u64,
     /// Decoder layers.
     pub num_layers: usize,
@@ -41,6 +41,8 @@ pub struct MetricsConfig {
     pub cache_blocks: usize,
     /// Requests can be measured against the reference routing.
     pub shadow: bool,
+    /// The model can be tuned.
+    pub tuning: bool,
     /// Which of the optional series there are.
     pub series: SeriesOptions,
 }
@@ -130,7 +132,7 @@ impl Detail {
         match presence {
             Presence::PerExpert => self >= Self::PerExpert,
             Presence::PerLayer | Presence::ShadowPerLayer => self >= Self::PerLayer,
-            Presence::Always | Presence::Shadow | Presence::VllmAlias => true,
+            Presence::Always | Presence::Shadow | Presence::Tuning | Presence::VllmAlias => true,
         }
     }
 }

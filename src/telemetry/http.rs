@@ -31,6 +31,8 @@ pub enum Readiness {
     Loading,
     /// Requests are served.
     Serving,
+    /// Tuning has all of the machine: new requests should go elsewhere, or come later.
+    Tuning,
     /// Stopping: new requests should go elsewhere.
     Draining,
     /// The engine is gone; only a restart helps.
@@ -118,6 +120,7 @@ async fn healthz(State(page): State<Arc<Page>>) -> (StatusCode, &'static str) {
     match page.readiness() {
         Readiness::Serving => (StatusCode::OK, "ok\n"),
         Readiness::Loading => (StatusCode::SERVICE_UNAVAILABLE, "the model is loading\n"),
+        Readiness::Tuning => (StatusCode::SERVICE_UNAVAILABLE, "tuning\n"),
         Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
         Readiness::Failed => (StatusCode::SERVICE_UNAVAILABLE, "the engine has stopped\n"),
     }

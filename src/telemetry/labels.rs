@@ -55,6 +55,28 @@ label! {
         GetRoutingPolicy = "GetRoutingPolicy",
         /// Another routing from now on.
         SetRoutingPolicy = "SetRoutingPolicy",
+        /// A tuning job begins.
+        StartTuning = "StartTuning",
+        /// What a job does.
+        WatchTuning = "WatchTuning",
+        /// A job rests.
+        PauseTuning = "PauseTuning",
+        /// A job goes on.
+        ResumeTuning = "ResumeTuning",
+        /// A job ends.
+        StopTuning = "StopTuning",
+        /// All jobs.
+        ListTunings = "ListTunings",
+        /// A job.
+        GetTuning = "GetTuning",
+        /// Other weights from now on.
+        Publish = "Publish",
+        /// Older weights from now on.
+        Rollback = "Rollback",
+        /// The weights there are.
+        ListGenerations = "ListGenerations",
+        /// Weights as files.
+        ExportGeneration = "ExportGeneration",
     }
 }
 
@@ -83,7 +105,7 @@ label! {
         Unimplemented = "UNIMPLEMENTED",
         /// A bug.
         Internal = "INTERNAL",
-        /// Draining.
+        /// Draining, or tuning with all of the machine.
         Unavailable = "UNAVAILABLE",
     }
 }
@@ -115,6 +137,8 @@ label! {
         Draining = "draining",
         /// The prompt does not fit into the context.
         TooLong = "too_long",
+        /// Tuning has all of the machine.
+        Tuning = "tuning",
     }
 }
 
@@ -191,6 +215,124 @@ label! {
         Reference = "reference",
         /// What the request was served under.
         Serving = "serving",
+    }
+}
+
+label! {
+    /// Who has the machine.
+    #[derive(Default)]
+    Mode {
+        /// Requests.
+        #[default]
+        Serve = "serve",
+        /// Requests, and turns within their share.
+        Tune = "tune",
+        /// Turns, once the requests inside have ended: new ones are refused.
+        TuneExclusive = "tune_exclusive",
+    }
+}
+
+label! {
+    /// Which weights a request runs on.
+    Age {
+        /// Those in force.
+        Current = "current",
+        /// Others, which it began on.
+        Older = "older",
+    }
+}
+
+label! {
+    /// What a tuning job is.
+    #[derive(serde::Serialize)]
+    #[serde(rename_all = "snake_case")]
+    TuningState {
+        /// It has a thread.
+        Running = "running",
+        /// It lies on disk and can go on.
+        Paused = "paused",
+        /// It has a candidate.
+        Done = "done",
+        /// It was given up.
+        Stopped = "stopped",
+        /// It cannot go on.
+        Failed = "failed",
+    }
+}
+
+label! {
+    /// A part of what a tuning job makes smaller.
+    LossPart {
+        /// All of it, each part by its weight.
+        Total = "total",
+        /// Of the next token, nats per token.
+        Lm = "lm",
+        /// Divergence from the teacher by its weight, nats per token.
+        Distill = "distill",
+        /// The rest of the total: auxiliary losses by their weights.
+        Auxiliary = "auxiliary",
+    }
+}
+
+label! {
+    /// Whose gradient.
+    GradientPart {
+        /// That of all that learns.
+        All = "all",
+        /// That of the routers.
+        Router = "router",
+    }
+}
+
+label! {
+    /// A routing that tuning is measured under.
+    TunedRouting {
+        /// That which is to be served.
+        Serving = "serving",
+        /// One expert.
+        Top1 = "top1",
+        /// Two experts.
+        Top2 = "top2",
+    }
+}
+
+label! {
+    /// When tuning was measured.
+    Stage {
+        /// Before the first step.
+        Before = "before",
+        /// Last.
+        Now = "now",
+    }
+}
+
+label! {
+    /// What became of a wish to publish.
+    #[derive(serde::Serialize)]
+    #[serde(rename_all = "snake_case")]
+    PublishOutcome {
+        /// The candidate met its gates and is in force.
+        Published = "published",
+        /// It did not meet them.
+        Refused = "refused",
+        /// It did not meet them and is in force, because that was asked for.
+        Overridden = "overridden",
+        /// An error.
+        Failed = "failed",
+    }
+}
+
+label! {
+    /// Why older weights are in force again.
+    #[derive(serde::Serialize)]
+    #[serde(rename_all = "snake_case")]
+    RollbackReason {
+        /// Somebody wanted them.
+        Asked = "asked",
+        /// The gap of the traffic had grown.
+        Gap = "gap",
+        /// Too many requests failed.
+        Errors = "errors",
     }
 }
 

@@ -16,11 +16,15 @@ use super::{
     fidelity::{Fidelity, FidelitySample, FidelitySnapshot},
     info,
     register::{self, counter, gauge, histogram},
+    tuning::{Tuning, TuningCurves, TuningSnapshot},
 };
 pub use super::{
     config::{ExpertMetrics, MetricsAliases, MetricsConfig, SeriesOptions},
     expert_load::{ExpertLoadSnapshot, LayerLoadSnapshot, Scope},
-    labels::{Code, LayerMeasure, Method, Outcome, OutputMeasure, Part, Rejection, SampleOutcome, Side},
+    labels::{
+        Age, Code, GradientPart, LayerMeasure, LossPart, Method, Mode, Outcome, OutputMeasure, Part, PublishOutcome, Rejection,
+        RollbackReason, SampleOutcome, Side, Stage, TunedRouting, TuningState,
+    },
 };
 use crate::{
     error::{Error, Result},
@@ -84,6 +88,8 @@ pub struct Metrics {
     expert_load: Mutex<ExpertLoad>,
     /// `None`: it is not measured.
     fidelity: Option<Mutex<Fidelity>>,
+    /// `None`: there is none.
+    tuning: Option<Mutex<Tuning>>,
     /// Of each [`Method`], of each [`Code`].
     requests: Vec<Vec<Counter>>,
     finished: Vec<Counter>,
@@ -114,6 +120,12 @@ pub struct Metrics {
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
+    generation: Gauge,
+    generations_resident: Gauge,
+    /// Of each [`Age`].
+    generation_requests: Vec<Gauge>,
+    /// Of each [`Mode`].
+    mode: Vec<Gauge>,
 }
 
 impl Metrics {
@@ -126,7 +138,10 @@ impl Metrics {
         let load = ExpertLoad::new(config, detail, now);
         let metrics = ::metrics::with_local_recorder(&recorder, || Self::register(config, recorder.handle(), load, now));
         let fidelity = config.shadow.then(|| Mutex::new(Fidelity::new(config, detail, now)));
-        let metrics = Self { fidelity, ..metrics };
+        let tuning = config.tuning.then(|| Mutex::new(Tuning::new(&config.model)));
+        let metrics = Self { fidelity, tuning, ..metrics };
+        metrics.set_generation(config.generation);
+        metrics.set_mode(Mode::default());
         tracing::info!(series = num_series(&metrics.render()), experts = %detail, "metrics");
         Ok(metrics)
     }
@@ -145,6 +160,7 @@ impl Metrics {
             last_upkeep: Mutex::new(now),
             expert_load: Mutex::new(expert_load),
             fidelity: None,
+            tuning: None,
             requests: Method::ALL.iter().map(by_method).collect(),
             finished: Outcome::LABELS.iter().map(|reason| counter(&catalog::FINISHED, &[reason])).collect(),
             rejections: Rejection::LABELS.iter().map(|reason| counter(&catalog::REJECTIONS, &[reason])).collect(),
@@ -170,6 +186,10 @@ impl Metrics {
             preemptions: counter(&catalog::PREEMPTIONS, model),
             prefix_queries: counter(&catalog::PREFIX_QUERIES, model),
             prefix_hits: counter(&catalog::PREFIX_HITS, model),
+            generation: gauge(&catalog::GENERATION, model),
+            generations_resident: gauge(&catalog::GENERATIONS_RESIDENT, model),
+            generation_requests: Age::LABELS.iter().map(|age| gauge(&catalog::GENERATION_REQUESTS, &[&config.model, age])).collect(),
+            mode: Mode::LABELS.iter().map(|mode| gauge(&catalog::MODE_OF_SERVER, &[&config.model, mode])).collect(),
         }
     }
 
@@ -284,6 +304,55 @@ impl Metrics {
         }
     }
 
+    /// Requests that come run on the weights of this generation from now on.
+    pub fn set_generation(&self, generation: u64) {
+        lock(&self.facts).generation = generation;
+        self.generation.set(generation as f64);
+    }
+
+    /// Requests run on so many generations, the one in force included: so many on that one, so many on older ones.
+    pub fn set_generations(&self, resident: usize, current_requests: usize, older_requests: usize) {
+        self.generations_resident.set(resident as f64);
+        self.generation_requests.iter().zip([current_requests, older_requests]).for_each(|(gauge, requests)| gauge.set(requests as f64));
+    }
+
+    /// The machine is given to these from now on.
+    pub fn set_mode(&self, mode: Mode) {
+        self.mode.iter().zip(Mode::ALL).for_each(|(gauge, &of)| gauge.set(if of == mode { 1.0 } else { 0.0 }));
+    }
+
+    /// A tuning job is like this now: at its begin and end, after each step and each evaluation.
+    pub fn tuning(&self, snapshot: &TuningSnapshot) {
+        self.with_tuning(|tuning| tuning.set(snapshot));
+    }
+
+    /// A tuning job has learned from so many tokens, or `skipped` the step.
+    pub fn tuning_step(&self, tokens: usize, skipped: bool) {
+        self.with_tuning(|tuning| tuning.step(tokens, skipped));
+    }
+
+    /// Tuning jobs of each state that the server keeps.
+    pub fn set_tuning_jobs(&self, count: impl Fn(TuningState) -> usize) {
+        self.with_tuning(|tuning| tuning.set_jobs(count));
+    }
+
+    /// The engine has waited so long for a piece of tuning.
+    pub fn turn(&self, took: Duration) {
+        self.with_tuning(|tuning| tuning.turn(took));
+    }
+
+    /// Somebody wanted a candidate in force, and this became of it. Where it is, after [`Metrics::set_generation`].
+    pub fn published(&self, outcome: PublishOutcome) {
+        let generation = lock(&self.facts).generation;
+        self.with_tuning(|tuning| tuning.published(outcome, generation));
+    }
+
+    /// Older weights are in force again, after [`Metrics::set_generation`].
+    pub fn rolled_back(&self, reason: RollbackReason) {
+        let generation = lock(&self.facts).generation;
+        self.with_tuning(|tuning| tuning.rolled_back(reason, generation));
+    }
+
     /// What the experts were given.
     pub fn expert_load(&self, scope: Scope) -> ExpertLoadSnapshot {
         lock(&self.expert_load).snapshot(scope, Instant::now())
@@ -337,6 +406,17 @@ impl Metrics {
         }
     }
 
+    fn with_tuning(&self, change: impl FnOnce(&mut Tuning)) {
+        if let Some(tuning) = &self.tuning {
+            change(&mut lock(tuning));
+        }
+    }
+
+    /// The tuning job and its curves, and what was last put in force.
+    pub(super) fn tuning_curves(&self) -> Option<TuningCurves> {
+        self.tuning.as_ref().map(|tuning| lock(tuning).curves())
+    }
+
     /// Every series in the Prometheus text format. Numbers are copied under the locks that steps of the engine wait for, and written after.
     pub fn render(&self) -> String {
         let load = lock(&self.expert_load).copy(Instant::now());
@@ -344,6 +424,7 @@ impl Metrics {
         let mut experts = Exposition::default();
         load.write(&mut experts);
         fidelity.iter().for_each(|fidelity| fidelity.write(&mut experts));
+        self.tuning.iter().for_each(|tuning| lock(tuning).write(&mut experts));
         let mut page = self.render_common() + &experts.finish();
         let mut size = Exposition::default();
         size.single(&catalog::METRICS_SERIES, &[], num_series(&page) as f64 + 1.0);
@@ -351,7 +432,7 @@ impl Metrics {
         page
     }
 
-    /// The same without the series of experts and of the gap.
+    /// The same without the series of experts, of the gap and of tuning.
     pub(super) fn render_common(&self) -> String {
         let mut facts = Exposition::default();
         info::write(&lock(&self.facts), &mut facts);

@@ -15,3 +15,4 @@ mod recent;
 mod register;
 #[cfg(test)]
 mod tests;
+pub mod tuning;

@@ -28,6 +28,7 @@ fn metrics_with(series: SeriesOptions) -> Metrics {
         top_k: 1,
         max_context: 128,
         shadow: true,
+        tuning: true,
         ..MetricsConfig::default()
     };
     Metrics::new(&config).unwrap()
@@ -67,7 +68,7 @@ fn everything_is_there_from_the_start() {
     for (series, value) in &values {
         let expected = if series == "hardmax_metrics_series" {
             values.len() as f64
-        } else if series.contains("_info{") {
+        } else if series.contains("_info{") || series.contains("mode=\"serve\"") {
             1.0
         } else {
             0.0
@@ -155,14 +156,14 @@ fn options_decide_which_series_there_are() {
         catalog::families().filter(|family| !hidden.contains(&family.presence)).map(|family| family.name.to_owned()).collect()
     };
     use MetricsAliases::{None, Vllm};
-    use Presence::{PerExpert, PerLayer, Shadow, ShadowPerLayer, VllmAlias};
+    use Presence::{PerExpert, PerLayer, Shadow, ShadowPerLayer, Tuning, VllmAlias};
     assert_eq!(names(&page(ExpertMetrics::PerExpert, 0, Vllm)), expected(&[]));
     assert_eq!(names(&page(ExpertMetrics::Auto, 36, None)), expected(&[VllmAlias]));
     assert_eq!(names(&page(ExpertMetrics::Auto, 35, None)), expected(&[VllmAlias, PerExpert]));
     assert_eq!(names(&page(ExpertMetrics::PerLayer, 36, None)), expected(&[VllmAlias, PerExpert]));
     assert_eq!(names(&page(ExpertMetrics::Off, 36, Vllm)), expected(&[PerLayer, PerExpert, ShadowPerLayer]));
     let unmeasured = Metrics::new(&MetricsConfig::default()).unwrap();
-    assert_eq!(names(&unmeasured.render()), expected(&[VllmAlias, Shadow, ShadowPerLayer]));
+    assert_eq!(names(&unmeasured.render()), expected(&[VllmAlias, Shadow, ShadowPerLayer, Tuning]));
 }
 
 #[test]
@@ -193,6 +194,20 @@ fn the_routing_in_force_is_shown() {
     };
     assert!(shown("hardmax_routing_info{", "serving=\"top-2\""));
     assert!(shown("hardmax_model_info{", "top_k=\"2\""));
+}
+
+#[test]
+fn generations_and_the_mode_are_shown() {
+    let metrics = metrics();
+    metrics.set_generation(4);
+    metrics.set_generations(2, 5, 3);
+    metrics.set_mode(Mode::TuneExclusive);
+    let (_, values) = parse(&metrics.render());
+    let of = |name: &str, label: &str| values[&format!("hardmax_{name}{{model=\"demo \\\"x\\\"\"{label}}}")];
+    assert_eq!((of("generation", ""), of("generations_resident", "")), (4.0, 2.0));
+    assert_eq!(["current", "older"].map(|age| of("generation_requests", &format!(",age=\"{age}\""))), [5.0, 3.0]);
+    assert_eq!(["serve", "tune", "tune_exclusive"].map(|mode| of("mode", &format!(",mode=\"{mode}\""))), [0.0, 0.0, 1.0]);
+    assert!(values.keys().any(|series| series.starts_with("hardmax_model_info{") && series.contains("generation=\"4\"")));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Tokens of a step that is no mistake.
-const MAX_TOKENS: usize = 1 << 24;
+pub(crate) const MAX_TOKENS: usize = 1 << 24;
 
 /// Parameters of a model that is no mistake: with gradients and moments 256 GiB.
 const MAX_PARAMETERS: u128 = 1 << 34;
@@ -112,6 +112,26 @@ pub struct OptimizerConfig {
     pub clip_norm: f64,
 }
 
+impl OptimizerConfig {
+    /// Checks everything for a run of `steps`; `root` is the path of the table, for messages.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names the field.
+    pub fn check(&self, root: &str, steps: usize) -> Result<()> {
+        let ensure =
+            |good: bool, field: &str, message: &str| if good { Ok(()) } else { Err(Error::invalid(format!("{root}.{field}"), message)) };
+        ensure(self.weight_decay.is_finite() && self.weight_decay >= 0.0, "weight_decay", "must not be negative")?;
+        ensure(self.learning_rate > 0.0 && self.learning_rate.is_finite(), "learning_rate", "must be above 0")?;
+        ensure((0.0..=1.0).contains(&self.final_ratio), "final_ratio", "must be from 0 to 1")?;
+        for (field, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            ensure((0.0..1.0).contains(&beta), field, "must be at least 0 and below 1")?;
+        }
+        let never = "must be below run.steps: the learning rate would never reach its peak, and final_ratio would have no effect";
+        ensure(self.warmup_steps < steps, "warmup_steps", never)?;
+        ensure(self.clip_norm > 0.0 && self.clip_norm.is_finite(), "clip_norm", "must be above 0")
+    }
+}
+
 /// Length, batch, evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -181,15 +201,7 @@ impl TrainConfig {
         ensure(self.parameters() <= MAX_PARAMETERS, "model", &format!("must have at most {MAX_PARAMETERS} parameters"))?;
         ensure(model.context >= 8, "model.context", "must be at least 8")?;
         ensure(model.rope_theta > 1.0 && model.rope_theta.is_finite(), "model.rope_theta", "must be above 1")?;
-        ensure(optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0, "optimizer.weight_decay", "must not be negative")?;
-        ensure(optimizer.learning_rate > 0.0 && optimizer.learning_rate.is_finite(), "optimizer.learning_rate", "must be above 0")?;
-        ensure((0.0..=1.0).contains(&optimizer.final_ratio), "optimizer.final_ratio", "must be from 0 to 1")?;
-        for (field, beta) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
-            ensure((0.0..1.0).contains(&beta), field, "must be at least 0 and below 1")?;
-        }
-        let never = "must be below run.steps: the learning rate would never reach its peak, and final_ratio would have no effect";
-        ensure(optimizer.warmup_steps < run.steps, "optimizer.warmup_steps", never)?;
-        ensure(optimizer.clip_norm > 0.0, "optimizer.clip_norm", "must be above 0")?;
+        optimizer.check("optimizer", run.steps)?;
         let generation = &self.generation;
         ensure(generation.temperature.is_none_or(|t| t.is_finite() && t >= 0.0), "generation.temperature", "must be at least 0")?;
         ensure(generation.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "generation.top_p", "must be above 0 and at most 1")?;

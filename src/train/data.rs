@@ -17,14 +17,15 @@ pub fn read_documents(files: &[PathBuf], separator: &str) -> Result<Vec<String>>
     Ok(documents)
 }
 
-/// Tokens of all documents, each followed by `end`.
-pub fn tokenize(documents: &[String], tokenizer: &Tokenizer, end: u32) -> Result<Vec<u32>> {
+/// Tokens of all documents, each followed by `end`, if there is one.
+pub fn tokenize(documents: &[String], tokenizer: &Tokenizer, end: impl Into<Option<u32>>) -> Result<Vec<u32>> {
+    let end = end.into();
     let inputs: Vec<&str> = documents.iter().map(String::as_str).collect();
     let encoded = tokenizer.encode_batch(inputs, false).map_err(|error| Error::Internal(format!("tokenising: {error}")))?;
     let mut tokens = Vec::new();
     for encoding in encoded {
         tokens.extend_from_slice(encoding.get_ids());
-        tokens.push(end);
+        tokens.extend(end);
     }
     Ok(tokens)
 }

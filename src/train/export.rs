@@ -55,35 +55,9 @@ pub fn export(config: &TrainConfig, trained: &Trained) -> Result<()> {
 }
 
 fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) -> RoutingBlock {
-    let last = &trained.estimator;
-    let softmax = matches!(last.relaxation, Relaxation::Softmax { .. });
-    let steps = config.run.steps;
     RoutingBlock {
         version: RoutingBlock::VERSION,
-        train: Some(TrainRecord {
-            estimator: config.routing.estimator.clone(),
-            k: plan.estimator.k(),
-            // Another score function leaves no trace in what is served: it orders experts as their logits do.
-            score: softmax.then(|| "softmax".into()),
-            temperature: plan.estimator.schedule("temperature").map(|schedule| TemperatureRecord {
-                schedule: Some(schedule.schedule.id().into()),
-                init: Some(schedule.init),
-                end: Some(schedule.last()),
-                at_save: Some(schedule.at(steps, steps)),
-                folded: Some(softmax && trained.folding == schedule.at(steps, steps)),
-            }),
-            noise: Some(NoiseRecord { kind: Some(log::noise_kind(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
-            weight_form: Some(match last.weights {
-                Weights::Renorm => WeightForm::Renorm,
-                Weights::Unit => WeightForm::Unit,
-                Weights::Relaxed | Weights::Chosen | Weights::Corrected { .. } => WeightForm::Raw,
-            }),
-            loss: Some(loss_record(plan)),
-            capacity_factor: plan.capacity.map(|capacity| capacity.factor),
-            steps: Some(steps),
-            frozen_router: Some(plan.learning == Learning::Experts),
-            ..TrainRecord::default()
-        }),
+        train: Some(train_record(plan, &config.routing.estimator, config.run.steps)),
         reference: Some(match trained.spec.reference {
             ReferenceRouting::Soft { temperature } => reference(ReferenceMode::Soft, Some(f64::from(temperature)), None),
             ReferenceRouting::TopK { k } => reference(ReferenceMode::Hard, None, Some(k)),
@@ -92,11 +66,41 @@ fn routing_block(plan: &RoutingPlan, config: &TrainConfig, trained: &Trained) ->
         serve: Some(ServeRecord {
             mode: Some("hard".into()),
             k: Some(config.routing.serve_k),
-            weight_form: Some(last.serve),
+            weight_form: Some(trained.estimator.serve),
             ..ServeRecord::default()
         }),
         per_layer: Default::default(),
         fidelity: None,
+    }
+}
+
+/// How routers were trained by `estimator` under `plan`, `at` so many steps, with [`RoutingPlan::folding`] of them done at saving.
+pub fn train_record(plan: &RoutingPlan, estimator: &str, at: usize) -> TrainRecord {
+    let last = plan.estimator(at);
+    let softmax = matches!(last.relaxation, Relaxation::Softmax { .. });
+    TrainRecord {
+        estimator: estimator.to_owned(),
+        k: plan.estimator.k(),
+        // Another score function leaves no trace in what is served: it orders experts as their logits do.
+        score: softmax.then(|| "softmax".into()),
+        temperature: plan.estimator.schedule("temperature").map(|schedule| TemperatureRecord {
+            schedule: Some(schedule.schedule.id().into()),
+            init: Some(schedule.init),
+            end: Some(schedule.last()),
+            at_save: Some(schedule.at(at, plan.steps)),
+            folded: Some(softmax && plan.folding(at) == schedule.at(at, plan.steps)),
+        }),
+        noise: Some(NoiseRecord { kind: Some(log::noise_kind(last.noise.kind).into()), scale_at_save: Some(last.noise.scale) }),
+        weight_form: Some(match last.weights {
+            Weights::Renorm => WeightForm::Renorm,
+            Weights::Unit => WeightForm::Unit,
+            Weights::Relaxed | Weights::Chosen | Weights::Corrected { .. } => WeightForm::Raw,
+        }),
+        loss: Some(loss_record(plan)),
+        capacity_factor: plan.capacity.map(|capacity| capacity.factor),
+        steps: Some(at),
+        frozen_router: Some(plan.learning == Learning::Experts),
+        ..TrainRecord::default()
     }
 }
 

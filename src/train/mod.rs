@@ -5,14 +5,17 @@
 
 pub mod config;
 pub mod data;
+mod distill;
 pub mod evaluate;
 pub mod export;
 pub mod finding;
+pub mod gradients;
 pub mod learner;
 pub mod log;
 mod objective;
 pub mod optimizer;
 pub mod plot;
+mod recompute;
 pub mod routing;
 pub mod state;
 pub mod tokenizer;

@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::{
+    distill::distilled,
     evaluate::log_softmax_at,
-    learner::{Distillation, Memory, Text},
+    learner::{Memory, Text},
     routing::RoutingPlan,
 };
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
         LayerRouting, Routing,
         advantage::Draws,
         estimator::{Estimator, Gradient, RoutedBatch},
-        loss::{AuxLoss, LossInput, LossNoise, distill_kl},
+        loss::{AuxLoss, LossInput, LossNoise},
     },
     ops,
 };
@@ -31,22 +32,37 @@ pub(super) struct Objective<'a> {
     /// The data. A forward of several copies has it once for each.
     pub(super) text: Text<'a>,
     pub(super) memory: &'a Memory,
+    /// By decoder layer: those that route as served add nothing to the loss.
+    pub(super) served: &'a [Option<Estimator>],
 }
 
 /// The loss of one forward.
 pub(super) struct Losses {
     /// To be differentiated.
     pub(super) total: Tensor,
-    /// Of the language model, mean over tokens and draws, nats.
-    pub(super) lm: f64,
-    /// Auxiliary losses before their weights, means over layers.
-    pub(super) auxiliary: Vec<(AuxLoss, f64)>,
+    /// Its parts.
+    pub(super) told: Told,
     /// By MoE layer.
     pub(super) layers: Vec<LayerGradients>,
+    /// By MoE layer, `[T, G]`: the gradient of its router outputs that does not pass through its experts; none where it routes as served.
+    pub(super) dz: Vec<Option<Vec<f64>>>,
+}
+
+/// Parts of a loss, for people.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Told {
+    /// All of it.
+    pub(super) loss: f64,
+    /// Of the language model, mean over tokens and draws, nats.
+    pub(super) lm: f64,
+    /// Of distillation, where there is a teacher, with its weight.
+    pub(super) distill: Option<f64>,
+    /// Auxiliary losses before their weights, means over layers.
+    pub(super) auxiliary: Vec<(AuxLoss, f64)>,
 }
 
 /// Norms of gradients of a layer's router outputs that do not pass through its experts.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct LayerGradients {
     /// From auxiliary losses.
     pub(super) auxiliary: f64,
@@ -55,6 +71,11 @@ pub(super) struct LayerGradients {
 }
 
 impl LayerGradients {
+    /// Of a loss that counts one part in `of`.
+    pub(super) fn share(self, of: usize) -> Self {
+        Self { auxiliary: self.auxiliary / of as f64, score: self.score / of as f64 }
+    }
+
     /// From the task: through the weights, once backward has run, and from the score function.
     pub(super) fn task(&self, layer: &LayerRouting) -> f64 {
         match &layer.routing {
@@ -70,16 +91,30 @@ impl Objective<'_> {
         let drawn = forward.logits.narrow(0, 0, rows * samples)?;
         let lm = ops::cross_entropy(&drawn, &self.text.targets.repeat(samples))?;
         let advantages = self.advantages(forward)?;
-        let mut losses = Losses {
-            lm: f64::from(lm.to_scalar::<f32>()?),
-            total: self.distilled(lm, &drawn)?,
+        let distilled = self.distilled(&drawn)?;
+        let told = Told {
+            loss: 0.0,
+            lm: scalar(&lm)?,
+            distill: distilled.as_ref().map(scalar).transpose()?,
             auxiliary: self.plan.losses.iter().map(|term| (term.loss, 0.0)).collect(),
-            layers: Vec::with_capacity(forward.layers.len()),
         };
+        let mut losses = Losses { total: self.of_outputs(lm, distilled)?, told, layers: Vec::new(), dz: Vec::new() };
+        let learn = forward.layers.iter().filter(|layer| !self.is_served(layer)).count() as f64;
         for (index, layer) in forward.layers.iter().enumerate() {
-            self.add_layer(layer, index, forward.layers.len() as f64, advantages.as_deref(), &mut losses)?;
+            match self.is_served(layer) {
+                true => {
+                    losses.layers.push(LayerGradients::default());
+                    losses.dz.push(None);
+                }
+                false => self.add_layer(layer, index, learn, advantages.as_deref(), &mut losses)?,
+            }
         }
+        losses.told.loss = scalar(&losses.total)?;
         Ok(losses)
+    }
+
+    fn is_served(&self, layer: &LayerRouting) -> bool {
+        self.served.get(layer.layer).is_some_and(Option::is_some)
     }
 
     /// Losses on the router outputs of one layer, as one operation.
@@ -93,7 +128,7 @@ impl Objective<'_> {
             (0..routed.tokens / self.text.length).map(|i| i * self.text.length..(i + 1) * self.text.length).collect();
         let teacher = self.text.teacher.and_then(|teacher| teacher.routers.get(index)).map(|p| p.repeat(self.estimator.copies()));
         let input = self.input(z, routed, &sequences, teacher.as_deref());
-        for (term, (_, sum)) in self.plan.losses.iter().zip(&mut losses.auxiliary) {
+        for (term, (_, sum)) in self.plan.losses.iter().zip(&mut losses.told.auxiliary) {
             let mut weight = term.weight.at(self.step, self.plan.steps);
             if let (true, Some(watch)) = (term.loss.balances(), self.memory.watch.get(index)) {
                 weight = watch.treatment.balance_weight(weight);
@@ -114,24 +149,26 @@ impl Objective<'_> {
                 self.estimator.log_prob(z, routed).iter().zip(advantages).map(|(log_prob, advantage)| log_prob * advantage).sum::<f64>();
         }
         losses.layers.push(gradients);
-        losses.total = (&losses.total + ops::known(&layer.router_logits, value, dz)?)?;
+        losses.total = (&losses.total + ops::known(&layer.router_logits, value, dz.clone())?)?;
+        losses.dz.push(Some(dz));
         Ok(())
     }
 
-    /// The loss with what it costs to be away from the teacher.
-    fn distilled(&self, lm: Tensor, logits: &Tensor) -> Result<Tensor> {
-        let Some(Distillation { logits: teacher, weight, .. }) = self.text.teacher.filter(|teacher| teacher.weight > 0.0) else {
-            return Ok(lm);
-        };
-        let student = logits.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        let teacher = teacher.repeat(self.estimator.gradient.samples());
-        if teacher.len() != student.len() {
-            return Err(Error::Internal(format!("{} logits of the teacher for {} of the student", teacher.len(), student.len())));
-        }
-        let mut gradient = vec![0.0; student.len()];
-        let value = distill_kl(&teacher, &student, logits.dim(1)?, 1.0, &mut gradient);
-        gradient.iter_mut().for_each(|d| *d *= weight);
-        Ok((lm + ops::known(logits, weight * value, gradient)?)?)
+    /// What it costs to be away from the teacher.
+    fn distilled(&self, logits: &Tensor) -> Result<Option<Tensor>> {
+        let Some(teacher) = self.text.teacher.filter(|teacher| teacher.weight > 0.0) else { return Ok(None) };
+        distilled(logits, teacher.logits, teacher.weight).map(Some)
+    }
+
+    /// Of the next tokens, and of the distance from the teacher.
+    fn of_outputs(&self, lm: Tensor, distilled: Option<Tensor>) -> Result<Tensor> {
+        let Some(distilled) = distilled else { return Ok(lm) };
+        // Labels that do not count are not worth their backward.
+        Ok(match self.text.teacher.map_or(1.0, |teacher| teacher.lm_weight) {
+            0.0 => distilled,
+            1.0 => (lm + distilled)?,
+            weight => ((lm * weight)? + distilled)?,
+        })
     }
 
     fn input<'a>(&self, z: &'a [f64], routed: &'a RoutedBatch, sequences: &'a [Range<usize>], teacher: Option<&'a [f64]>) -> LossInput<'a> {
@@ -162,6 +199,10 @@ impl Objective<'_> {
         let draws = Draws { losses: &losses, rows: self.text.targets.len(), samples: self.estimator.gradient.samples() };
         Ok(Some(draws.advantages(baseline, self.memory.average_loss.unwrap_or_else(|| draws.mean()))))
     }
+}
+
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_scalar::<f32>()?))
 }
 
 fn norm(values: &[f64]) -> f64 {

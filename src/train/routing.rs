@@ -127,7 +127,7 @@ impl RoutingConfig {
     pub fn plan(&self, run: RunShape) -> Result<RoutingPlan> {
         let estimator = EstimatorSpec::new(&self.estimator(), run.experts, run.steps, run.purpose)?;
         if run.purpose == Purpose::Train {
-            self.check_effects()?;
+            self.check_effects(run.teacher)?;
             self.check_served(&estimator.at(run.steps, run.steps))?;
         }
         let first = estimator.at(0, run.steps);
@@ -197,9 +197,9 @@ impl RoutingConfig {
     }
 
     /// Refuses what would change nothing about what is trained and served.
-    fn check_effects(&self) -> Result<()> {
+    fn check_effects(&self, teacher: bool) -> Result<()> {
         let refuse = |field: &str, message: String| Err(Error::invalid(format!("routing.{field}"), message));
-        if self.losses.contains_key(AuxLoss::RouterKl.id()) {
+        if !teacher && self.losses.contains_key(AuxLoss::RouterKl.id()) {
             let message = "needs a teacher, and `hardmax train` has none: it starts from random weights; remove it. \
                            `hardmax compare --modes tune` starts from a soft teacher, and keeps near its outputs with `distill`";
             return refuse("losses.router_kl", message.into());

@@ -1,7 +1,7 @@
 //! The state of a run on disk: enough to continue as if it had never stopped.
 //!
 //! Written to a temporary folder beside its place, synced, then renamed in two steps, with the old state under another
-//! name in between: [`StateDir::recover`] takes it back where the process was killed there. A run holds a [`Lock`].
+//! name in between: [`StateDir::recover`] takes it back where the process was killed there. A run holds the lock of its work folder.
 
 use std::{
     collections::BTreeMap,
@@ -16,9 +16,12 @@ use tokenizers::Tokenizer;
 
 use super::{
     config::TrainConfig,
-    learner::{Learner, Memory},
+    learner::{Captured, Learner, Memory},
 };
-use crate::error::{Error, Result};
+use crate::{
+    durable::hex,
+    error::{Error, Result},
+};
 
 const TOKENIZER: &str = "tokenizer.json";
 
@@ -41,27 +44,6 @@ struct Header {
     updates: i32,
     /// Of recipe and text: a state is continued only under those that made it.
     recipe: String,
-}
-
-/// One run at a time in a work folder. Released when dropped, and by the system when the process dies.
-#[derive(Debug)]
-pub struct Lock {
-    _file: fs::File,
-}
-
-impl Lock {
-    /// Fails where another process trains in `work`.
-    pub fn take(work: &Path) -> Result<Self> {
-        let path = work.join("lock");
-        let file = fs::File::create(&path).map_err(|source| Error::io(&path, source))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
-            Err(fs::TryLockError::WouldBlock) => {
-                Err(Error::FailedPrecondition(format!("another run is at work in {}: wait for its end, or end it", work.display())))
-            }
-            Err(fs::TryLockError::Error(source)) => Err(Error::io(&path, source)),
-        }
-    }
 }
 
 /// Folder of the state of a run.
@@ -114,7 +96,6 @@ impl StateDir {
 
     /// Replaces the saved state.
     pub fn save(&self, progress: Progress, tokenizer: &Tokenizer, learner: &Learner) -> Result<()> {
-        let model = learner.model();
         let temporary = self.path.with_extension("partial");
         let io = |path: &Path| {
             let path = path.to_owned();
@@ -124,16 +105,13 @@ impl StateDir {
             fs::remove_dir_all(&temporary).map_err(io(&temporary))?;
         }
         fs::create_dir_all(&temporary).map_err(io(&temporary))?;
-        let (updates, mut tensors) = learner.optimizer().state(model.parameters())?;
-        for parameter in model.parameters() {
-            tensors.insert(format!("{}.value", parameter.name), parameter.var.as_detached_tensor());
-        }
+        let Captured { memory, updates, tensors } = learner.capture()?;
         let file = temporary.join("tensors.safetensors");
         safetensors::serialize_to_file(tensors.iter(), None, &file)
             .map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
         let file = temporary.join(TOKENIZER);
         tokenizer.save(&file, false).map_err(|error| Error::Internal(format!("{}: {error}", file.display())))?;
-        let header = Header { progress, memory: learner.memory().clone(), updates, recipe: self.recipe.clone() };
+        let header = Header { progress, memory, updates, recipe: self.recipe.clone() };
         let text = serde_json::to_string_pretty(&header).map_err(|error| Error::Internal(format!("writing the state: {error}")))?;
         let file = temporary.join("state.json");
         fs::write(&file, text).map_err(io(&file))?;
@@ -175,18 +153,7 @@ impl StateDir {
         }
         let file = self.path.join("tensors.safetensors");
         let tensors: BTreeMap<String, Tensor> = candle_core::safetensors::load(&file, &Device::Cpu)?.into_iter().collect();
-        let (model, optimizer, memory) = learner.restore();
-        for parameter in model.parameters() {
-            let name = format!("{}.value", parameter.name);
-            let tensor = tensors.get(&name).ok_or_else(|| Error::FailedPrecondition(format!("{} lacks {name}", file.display())))?;
-            model.set(&parameter.name, tensor)?;
-        }
-        optimizer.restore(model.parameters(), header.updates, &tensors)?;
-        *memory = header.memory;
+        learner.reinstate(Captured { memory: header.memory, updates: header.updates, tensors })?;
         Ok(header.progress)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,5 +1,7 @@
 //! A small run from text to checkpoint: reproducible, resumable, and served as it was evaluated.
 
+mod over;
+
 use std::{fs, path::Path, sync::Arc};
 
 use candle_core::{Device, Tensor};
@@ -408,7 +410,10 @@ fn a_raised_balance_weight_is_in_force() {
         let spec = Arc::new(config.spec(&plan, 40));
         let mut learner = Learner::new(Setup { spec, plan, optimizer: config.optimizer.clone(), seed: 3 }).unwrap();
         let treatment = serde_json::json!({ "last": {}, "factor": factor });
-        learner.restore().2.watch.iter_mut().for_each(|watch| watch.treatment = serde_json::from_value(treatment.clone()).unwrap());
+        let mut captured = learner.capture().unwrap();
+        captured.tensors.values_mut().for_each(|tensor| *tensor = tensor.copy().unwrap());
+        captured.memory.watch.iter_mut().for_each(|watch| watch.treatment = serde_json::from_value(treatment.clone()).unwrap());
+        learner.reinstate(captured).unwrap();
         let inputs: Vec<u32> = (0..64).map(|i| (i * i + 7 * i) as u32 % 40).collect();
         let text = Text { inputs: &inputs, targets: &inputs, length: 16, route: None, teacher: None };
         (0..3).for_each(|step| _ = learner.step(step, text, 1e-2).unwrap());
@@ -439,7 +444,7 @@ fn one_run_at_a_time_in_a_folder() {
     let first = Trainer::new(config(dir.path()), false).unwrap();
     let refused = Trainer::new(config(dir.path()), true).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::FailedPrecondition);
-    assert!(refused.to_string().contains("another run is at work"), "{refused}");
+    assert!(refused.to_string().contains("another run writes to this folder"), "{refused}");
     drop(first);
     Trainer::new(config(dir.path()), true).unwrap();
 }

@@ -1,6 +1,13 @@
 //! Weights as variables: an ordered registry, and the two views of it that a decoder can be built on.
+//!
+//! One rule for all devices and element types: a variable is the f32 master of a tensor, on the device of the model; a forward rounds it to what
+//! goes into products there ([`Trainable::products`]: f32 on the CPU, the type of the large weights on a device), inside the graph, so
+//! that its gradient is f32 again. What does not learn is the tensor that is served, as it is, and gets no gradient.
 
-use std::ops::Range;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, rngs::StdRng};
@@ -10,8 +17,9 @@ use crate::{
     error::{Error, Result},
     model::{
         FeedForwardSpec, ModelSpec,
-        weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SwiGluWeights},
+        weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights},
     },
+    ops,
 };
 
 /// What a variable belongs to.
@@ -21,8 +29,19 @@ pub enum Part {
     Router,
     /// The experts of a layer, stacked.
     Experts,
-    /// Everything else: embedding, attention, norms, head.
+    /// Everything else: embedding, attention, norms, head, what is not routed.
     Body,
+}
+
+impl Part {
+    /// That of the tensor of a name.
+    fn of(name: &str) -> Self {
+        match name {
+            _ if name.ends_with(".router") => Self::Router,
+            _ if name.ends_with(".experts.gate_up") || name.ends_with(".experts.down") => Self::Experts,
+            _ => Self::Body,
+        }
+    }
 }
 
 /// Which parts learn; the others stay as they are.
@@ -68,6 +87,7 @@ pub struct Trainable {
     parameters: Vec<Parameter>,
     weights: ModelWeights,
     detached: ModelWeights,
+    products: DType,
 }
 
 /// How a fresh tensor is filled.
@@ -85,11 +105,6 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn make(&mut self, name: String, shape: &[usize], fill: &Fill) -> Result<Tensor> {
-        let part = match name.rsplit('.').next() {
-            Some("router") => Part::Router,
-            Some("gate_up" | "down") => Part::Experts,
-            _ => Part::Body,
-        };
         let count = shape.iter().product();
         let values: Vec<f32> = match fill {
             Fill::Ones => vec![1.0; count],
@@ -97,8 +112,14 @@ impl Builder<'_> {
         };
         let var = Var::from_tensor(&Tensor::from_vec(values, shape, self.device)?)?;
         let tensor = var.as_tensor().clone();
-        self.parameters.push(Parameter { name, part, var, decay: shape.len() > 1 });
+        self.parameters.push(Parameter::new(name, var));
         Ok(tensor)
+    }
+}
+
+impl Parameter {
+    fn new(name: String, var: Var) -> Self {
+        Self { part: Part::of(&name), decay: var.rank() > 1, name, var }
     }
 }
 
@@ -155,7 +176,50 @@ impl Trainable {
         let parameters = b.parameters;
         let weights = ModelWeights { embedding, layers, final_norm, head };
         let detached = weights.detached();
-        Ok(Self { parameters, weights, detached })
+        let products = DType::F32;
+        Ok(Self { parameters, weights, detached, products })
+    }
+
+    /// With this element type in products on a device. The CPU has f32 in any case.
+    #[must_use]
+    pub fn with_products(self, products: DType) -> Self {
+        let here = ops::runs_here(self.detached.embedding.device());
+        Self { products: if here { DType::F32 } else { products }, ..self }
+    }
+
+    /// Element type of what a forward puts into products.
+    pub fn products(&self) -> DType {
+        self.products
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.detached.embedding.device()
+    }
+
+    /// Variables for the tensors of the names in `chosen`, f32 copies of them; the others are the given ones, and share their storage.
+    ///
+    /// # Errors
+    /// `NotFound` on a name that the model does not have.
+    pub fn over(weights: &ModelWeights, chosen: &BTreeSet<String>) -> Result<Self> {
+        let mut parameters = Vec::with_capacity(chosen.len());
+        for (name, tensor) in weights.named().into_iter().filter(|(name, _)| chosen.contains(name)) {
+            let wide = tensor.detach().to_dtype(DType::F32)?.contiguous()?;
+            parameters.push(Parameter::new(name, Var::from_tensor(&wide)?));
+        }
+        if let Some(name) = chosen.iter().find(|name| parameters.iter().all(|parameter| parameter.name != **name)) {
+            return Err(Error::NotFound(format!("the model has no tensor {name}")));
+        }
+        let products = weights.products();
+        let vars: BTreeMap<&str, &Var> = parameters.iter().map(|parameter| (parameter.name.as_str(), &parameter.var)).collect();
+        let weights = weights.map_named(&mut |name, tensor| vars.get(name).map_or_else(|| tensor.detach(), |var| var.as_tensor().clone()));
+        let detached = weights.detached();
+        Ok(Self { parameters, weights, detached, products })
+    }
+
+    /// Whether the tensor `name` is a variable.
+    pub fn has(&self, name: &str) -> bool {
+        self.parameters.iter().any(|parameter| parameter.name == name)
     }
 
     /// The variables, in a fixed order.
@@ -212,52 +276,6 @@ impl Trainable {
             let (have, found) = (parameter.var.shape().clone(), value.shape());
             return Err(Error::FailedPrecondition(format!("parameter {name} has shape {have:?}, the saved one {found:?}")));
         }
-        Ok(parameter.var.set(&value.to_dtype(DType::F32)?)?)
-    }
-}
-
-impl ModelWeights {
-    /// The same tensors without gradients, sharing storage.
-    fn detached(&self) -> Self {
-        self.map(&mut |tensor| tensor.detach())
-    }
-
-    /// A copy with `f` of every tensor.
-    pub fn map(&self, f: &mut impl FnMut(&Tensor) -> Tensor) -> Self {
-        let swiglu = |w: &SwiGluWeights, f: &mut dyn FnMut(&Tensor) -> Tensor| SwiGluWeights { gate_up: f(&w.gate_up), down: f(&w.down) };
-        Self {
-            embedding: f(&self.embedding),
-            layers: self
-                .layers
-                .iter()
-                .map(|layer| LayerWeights {
-                    attention_norm: f(&layer.attention_norm),
-                    attention: AttentionWeights {
-                        query: f(&layer.attention.query),
-                        key: f(&layer.attention.key),
-                        value: f(&layer.attention.value),
-                        output: f(&layer.attention.output),
-                        qkv_bias: layer.attention.qkv_bias.as_ref().map(|[q, k, v]| [f(q), f(k), f(v)]),
-                        output_bias: layer.attention.output_bias.as_ref().map(&mut *f),
-                        qk_norm: layer.attention.qk_norm.as_ref().map(|[q, k]| [f(q), f(k)]),
-                    },
-                    feed_forward_norm: f(&layer.feed_forward_norm),
-                    feed_forward: match &layer.feed_forward {
-                        FeedForwardWeights::Dense(mlp) => FeedForwardWeights::Dense(swiglu(mlp, f)),
-                        FeedForwardWeights::Moe(moe) => FeedForwardWeights::Moe(MoeWeights {
-                            router: f(&moe.router),
-                            gate_up: f(&moe.gate_up),
-                            down: f(&moe.down),
-                            shared: moe.shared.as_ref().map(|shared| crate::model::weights::SharedExpertWeights {
-                                expert: swiglu(&shared.expert, f),
-                                gate: f(&shared.gate),
-                            }),
-                        }),
-                    },
-                })
-                .collect(),
-            final_norm: f(&self.final_norm),
-            head: self.head.as_ref().map(f),
-        }
+        Ok(parameter.var.set(&value.to_dtype(DType::F32)?.to_device(parameter.var.device())?)?)
     }
 }

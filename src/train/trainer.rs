@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
+use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokenizers::Tokenizer;
 
@@ -12,12 +13,13 @@ use super::{
     learner::{Learner, Setup, StepReport, Text},
     log::{self, EvaluationRecord, FindingRecord, Log, Record, RemedyRecord, StepRecord},
     optimizer::Outcome,
-    state::{Lock, Progress, StateDir},
+    state::{Progress, StateDir},
     tokenizer,
     trainable::Trainable,
 };
 use crate::{
     checkpoint,
+    durable::Lock,
     error::{Error, Result},
     model::{
         Decoder, ModelSpec,
@@ -63,8 +65,14 @@ impl Trainer {
     ///
     /// Fails if a state is there and `resume` is false, and, before any work is done, if the result could not be saved.
     pub fn new(config: TrainConfig, resume: bool) -> Result<Self> {
+        Self::on(&Device::Cpu, DType::F32, config, resume)
+    }
+
+    /// [`Trainer::new`] with the weights on `device`, where products take `products`. A state is that of a run on any device, but goes on
+    /// with other last bits on another.
+    pub fn on(device: &Device, products: DType, config: TrainConfig, resume: bool) -> Result<Self> {
         std::fs::create_dir_all(&config.work).map_err(|source| Error::io(&config.work, source))?;
-        let lock = Lock::take(&config.work)?;
+        let lock = Lock::take(&config.work.join("lock"), "end it")?;
         checkpoint::check_target(&config.output)?;
         let text = |field, files| read_text(field, files, &config.data.separator);
         let (documents, heldout) = (text("data.train", &config.data.train)?, text("data.heldout", &config.data.heldout)?);
@@ -86,7 +94,8 @@ impl Trainer {
 
         let plan = config.plan()?;
         let spec = Arc::new(config.spec(&plan, tokenizer.get_vocab_size(true)));
-        let mut learner = Learner::new(Setup { spec, plan, optimizer: config.optimizer.clone(), seed: config.run.seed })?;
+        let setup = Setup { spec, plan, optimizer: config.optimizer.clone(), seed: config.run.seed };
+        let mut learner = Learner::on(device, products, setup)?;
         let progress = match (state.exists(), resume) {
             (true, true) => state.load(&mut learner)?,
             (true, false) => {
@@ -253,6 +262,7 @@ impl Trainer {
     fn evaluate(&self, tokens: Option<usize>) -> Result<EvaluationRecord> {
         let weights = folded(self.learner.model(), self.learner.plan().folding(self.progress.step))?;
         let decoder = Decoder::new(Arc::clone(self.learner.spec()), weights, self.learner.kernel())?;
+        let decoder = decoder.with_products(self.learner.model().products());
         let text = &self.heldout[..self.heldout.len().min(tokens.unwrap_or(usize::MAX))];
         let under = |routing| evaluate(&decoder, text, self.config.model.context, routing);
         let hard = |k| RoutingChoice::TopK { k, weight_form: None };

@@ -2,6 +2,8 @@
 
 use std::{ops::Range, sync::Arc};
 
+use candle_core::Tensor;
+
 use super::{
     finding::Finding,
     learner::{Memory, Watch},
@@ -41,9 +43,18 @@ pub(super) struct Changes {
     pub(super) actions: Vec<(usize, Action)>,
 }
 
+impl Changes {
+    pub(super) fn add(&mut self, other: Self) {
+        self.findings.extend(other.findings);
+        self.actions.extend(other.actions);
+    }
+}
+
 /// One step's upkeep of all layers.
 pub(super) struct Upkeep<'a> {
     pub(super) plan: &'a RoutingPlan,
+    /// By decoder layer: those whose router stays as it is, and is nothing to look after.
+    pub(super) served: &'a [Option<Estimator>],
     /// In force.
     pub(super) estimator: Estimator,
     pub(super) step: usize,
@@ -60,6 +71,9 @@ impl Upkeep<'_> {
         let mut changes = Changes::default();
         for (index, (layer, gradients)) in layers.iter().zip(gradients).enumerate() {
             let Routing::Dense { routed, z, .. } = &layer.routing else { continue };
+            if self.served.get(layer.layer).is_some_and(Option::is_some) {
+                continue;
+            }
             self.move_bias(layer.layer, routed);
             let preference = self.estimator.preference(z, routed);
             let news = self.observe(index, &preference, [gradients.task(layer), gradients.auxiliary]);
@@ -142,13 +156,15 @@ impl Upkeep<'_> {
         let Some((index, Parameter { var, .. })) = found else {
             return Err(Error::Internal(format!("no parameter is named {name}")));
         };
-        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
-        let width = values.len() / var.dim(0)?.max(1);
+        let (width, rest) = (var.elem_count() / var.dim(0)?.max(1), &var.dims()[1..]);
+        // A row by itself: a device would send all of the tensor for a part of it.
+        let donor = var.as_detached_tensor().narrow(0, from, 1)?.force_contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        let renewed: Vec<f32> =
+            renew(&donor.into_iter().map(f64::from).collect::<Vec<_>>()).into_iter().map(|value| value as f32).collect();
+        let renewed = Tensor::from_vec(renewed, [&[1][..], rest].concat(), var.device())?;
+        var.as_detached_tensor().slice_set(&renewed, 0, to)?;
         let of = |expert: usize| -> Range<usize> { expert * width..(expert + 1) * width };
-        let donor: Vec<f64> = values[of(from)].iter().map(|&value| f64::from(value)).collect();
-        values[of(to)].iter_mut().zip(renew(&donor)).for_each(|(value, new)| *value = new as f32);
-        var.set(&candle_core::Tensor::from_vec(values, var.shape(), var.device())?)?;
-        self.optimizer.renew(index, of(to), of(from));
+        self.optimizer.renew(index, of(to), of(from))?;
         Ok(())
     }
 }

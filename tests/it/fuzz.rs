@@ -5,19 +5,37 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use tonic::Code;
 
 use hardmax::service::proto::{
-    self, DetokenizeRequest, GenerateRequest, GetExpertLoadRequest, GetRoutingPolicyRequest, MeasureFidelityRequest, ReplayRoutingRequest,
-    ResetStatisticsRequest, RoutingPolicy, RoutingTrace, ScoreRequest, SetRoutingPolicyRequest, TokenIds, TokenizeRequest, TraceOptions,
-    TraceRoutingRequest, measure_fidelity_request, replay_routing_request,
+    self, DetokenizeRequest, ExportGenerationRequest, GenerateRequest, GetExpertLoadRequest, GetRoutingPolicyRequest, GetTuningRequest,
+    ListGenerationsRequest, ListTuningsRequest, MeasureFidelityRequest, PauseTuningRequest, PublishRequest, ReplayRoutingRequest,
+    ResetStatisticsRequest, ResumeTuningRequest, RollbackRequest, RoutingPolicy, RoutingTrace, ScoreRequest, SetRoutingPolicyRequest,
+    StartTuningRequest, StopTuningRequest, TokenIds, TokenizeRequest, TraceOptions, TraceRoutingRequest, TuningConfig, TuningDistillation,
+    TuningEarlyStop, TuningGates, TuningOptimizer, TuningParameter, TuningRouting, TuningRun, TuningSchedule, TuningShare,
+    WatchTuningRequest, measure_fidelity_request, replay_routing_request,
     routing_client::RoutingClient,
     routing_policy::{LayerTopK, Mass, Policy, Soft, TopK},
     sampling_params::LogitBias,
     score_request::Input,
-    trace_routing_request,
+    start_tuning_request, trace_routing_request, tuning_parameter, tuning_share,
 };
 
 use crate::support::{Options, RawCall, TestServer, collect, generate, soon};
 
 const INFERENCE: [&str; 5] = ["Generate", "Score", "Tokenize", "Detokenize", "GetModelInfo"];
+
+const TUNING: [&str; 12] = [
+    "Generate",
+    "Tuning/StartTuning",
+    "Tuning/WatchTuning",
+    "Tuning/PauseTuning",
+    "Tuning/ResumeTuning",
+    "Tuning/StopTuning",
+    "Tuning/ListTunings",
+    "Tuning/GetTuning",
+    "Tuning/Publish",
+    "Tuning/Rollback",
+    "Tuning/ListGenerations",
+    "Tuning/ExportGeneration",
+];
 
 const ROUTING: [&str; 9] = [
     "Generate",
@@ -109,7 +127,93 @@ fn valid(method: &str, policy: Policy, traces: &[RoutingTrace]) -> Vec<u8> {
     }
 }
 
+/// The same about tuning. The job is that of no start here: it has no text.
+fn valid_tuning(method: &str) -> Vec<u8> {
+    let id = || "t1".to_owned();
+    let actor = || "fuzz".to_owned();
+    match method {
+        "Tuning/StartTuning" => StartTuningRequest { part: Some(start_tuning_request::Part::Config(settings())) }.encode_to_vec(),
+        "Tuning/WatchTuning" => WatchTuningRequest { id: id(), after: 3 }.encode_to_vec(),
+        "Tuning/PauseTuning" => PauseTuningRequest { id: id(), actor: actor() }.encode_to_vec(),
+        "Tuning/ResumeTuning" => ResumeTuningRequest { id: id(), share: settings().share, actor: actor() }.encode_to_vec(),
+        "Tuning/StopTuning" => StopTuningRequest { id: id(), keep_candidate: true, actor: actor() }.encode_to_vec(),
+        "Tuning/ListTunings" => ListTuningsRequest {}.encode_to_vec(),
+        "Tuning/GetTuning" => GetTuningRequest { id: id() }.encode_to_vec(),
+        "Tuning/Publish" => {
+            PublishRequest { id: id(), override_gates: true, in_flight: 1, watch_seconds: Some(3.0), actor: actor() }.encode_to_vec()
+        }
+        "Tuning/Rollback" => RollbackRequest { generation: Some(2), in_flight: 1, actor: actor() }.encode_to_vec(),
+        "Tuning/ListGenerations" => ListGenerationsRequest {}.encode_to_vec(),
+        "Tuning/ExportGeneration" => {
+            ExportGenerationRequest { generation: 1, name: "fuzz".into(), form: 1, actor: actor() }.encode_to_vec()
+        }
+        other => valid(other, Policy::TopK(TopK { k: 1, weight_form: None }), &[]),
+    }
+}
+
+/// Every field is set.
+fn settings() -> TuningConfig {
+    let schedule = TuningSchedule {
+        shape: "linear".into(),
+        init: 1.0,
+        r#final: Some(0.5),
+        hold_start: Some(0.1),
+        hold_end: Some(0.2),
+        begin: None,
+        until: None,
+    };
+    let temperature = TuningParameter { value: Some(tuning_parameter::Value::Schedule(schedule.clone())) };
+    TuningConfig {
+        request_id: "fuzz-1".into(),
+        model: String::new(),
+        actor: "fuzz".into(),
+        target: proto::TuningTarget::Named.into(),
+        tensors: vec!["layers.0.router".into(), "layers.1".into()],
+        routing: Some(TuningRouting {
+            estimator: "soft".into(),
+            k: None,
+            parameters: [("temperature".to_owned(), temperature)].into(),
+            losses: [("z".to_owned(), schedule)].into(),
+            serving: Some(RoutingPolicy { policy: Some(Policy::TopK(TopK { k: 1, weight_form: Some(2) })) }),
+            reference: Some(RoutingPolicy { policy: Some(Policy::Soft(Soft { temperature: Some(1.0) })) }),
+        }),
+        optimizer: Some(TuningOptimizer {
+            learning_rate: Some(1e-3),
+            router_rate: Some(1.0),
+            expert_rate: Some(0.3),
+            final_ratio: Some(0.1),
+            warmup_steps: Some(1),
+            weight_decay: Some(0.0),
+            beta1: Some(0.9),
+            beta2: Some(0.95),
+            clip_norm: Some(1.0),
+        }),
+        run: Some(TuningRun {
+            steps: Some(2),
+            windows: Some(2),
+            micro_windows: Some(1),
+            window_tokens: Some(16),
+            seed: Some(1),
+            eval_every: Some(1),
+            eval_tokens: Some(16),
+            save_every: Some(1),
+            recompute_layers: true,
+            max_seconds: Some(5.0),
+            max_memory_bytes: Some(1 << 30),
+            skip_limit: Some(2),
+        }),
+        distillation: Some(TuningDistillation { weight: Some(1.0), lm_weight: Some(0.0) }),
+        early_stop: Some(TuningEarlyStop { patience: Some(2), min_change: Some(0.0) }),
+        gates: Some(TuningGates { max_perplexity_ratio: Some(1.0), max_gap_ratio: Some(1.0), max_new_dead_experts: Some(0) }),
+        share: Some(TuningShare { share: Some(tuning_share::Share::DutyCycle(0.5)) }),
+        data: None,
+    }
+}
+
 fn damaged(mut bytes: Vec<u8>, random: &mut StdRng) -> Vec<u8> {
+    if bytes.is_empty() {
+        return random_bytes(random);
+    }
     for _ in 0..random.random_range(1..4) {
         let at = random.random_range(0..bytes.len());
         bytes[at] = random.random();
@@ -170,4 +274,23 @@ async fn no_bytes_about_routing_stop_the_server() {
     }
     let message = |method: &str, random: &mut StdRng| valid(method, policies.choose(random).unwrap().clone(), &traces);
     no_bytes_stop(&server, &ROUTING, 200, message).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_bytes_about_tuning_stop_the_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = TestServer::start(Options::tuning(dir.path(), &[dir.path()])).await;
+    for method in TUNING {
+        let answer = RawCall::raw(method, valid_tuning(method)).send(&server).await;
+        let expected = match method {
+            // No text follows.
+            "Tuning/StartTuning" => Code::InvalidArgument,
+            // It is the checkpoint.
+            "Tuning/ExportGeneration" => Code::FailedPrecondition,
+            "Generate" | "Tuning/ListTunings" | "Tuning/ListGenerations" => Code::Ok,
+            _ => Code::NotFound,
+        };
+        assert_eq!(answer.code(), Some(expected), "{method}: {answer:?}");
+    }
+    no_bytes_stop(&server, &TUNING, 300, |method, _| valid_tuning(method)).await;
 }

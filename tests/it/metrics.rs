@@ -11,10 +11,13 @@ use hardmax::{
     engine::{EngineConfig, ShadowConfig},
     moe::policy::RoutingChoice,
     service::proto::{
-        DetokenizeRequest, GenerateRequest, GetModelInfoRequest, RoutingPolicy, ScoreRequest, TokenIds, TokenizeRequest,
+        DetokenizeRequest, GenerateRequest, GetModelInfoRequest, PublishRequest, RollbackRequest, RoutingPolicy, ScoreRequest,
+        StopTuningRequest, TokenIds, TokenizeRequest,
         generate_request::Prompt,
         routing_policy::{Policy, TopK},
         score_request::Input,
+        tuning_client::TuningClient,
+        watch_tuning_response::Event,
     },
     telemetry::{
         catalog::{self, Buckets, CATALOG, Family, Kind, Presence, Section, Values},
@@ -22,13 +25,24 @@ use hardmax::{
     },
 };
 
-use crate::support::{Options, PANIC, POISON, TestServer, collect, generate, soon};
+use crate::{
+    support::{Options, PANIC, POISON, TestServer, collect, generate, soon},
+    tuning,
+};
 
 /// Series that a driven server does not move.
-const STILL: &[(&str, &str)] = &[("hardmax_metrics_series", "the number of series is that of the start")];
+const STILL: &[(&str, &str)] = &[
+    ("hardmax_generation", "nothing is published"),
+    ("hardmax_generations_resident", "nothing is published"),
+    ("hardmax_mode", "nothing is tuned"),
+    ("hardmax_metrics_series", "the number of series is that of the start"),
+];
 
 /// Series of the shadow that are as they were when a sample is done.
 const STILL_SHADOW: &[(&str, &str)] = &[("hardmax_fidelity_samples_pending", "none waits any more")];
+
+/// Series of tuning that a short job and its publish do not move.
+const STILL_TUNING: &[(&str, &str)] = &[("hardmax_tuning_skipped_steps_total", "all gradients are finite")];
 
 /// Files whose expressions ask for series.
 const ASKING: &[&str] = &["docs/metrics.md", "docker/prometheus/rules/hardmax.yml", "docker/grafana/dashboards/hardmax.json"];
@@ -112,7 +126,7 @@ async fn a_driven_server_moves_every_series_of_the_catalogue() {
     let [before, during, after] = drive(&server).await;
     // A model that cannot be watched has no shadow: see the next test.
     let expected: BTreeMap<String, String> = catalog::families()
-        .filter(|family| !of_the_shadow(family))
+        .filter(|family| of_requests(family))
         .map(|family| (family.name.to_owned(), family.kind.exported().to_owned()))
         .collect();
     for page in [&before, &during, &after] {
@@ -120,9 +134,14 @@ async fn a_driven_server_moves_every_series_of_the_catalogue() {
         assert_eq!(page.values["hardmax_metrics_series"], page.values.len() as f64);
     }
     let moves = |family: &Family| before.differs(&during, family) || before.differs(&after, family);
-    let fed = catalog::families().filter(|family| family.kind != Kind::Info && !of_the_shadow(family));
+    let fed = catalog::families().filter(|family| family.kind != Kind::Info && of_requests(family));
     let still: Vec<&str> = fed.filter(|family| !moves(family)).map(|f| f.name).collect();
     assert_eq!(still, STILL.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+}
+
+/// On the page of a server that neither measures nor tunes.
+fn of_requests(family: &Family) -> bool {
+    !of_the_shadow(family) && family.presence != Presence::Tuning
 }
 
 fn of_the_shadow(family: &Family) -> bool {
@@ -149,6 +168,42 @@ async fn a_measured_request_moves_every_series_of_the_shadow() {
     }
     let still: Vec<&str> = shadow.iter().filter(|family| !before.differs(&after, family)).map(|family| family.name).collect();
     assert_eq!(still, STILL_SHADOW.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+}
+
+/// A job that is at it, then one that has left a candidate, which is published and taken back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_and_a_publish_move_every_series_of_tuning() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = TestServer::start(Options::tuning(dir.path(), &[])).await;
+    server.client().await.get_model_info(GetModelInfoRequest::default()).await.unwrap();
+    let mut client = TuningClient::new(server.channel().await);
+    let before = Page::of(&server).await;
+    let job = tuning::start(&mut client, tuning::short(100_000)).await;
+    let mut stream = tuning::watch(&mut client, &job.id).await;
+    tuning::until(&mut stream, |message| matches!(message.event, Some(Event::Evaluation(_)))).await;
+    let during = Page::of(&server).await;
+    let stop = StopTuningRequest { id: job.id.clone(), keep_candidate: true, ..StopTuningRequest::default() };
+    client.stop_tuning(stop).await.unwrap();
+    tuning::ended(&mut client, &job.id).await;
+    let publish = PublishRequest { id: job.id, override_gates: true, ..PublishRequest::default() };
+    assert_eq!(client.publish(publish).await.unwrap().into_inner().generation, 2);
+    let published = Page::of(&server).await;
+    client.rollback(RollbackRequest::default()).await.unwrap();
+    let after = Page::of(&server).await;
+
+    let of_tuning: Vec<&Family> = catalog::families().filter(|family| family.presence == Presence::Tuning).collect();
+    for page in [&before, &during, &after] {
+        assert!(of_tuning.iter().all(|family| page.types.get(family.name).is_some_and(|kind| *kind == family.kind.exported())));
+    }
+    let moves = |family: &Family| [&during, &published, &after].iter().any(|page| page.differs(&before, family));
+    let still: Vec<&str> = of_tuning.iter().filter(|family| !moves(family)).map(|family| family.name).collect();
+    assert_eq!(still, STILL_TUNING.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+    let value = |page: &Page, name: &str| page.values.iter().find(|(series, _)| series.starts_with(name)).map(|(_, value)| *value);
+    assert_eq!([&before, &published, &after].map(|page| value(page, "hardmax_generation{")), [1.0, 2.0, 1.0].map(Some));
+    let modes = [&before, &during, &after]
+        .map(|page| page.values.iter().find(|(series, value)| series.starts_with("hardmax_mode{") && **value == 1.0));
+    let modes = modes.map(|series| series.is_some_and(|(series, _)| series.contains("mode=\"tune\"")));
+    assert_eq!(modes, [false, true, false]);
 }
 
 fn top_1() -> RoutingPolicy {
@@ -185,6 +240,7 @@ fn there(presence: Presence) -> &'static str {
         Presence::PerExpert => "; only with `--expert-metrics per-expert`",
         Presence::Shadow => "; not with `--shadow-budget 0`",
         Presence::ShadowPerLayer => "; not with `--shadow-budget 0` or `--expert-metrics off`",
+        Presence::Tuning => "; only with `--tuning-dir`",
         Presence::VllmAlias => "; only with `--metrics-aliases vllm`",
     }
 }

@@ -12,7 +12,9 @@ use std::{
 /// A top-level module and what it may name of this crate, besides itself: `model` is all of it, `model::spec` a part.
 const MAY_NAME: &[(&str, &[&str])] = &[
     // Leaves. `error` wraps the errors of loading; telemetry reads what a forward returns.
+    ("durable", &["error"]),
     ("error", &["checkpoint"]),
+    ("memory", &[]),
     ("ops", &["error"]),
     ("plot", &["error"]),
     ("schedule", &["error"]),
@@ -20,18 +22,25 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     // Maths. A MoE layer is built from the description of a model, which is data, and knows nothing of the decoder.
     ("moe", &["error", "ops", "schedule", "model::spec", "model::weights", "model::MoeSpec", "model::ReferenceRouting"]),
     ("model", &["checkpoint", "error", "moe", "ops"]),
-    ("checkpoint", &["error", "model", "moe"]),
-    ("train", &["checkpoint", "error", "model", "moe", "ops", "plot", "schedule"]),
+    ("checkpoint", &["durable", "error", "model", "moe"]),
+    ("train", &["checkpoint", "durable", "error", "model", "moe", "ops", "plot", "schedule"]),
     // Compares routings of one model, for the command line and beside the engine.
     ("fidelity", &["error", "model", "moe", "plot"]),
+    // Closes the gap: trains over the weights that are served, and measures before and after.
+    ("tune", &["checkpoint", "durable", "error", "fidelity", "memory", "model", "moe", "schedule", "train"]),
     // Serving.
     ("engine", &["error", "fidelity", "model", "moe", "telemetry"]),
-    ("service", &["checkpoint::GenerationDefaults", "engine", "error", "fidelity", "model", "moe", "telemetry"]),
-    ("server", &["engine", "error", "model", "moe", "service", "telemetry"]),
+    // Runs that share the machine with requests, and what becomes of them.
+    ("jobs", &["checkpoint", "durable", "engine", "error", "memory", "model", "telemetry", "tune"]),
+    (
+        "service",
+        &["checkpoint::GenerationDefaults", "engine", "error", "fidelity", "jobs", "model", "moe", "schedule", "telemetry", "tune"],
+    ),
+    ("server", &["engine", "error", "jobs", "model", "moe", "service", "telemetry"]),
     // Measures all of the above.
     ("bench", &["engine", "error", "model", "moe", "ops", "server", "service", "telemetry"]),
     // The laboratory: estimators against each other, on small tasks of its own and on the decoder.
-    ("compare", &["error", "model", "moe", "ops", "plot", "schedule", "train"]),
+    ("compare", &["durable", "error", "memory", "model", "moe", "ops", "plot", "schedule", "train"]),
     // The command line may name everything.
     (
         "cli",
@@ -39,9 +48,12 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "bench",
             "checkpoint",
             "compare",
+            "durable",
             "engine",
             "error",
             "fidelity",
+            "jobs",
+            "memory",
             "model",
             "moe",
             "ops",
@@ -49,6 +61,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "service",
             "telemetry",
             "train",
+            "tune",
         ],
     ),
     ("main", &["cli"]),
@@ -64,7 +77,7 @@ const KNOWN_TO: &[(&str, &[&str])] = &[
     ("tokio_io_timeout", &["telemetry"]),
     ("opentelemetry", &["telemetry"]),
     ("plotters", &["plot"]),
-    ("tokio", &["bench", "engine", "service", "server", "cli", "telemetry"]),
+    ("tokio", &["bench", "engine", "jobs", "service", "server", "cli", "telemetry"]),
 ];
 
 /// Settings come in as flags, which clap also reads from the environment, and nowhere else.
@@ -101,6 +114,59 @@ fn libraries_stay_in_their_layer() {
             if named && !modules.contains(&source.module.as_str()) {
                 wrong.push(format!("{}: `{}` must not know of {library}", source.path, source.module));
             }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Tensors may be on a device, and what reads them as slices is for the CPU. Whoever finds this test in the way has written such a thing where
+/// training or serving meets tensors of a device: take `ops::OnHost`, or have a form for `ops::device` beside it, and then a line here.
+const CPU_ONLY: &[(&[&str], &[&str])] = &[
+    // Custom operations are applied through `OnHost`, which refuses a tensor of a device, or have a value that is on any.
+    (&["apply_op1", "apply_op2", "apply_op3", "apply_op1_no_bwd", "apply_op2_no_bwd"], &["src/ops/attached.rs", "src/ops/place.rs"]),
+    (&["inplace_op1", "inplace_op2", "inplace_op3"], &["src/model/gpu/random.rs", "src/ops/refill.rs"]),
+    // Those that there are; all but `attached` and `random` have no `cuda_fwd`.
+    (
+        &["cpu_fwd"],
+        &[
+            "src/model/gpu/random.rs",
+            "src/moe/train.rs",
+            "src/ops/attached.rs",
+            "src/ops/frozen.rs",
+            "src/ops/fused.rs",
+            "src/ops/grouped.rs",
+            "src/ops/known.rs",
+            "src/ops/refill.rs",
+            "src/train/distill.rs",
+        ],
+    ),
+    // Slices of a tensor: after a copy to the host, or where `runs_here` has said yes.
+    (
+        &["cpu_slice"],
+        &[
+            "src/cli/forward.rs",
+            "src/model/attention.rs",
+            "src/model/host/matrix.rs",
+            "src/model/kv_cache.rs",
+            "src/model/mod.rs",
+            "src/moe/kernel/cpu.rs",
+            "src/moe/layer.rs",
+            "src/moe/trace.rs",
+            "src/ops/mod.rs",
+            "src/ops/refill.rs",
+            "src/train/distill.rs",
+            "src/train/optimizer.rs",
+        ],
+    ),
+];
+
+#[test]
+fn what_is_for_the_cpu_is_where_somebody_has_looked() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        for (words, files) in CPU_ONLY {
+            let used = words.iter().find(|word| source.tokens.iter().any(|token| token == *word));
+            wrong.extend(used.filter(|_| !files.contains(&source.path.as_str())).map(|word| format!("{}: {word}", source.path)));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

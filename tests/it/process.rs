@@ -27,10 +27,10 @@ use crate::{
 const GOLDEN: &str = "tests/goldens/mixtral_gqa";
 
 /// A running `hardmax serve`. Killed when dropped.
-struct Server {
+pub struct Server {
     child: Child,
     log: Option<BufReader<ChildStderr>>,
-    grpc: String,
+    pub grpc: String,
     /// The log line "model loaded".
     loaded: Value,
 }
@@ -42,13 +42,17 @@ impl Server {
     }
 
     /// The same, with more in its environment.
-    async fn start_with(model: PathBuf, flags: &'static [&str], variables: &[(&'static str, &str)]) -> Self {
-        let variables: Vec<_> = variables.iter().map(|&(name, value)| (name, value.to_owned())).collect();
-        soon(spawn_blocking(move || Self::spawn(&model, flags, variables))).await.unwrap()
+    pub async fn start_with(model: PathBuf, flags: &'static [&str], variables: &[(&'static str, &str)]) -> Self {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_hardmax")), model, flags, variables).await
     }
 
-    fn spawn(model: &Path, flags: &[&str], variables: Vec<(&str, String)>) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hardmax"));
+    /// The same, by a command that runs it with the arguments that it is given.
+    pub async fn start_by(command: Command, model: PathBuf, flags: &'static [&str], variables: &[(&'static str, &str)]) -> Self {
+        let variables: Vec<_> = variables.iter().map(|&(name, value)| (name, value.to_owned())).collect();
+        soon(spawn_blocking(move || Self::spawn(command, &model, flags, variables))).await.unwrap()
+    }
+
+    fn spawn(mut command: Command, model: &Path, flags: &[&str], variables: Vec<(&str, String)>) -> Self {
         command.args(["serve", "--log-format", "json", "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--model"]).arg(model);
         let mut child = command.args(flags).envs(variables).stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
@@ -83,6 +87,17 @@ impl Server {
         let (fields, log) = soon(read).await.unwrap();
         self.log = Some(log);
         fields
+    }
+
+    /// Throws the rest of the log away: a pipe that nobody reads stops the server.
+    pub fn drain_log(&mut self) {
+        let log = self.log.take().unwrap();
+        std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
+    }
+
+    /// Of the process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     fn signal(&self, name: &str) {

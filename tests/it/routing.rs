@@ -25,7 +25,8 @@ async fn client(server: &TestServer) -> RoutingClient<Channel> {
     RoutingClient::new(server.channel().await)
 }
 
-fn rule(text: &str) -> RoutingPolicy {
+/// As `--routing` spells it.
+pub fn rule(text: &str) -> RoutingPolicy {
     routing_message(&text.parse::<RoutingRule>().unwrap())
 }
 

@@ -12,7 +12,7 @@ use tonic_types::StatusExt as _;
 
 use crate::support::{Options, TestServer, collect, generate, soon};
 
-const SERVICES: [&str; 2] = ["", "hardmax.v1.Inference"];
+const SERVICES: [&str; 4] = ["", "hardmax.v1.Inference", "hardmax.v1.Routing", "hardmax.v1.Tuning"];
 
 async fn watch(server: &TestServer, service: &str) -> Streaming<HealthCheckResponse> {
     let mut client = HealthClient::new(server.channel().await);
@@ -167,7 +167,7 @@ macro_rules! reflection_test {
 
             let Ok(MessageResponse::ListServicesResponse(list)) = answer().await else { panic!("a list of services") };
             let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-            for name in ["hardmax.v1.Inference", "grpc.health.v1.Health"] {
+            for name in ["hardmax.v1.Inference", "hardmax.v1.Routing", "hardmax.v1.Tuning", "grpc.health.v1.Health"] {
                 assert!(names.contains(&name), "{names:?}");
             }
             for file in ["hardmax/v1/inference.proto", "hardmax/v1/types.proto", "health.proto"] {

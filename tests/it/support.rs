@@ -7,17 +7,19 @@ use std::{
     future::Future,
     io::{Read as _, Write as _},
     net::SocketAddr,
+    path::Path,
     sync::{Arc, Condvar, Mutex, PoisonError},
     time::Duration,
 };
 
 use candle_core::{Device, Tensor};
 use hardmax::{
-    engine::EngineConfig,
-    error::Result,
+    engine::{EngineConfig, FIRST_GENERATION},
+    error::{Error, Result},
+    jobs::{GuardConfig, Registry, Setup},
     model::{
         Batch, CacheShape, FeedForwardSpec, Forward, ForwardTime, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
-        ReferenceRouting, RopeScaling, RopeSpec,
+        ReferenceRouting, RopeScaling, RopeSpec, SharedWeights,
         load::{DeviceKind, ServingOptions, WeightType, load_to_serve},
     },
     moe::{
@@ -154,9 +156,14 @@ impl LanguageModel for FakeModel {
         let rows = logits.len() / VOCAB;
         Ok(Forward {
             logits: Tensor::from_vec(logits, (rows, VOCAB), &Device::Cpu)?,
+            drawn: Vec::new(),
             layers: self.spec.moe_layers().map(|_| routing(&batch.tokens)).collect::<Result<_>>()?,
             time: ForwardTime::default(),
         })
+    }
+
+    fn exchange(&mut self, _: SharedWeights) -> Result<SharedWeights> {
+        Err(Error::FailedPrecondition("the fake has no weights".into()))
     }
 }
 
@@ -247,6 +254,8 @@ pub struct Options {
     pub dense: bool,
     /// The shipped model instead of the fake.
     pub demo: bool,
+    /// Where, and how far, the shipped model may be tuned.
+    pub tuning: Option<Setup>,
 }
 
 impl Default for Options {
@@ -275,6 +284,7 @@ impl Default for Options {
             live_page: PageConfig::default(),
             dense: false,
             demo: false,
+            tuning: None,
         }
     }
 }
@@ -283,6 +293,14 @@ impl Options {
     /// The shipped model.
     pub fn demo() -> Self {
         Self { demo: true, ..Self::default() }
+    }
+
+    /// The shipped model, which can be tuned: jobs are in `dir`, texts may be read below `data`.
+    pub fn tuning(dir: &Path, data: &[&Path]) -> Self {
+        let guard = GuardConfig { watch: Duration::ZERO, max_gap_ratio: 1.5, max_error_rate: 0.05 };
+        let data = data.iter().map(|path| path.to_path_buf()).collect();
+        let setup = Setup { dir: dir.join("tuning"), data, max_tokens: 4096, max_memory: None, keep: 16, guard };
+        Self { tuning: Some(setup), ..Self::demo() }
     }
 
     /// A context that no test comes to the end of: a generation goes on until something ends it.
@@ -382,7 +400,7 @@ impl Drop for TestServer {
 
 fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
     if options.load_fails {
-        return Err(hardmax::error::Error::NotFound("no such checkpoint".into()));
+        return Err(Error::NotFound("no such checkpoint".into()));
     }
     let service = ServiceConfig {
         model_name: MODEL.into(),
@@ -397,21 +415,25 @@ fn load(options: Options, gate: Arc<Gate>) -> Result<Loaded> {
         series: options.series,
     };
     if options.demo {
-        return load_demo(options.engine, service);
+        return load_demo(options.engine, service, options.tuning);
     }
-    let model = Box::new(FakeModel { spec: spec(options.max_context, options.dense), cache_blocks: options.cache_blocks, gate });
-    Ok(Loaded { model, background: None, tokenizer: Arc::new(tokenizer()), eos_token_ids: vec![EOS], engine: options.engine, service })
+    let (spec, cache_blocks) = (spec(options.max_context, options.dense), options.cache_blocks);
+    let model: Box<dyn LanguageModel> = Box::new(FakeModel { spec, cache_blocks, gate });
+    let (tokenizer, eos_token_ids, engine) = (Arc::new(tokenizer()), vec![EOS], options.engine);
+    Ok(Loaded { model, generation: FIRST_GENERATION, background: None, tokenizer, eos_token_ids, engine, service, tuning: None })
 }
 
 /// The shipped model, whose sums do not depend on who else is there.
-fn load_demo(engine: EngineConfig, service: ServiceConfig) -> Result<Loaded> {
+fn load_demo(engine: EngineConfig, service: ServiceConfig, setup: Option<Setup>) -> Result<Loaded> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
     let options = ServingOptions { device: DeviceKind::Cpu, weights: WeightType::F32, reduction: Reduction::BatchInvariant };
     let (checkpoint, weights) = load_to_serve(&folder, options, false)?;
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let eos_token_ids = checkpoint.generation().eos_token_ids.clone();
+    let tuning = setup.map(|setup| Registry::open(setup, checkpoint, weights.clone())).transpose()?;
+    let (generation, weights) = tuning.as_ref().map_or((FIRST_GENERATION, weights), Registry::current);
     let model = weights.start(CacheShape { block_tokens: 16, num_blocks: 256 })?;
-    Ok(Loaded { model, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service })
+    Ok(Loaded { model, generation, background: Some(Box::new(weights)), tokenizer, eos_token_ids, engine, service, tuning })
 }
 
 // === requests ===

@@ -331,6 +331,46 @@ def large(page, server):
     no_noise(page, server.url)
 
 
+TUNING = """((job, change) => {
+  const real = answers.at(-1);
+  window.fetch = async () => new Response(JSON.stringify({ ...real, mode: job ? "tune" : "serve", tuning: {
+    job, loss: job ? [[1, 3.3], [2, 3.2], [3, 3.1]] : [], gap: job ? [[0, [0.5, 0.5, 0.2]], [3, [0.1, 0.1, 0.05]]] : [], switch: change } }));
+})"""
+
+
+def figures(gap, **others):
+    return {"gap_nats": gap, "perplexity_ratio": 1 + gap, "dead_experts": 0, **others}
+
+
+def tuning(page, server, shots):
+    """Nothing of tuning is shown before there is a job or a change of weights; then its figures, its curves, and what became of it."""
+    page.open(server.url)
+    page.until("answers.length > 0")
+    assert not page.eval("$('tuning').checkVisibility()"), "a server that has tuned nothing"
+    change = {"publish": "published", "generation": 2, "seconds_ago": 5.0}
+    page.eval(f"{TUNING}(null, {json.dumps(change)})")
+    page.until("$('tuning').checkVisibility()")
+    assert page.eval("$('tuning-switch').textContent") == "Generation 2 was published, 5 s ago."
+    assert not page.eval("$('tuning-curves').checkVisibility()"), "there is no job"
+    job = {"job": "t<1>", "target": "router", "estimator": "soft", "state": "running", "step": 3, "steps": 10, "eta_seconds": 70.0, "share": 0.25,
+           "losses": {"total": 3.1, "lm": 3.1, "distill": None, "auxiliary": None}, "gradient_norm": 1.0, "router_gradient_norm": None,
+           "before": {"serving": figures(0.5), "top1": None, "top2": figures(0.2)},
+           "now": {"serving": figures(0.1), "top1": figures(0.1), "top2": figures(0.05)}}
+    page.eval(f"{TUNING}({json.dumps(job)}, {json.dumps(dict(change, publish=None, rollback='gap'))})")
+    page.until("document.querySelector('#own-plot .scatterlayer .js-line') && document.querySelector('#loss-plot .scatterlayer .js-line')")
+    assert page.eval("$('tuning-note').textContent") == "Job t<1>: router under soft"
+    for said in ("3 of 10", "70 s", "25 %", "0.5 → 0.1", "1.5 → 1.1"):
+        assert said in page.eval("$('tuning-stats').textContent"), said
+    assert "because the live gap had grown" in page.eval("$('tuning-switch').textContent")
+    assert page.eval("document.querySelectorAll('#own-plot .scatterlayer .js-line').length") == 2, "top-1 is what is served"
+    assert page.eval("$('own-top1').hidden && !$('own-top2').hidden && $('facts').textContent.includes('tuning beside them')")
+    assert page.eval("$('own-plot').querySelector('svg').getBoundingClientRect().width <= $('own-plot').clientWidth + 1"), "in its card"
+    names(page)
+    contrast(page)
+    shots.take(page, "page-tuning")
+    no_noise(page, server.url)
+
+
 def dense(page, server):
     """A model without experts has no cards about them, and its text is shown."""
     pretend(page, server, 0, 0)
@@ -397,6 +437,7 @@ def main():
         traffic.pop().stop()
         large(page, server)
         dense(page, server)
+        tuning(page, server, shots)
         the_end(page, server)
         read_only(page, arguments.binary)
     finally:

@@ -4,7 +4,8 @@
 #   tests/prometheus/run.sh [BINARY]     default: target/release/hardmax
 #
 #   * `promtool` on the live page, the configuration, the rules, and their unit tests;
-#   * two servers under load, scraped by a Prometheus: models/demo, and a copy of it that checkpoint.py broke;
+#   * two servers under load, scraped by a Prometheus: models/demo, and a copy of it that checkpoint.py broke; the broken one is tuned a
+#     little meanwhile, and goes to and fro between what comes of it and what it was;
 #   * check.py asks for everything that the dashboard, the rules and docs/metrics.md ask for: each series must exist and move;
 #   * the dead expert and the gap of the broken copy must raise their alerts, and the demo must not.
 #
@@ -43,7 +44,7 @@ serve() { # NAME MODEL
     local log=$work/$1.log tries=0
     "$binary" serve --model-name "$1" --model "$2" --top-k 1 --log-format json --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 \
         --max-batch-requests 4 --max-queue-requests 4 --kv-cache-tokens 256 --expert-metrics per-expert \
-        --shadow-rate 1 --shadow-budget 0.3 2>"$log" &
+        --shadow-rate 1 --shadow-budget 0.3 --tuning-dir "$work/tuning-$1" 2>"$log" &
     processes+=($!)
     until grep -qs '"message":"serving"' "$log"; do
         if ! kill -0 $! 2>/dev/null || ((++tries > 600)); then cat "$log" >&2 && die "$1 does not serve"; fi
@@ -71,6 +72,19 @@ load() { # URL
         "$binary" generate "${lines[0]}" --url "$1" --max-new-tokens 200 --timeout 0.05 >/dev/null 2>&1 || true
         "$binary" generate "$long" --url "$1" >/dev/null 2>&1 || true
         wait "${burst[@]}" || true
+    done
+}
+
+# A job beside the load, so small that it mends nothing; its result in force, and out of it again, until the folder is gone.
+tune() { # URL
+    printf '[run]\neval_every = 3\n[optimizer]\nlearning_rate = 1e-5\n' >"$work/tune.toml"
+    "$binary" tune --server "$1" --data models/demo/data/heldout.txt --recipe "$work/tune.toml" --steps 9 --windows 2 --micro-windows 1 \
+        --window-tokens 64 --publish --override --watch-seconds 0 >"$work/tune.log" 2>&1 || return
+    while [ -d "$work" ]; do
+        sleep 2
+        "$binary" tune --server "$1" --rollback >/dev/null 2>&1 || true
+        sleep 2
+        "$binary" tune --server "$1" --rollback 2 >/dev/null 2>&1 || true
     done
 }
 
@@ -116,6 +130,8 @@ for address in "$demo_grpc" "$broken_grpc"; do
     load "http://$address" &
     processes+=($!)
 done
+tune "http://$broken_grpc" &
+processes+=($!)
 python3 tests/prometheus/check.py "http://127.0.0.1:$port" || { tail -n 5 "$work"/*.log >&2 && exit 1; }
 
 say "promtool check metrics, after the load"

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
+
 use super::{
     routes::FixedRoute,
     text::{DOMAIN_NAMES, DOMAINS, LENGTH, VOCABULARY, Windows},
@@ -169,6 +171,12 @@ impl Evaluated {
     /// Rows that were pushed through experts, of all layers.
     pub(super) fn executed(&self) -> u64 {
         self.layers.iter().map(|layer| layer.stats.executed).sum()
+    }
+
+    /// `[T, V]`, in the element type that a forward has them in.
+    pub(super) fn logits(&self) -> Result<Tensor> {
+        let narrow: Vec<f32> = self.logits.iter().map(|&z| z as f32).collect();
+        Ok(Tensor::from_vec(narrow, (self.logits.len() / VOCABULARY, VOCABULARY), &Device::Cpu)?)
     }
 
     /// Relaxed weights of the experts by layer, `[T, E]` each.

@@ -22,13 +22,13 @@ use super::{
     arm::{Arm, Route},
     clock::cpu_time,
     cost::{self, Rows},
-    memory::Watermark,
     record::{Record, Update},
     results::CellResult,
     spec::CellSpec,
 };
 use crate::{
     error::Result,
+    memory::Watermark,
     model::Decoder,
     train::{
         learner::{Distillation, Learner, Setup, StepReport, Text},
@@ -147,12 +147,13 @@ impl<'a> Cell<'a> {
         let asked = arm.distill > 0.0 || arm.follows_router();
         let teacher = self.teacher.as_ref().filter(|_| asked).map(|teacher| teacher::soft(teacher, &windows)).transpose()?;
         let routers = teacher.as_ref().map(Evaluated::routers).unwrap_or_default();
+        let logits = teacher.as_ref().map(Evaluated::logits).transpose()?;
         let text = Text {
             inputs: &windows.inputs,
             targets: &windows.targets,
             length: LENGTH,
             route: route.as_deref(),
-            teacher: teacher.as_ref().map(|teacher| Distillation { logits: &teacher.logits, weight: arm.distill, routers: &routers }),
+            teacher: logits.as_ref().map(|logits| Distillation { logits, weight: arm.distill, lm_weight: 1.0, routers: &routers }),
         };
         let report = self.learner.step(clock, text, rate(self.spec, clock))?;
         for (layer, action) in &report.actions {

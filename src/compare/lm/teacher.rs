@@ -12,10 +12,10 @@ use super::{
 use crate::{
     compare::{
         arm::{Arm, Route},
-        files,
         spec::CellSpec,
         teacher::permutation,
     },
+    durable,
     error::{Error, Result},
     model::Decoder,
     moe::{
@@ -50,7 +50,7 @@ pub(super) type Weights = BTreeMap<String, Tensor>;
 pub(super) fn write(model: &Trainable, path: &Path) -> Result<()> {
     let weights: Weights = model.parameters().iter().map(|p| (p.name.clone(), p.var.as_detached_tensor())).collect();
     let bytes = safetensors::serialize(weights.iter(), None).map_err(|error| Error::Internal(format!("{}: {error}", path.display())))?;
-    files::write(path, &bytes)
+    durable::write(path, &bytes)
 }
 
 pub(super) fn read(path: &Path) -> Result<Weights> {

@@ -3,15 +3,20 @@
 //! The draw is candle's [`LogitsProcessor`]. It works on tensors and its own top-p sorts the whole row, so it never sees a whole
 //! row: the filters narrow it first, without a sort, and what they leave is drawn in two stages where it is long: a block by the
 //! blocks' probabilities, then a token of that block. The distribution is the same.
+//!
+//! Where the model draws what it can, both sides draw as [`model::draw`](crate::model::draw) defines it, with one random number for each
+//! token: a seed gives the same text whether or not its rows come here.
 
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use super::{
     super::request::GenerateParams,
+    Drawer,
     row::{self, Histogram, Key, RUN},
 };
-use crate::error::Result;
+use crate::{error::Result, model::TokenDraw};
 
 /// What is longer is drawn in two stages.
 const SINGLE_STAGE: usize = 512;
@@ -27,7 +32,7 @@ const SORTED: usize = 64;
 
 /// The filters of a request, and its random numbers.
 pub(super) struct Draw {
-    processor: Box<LogitsProcessor>,
+    chance: Chance,
     temperature: f32,
     /// 0: off.
     top_k: usize,
@@ -35,6 +40,26 @@ pub(super) struct Draw {
     top_p: f32,
     /// 0: off.
     min_p: f32,
+}
+
+enum Chance {
+    /// Takes as many numbers for a token as it likes.
+    Processor(Box<LogitsProcessor>),
+    Numbers(Box<Numbers>),
+}
+
+/// One random number for each token.
+struct Numbers {
+    random: StdRng,
+    /// Of the next token, in `[0, 1)`.
+    next: f32,
+}
+
+impl Numbers {
+    fn new(seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        Self { next: random.random(), random }
+    }
 }
 
 /// A row `[V]` with what was found on the way over it.
@@ -49,11 +74,30 @@ pub(super) struct Row<'a> {
 
 impl Draw {
     /// `seed` is that of the choice; `params.temperature` is not about 0.
-    pub(super) fn new(params: &GenerateParams, seed: u64) -> Self {
-        // The temperature is in the values that it gets.
-        let processor = LogitsProcessor::from_sampling(seed, Sampling::All { temperature: 1.0 });
+    pub(super) fn new(params: &GenerateParams, seed: u64, drawer: Drawer) -> Self {
+        let chance = match drawer {
+            // The temperature is in the values that it gets.
+            Drawer::Sampler => Chance::Processor(Box::new(LogitsProcessor::from_sampling(seed, Sampling::All { temperature: 1.0 }))),
+            Drawer::Model => Chance::Numbers(Box::new(Numbers::new(seed))),
+        };
         let &GenerateParams { temperature, top_k, top_p, min_p, .. } = params;
-        Self { processor: Box::new(processor), temperature, top_k, top_p, min_p }
+        Self { chance, temperature, top_k, top_p, min_p }
+    }
+
+    /// How the model draws the next token; `None` if it is not to.
+    pub(super) fn by_model(&self) -> Option<TokenDraw> {
+        let Chance::Numbers(numbers) = &self.chance else { return None };
+        let &Self { temperature, top_p, min_p, .. } = self;
+        // More than can be counted is more than there are.
+        let top_k = u32::try_from(self.top_k).unwrap_or(0);
+        Some(TokenDraw { temperature, min_p, top_k, top_p, uniform: numbers.next })
+    }
+
+    /// A token was drawn, here or by the model: the next one has a number of its own.
+    pub(super) fn taken(&mut self) {
+        if let Chance::Numbers(numbers) = &mut self.chance {
+            numbers.next = numbers.random.random();
+        }
     }
 
     /// A token of the whole vocabulary.
@@ -63,7 +107,7 @@ impl Draw {
             return Ok(self.pick(row.values, row.max)? as u32);
         }
         let keys = self.filter(row);
-        self.pick_key(&keys, row.max)
+        self.pick_key(keys, row.max)
     }
 
     /// A token of these, the largest value of which is `max`; finite, and not empty.
@@ -71,7 +115,7 @@ impl Draw {
         let floor = self.floor();
         keys.retain(|key| key.value() - max >= floor);
         self.narrow(&mut keys, max);
-        self.pick_key(&keys, max)
+        self.pick_key(keys, max)
     }
 
     /// What the filters leave, in an order that depends on the row alone. One of them at least is on.
@@ -97,7 +141,10 @@ impl Draw {
         }
     }
 
-    fn pick_key(&mut self, keys: &[Key], max: f32) -> Result<u32> {
+    fn pick_key(&mut self, mut keys: Vec<Key>, max: f32) -> Result<u32> {
+        if let Chance::Numbers(_) = self.chance {
+            keys.sort_unstable_by_key(|key| key.index());
+        }
         let values: Vec<f32> = keys.iter().map(|key| key.value()).collect();
         let place = self.pick(&values, max)?;
         // `place` is that of one of the values.
@@ -166,19 +213,55 @@ impl Draw {
     /// The place of one of `values`, the largest of which is `max`.
     fn pick(&mut self, values: &[f32], max: f32) -> Result<usize> {
         let scale = self.scale();
-        if values.len() <= SINGLE_STAGE {
-            return self.process(values.iter().map(|value| (value - max) * scale).collect());
+        match &mut self.chance {
+            Chance::Processor(processor) => process_row(processor, values, max, scale),
+            Chance::Numbers(numbers) => Ok(place(values, max, scale, numbers.next)),
         }
-        let masses = values.chunks(BLOCK).map(|block| row::mass(block, max, scale).ln() as f32);
-        let start = self.process(masses.collect())? * BLOCK;
-        let block = values.get(start..).map_or(&[][..], |rest| &rest[..rest.len().min(BLOCK)]);
-        Ok(start + self.process(block.iter().map(|value| (value - max) * scale).collect())?)
     }
+}
 
-    fn process(&mut self, logits: Vec<f32>) -> Result<usize> {
-        let count = logits.len();
-        Ok(self.processor.sample(&Tensor::from_vec(logits, count, &Device::Cpu)?)? as usize)
+/// The place of one of `values`, the largest of which is `max`, at random.
+fn process_row(processor: &mut LogitsProcessor, values: &[f32], max: f32, scale: f32) -> Result<usize> {
+    if values.len() <= SINGLE_STAGE {
+        return process(processor, values.iter().map(|value| (value - max) * scale).collect());
     }
+    let masses = values.chunks(BLOCK).map(|block| row::mass(block, max, scale).ln() as f32);
+    let start = process(processor, masses.collect())? * BLOCK;
+    let block = block_from(values, start);
+    Ok(start + process(processor, block.iter().map(|value| (value - max) * scale).collect())?)
+}
+
+fn process(processor: &mut LogitsProcessor, logits: Vec<f32>) -> Result<usize> {
+    let count = logits.len();
+    Ok(processor.sample(&Tensor::from_vec(logits, count, &Device::Cpu)?)? as usize)
+}
+
+/// The place of the first of `values`, the largest of which is `max`, with which their mass exceeds the share `number` of it.
+fn place(values: &[f32], max: f32, scale: f32, number: f32) -> usize {
+    let masses: Vec<f64> = values.chunks(BLOCK).map(|block| row::mass(block, max, scale)).collect();
+    let share = f64::from(number) * masses.iter().sum::<f64>();
+    let (block, rest) = exceeding(masses.into_iter(), share);
+    let start = block * BLOCK;
+    let weights = block_from(values, start).iter().map(|value| f64::from(row::exp((value - max) * scale)));
+    start + exceeding(weights, rest).0
+}
+
+/// The place of the first of `masses` with which they exceed `share`, and what those before leave of it. The last that has a mass where
+/// rounding keeps all of them from that.
+fn exceeding(masses: impl Iterator<Item = f64>, share: f64) -> (usize, f64) {
+    let (mut sum, mut found) = (0.0, (0, share));
+    for (place, mass) in masses.enumerate().filter(|(_, mass)| *mass > 0.0) {
+        found = (place, share - sum);
+        sum += mass;
+        if sum > share {
+            break;
+        }
+    }
+    found
+}
+
+fn block_from(values: &[f32], start: usize) -> &[f32] {
+    values.get(start..).map_or(&[][..], |rest| &rest[..rest.len().min(BLOCK)])
 }
 
 impl Row<'_> {
@@ -215,8 +298,6 @@ impl Row<'_> {
 
 #[cfg(test)]
 mod tests {
-    use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-
     use super::*;
 
     /// The filters by their definition, over a sorted row.
@@ -264,7 +345,7 @@ mod tests {
                 1 => params.min_p = 0.0,
                 _ => {}
             }
-            let draw = Draw::new(&params, 1);
+            let draw = Draw::new(&params, 1, Drawer::Sampler);
             let (peak, maxima, _) = row::maxima(&values);
             let kept = draw.filter(&Row { values: &values, max: peak.value, maxima: &maxima });
             let mut ids: Vec<u32> = kept.iter().map(|key| key.index()).collect();

@@ -9,6 +9,8 @@
 //!    top-k, top-p, and a draw. Each filter sees the distribution that the one before left, scaled to sum to 1.
 //!
 //! Log-probabilities are those of the model itself: of the row before all that.
+//!
+//! Where the model can draw, it does so for whoever needs nothing of the row but a token of step 4: [`Sampler::by_model`].
 
 mod draw;
 mod edits;
@@ -22,7 +24,10 @@ use self::{
     row::{Key, Peak},
 };
 use super::request::{GenerateParams, TokenLogprob};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    model::TokenDraw,
+};
 
 /// Below this temperature the likeliest token is all that is left, and the division would only overflow.
 const GREEDY_BELOW: f32 = 1e-6;
@@ -40,12 +45,40 @@ enum Rule {
     Random(Draw),
 }
 
+/// Who draws the tokens for which nothing but the model's row is needed; it decides what a seed stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Drawer {
+    /// The sampler, like all others.
+    Sampler,
+    /// The model: see [`LanguageModel::draws`](crate::model::LanguageModel::draws).
+    Model,
+}
+
 impl Sampler {
     /// A sampler for one choice of continuations of `prompt`.
-    pub(super) fn new(params: &GenerateParams, prompt: &[u32], choice: usize, eos_token_ids: &HashSet<u32>) -> Self {
+    pub(super) fn new(params: &GenerateParams, prompt: &[u32], choice: usize, eos_token_ids: &HashSet<u32>, drawer: Drawer) -> Self {
         let greedy = params.temperature < GREEDY_BELOW || params.top_k == 1;
-        let rule = if greedy { Rule::Greedy } else { Rule::Random(Draw::new(params, params.seed_of(choice))) };
+        let rule = if greedy { Rule::Greedy } else { Rule::Random(Draw::new(params, params.seed_of(choice), drawer)) };
         Self { edits: Edits::new(params, prompt, eos_token_ids), allowed: params.allowed_token_ids.clone(), rule }
+    }
+
+    /// How a model that draws finds the next token; `None` if the row has to come here.
+    pub(super) fn by_model(&self) -> Option<TokenDraw> {
+        if !self.allowed.is_empty() || !self.edits.idle() {
+            return None;
+        }
+        match &self.rule {
+            Rule::Greedy => Some(TokenDraw::LIKELIEST),
+            Rule::Random(draw) => draw.by_model(),
+        }
+    }
+
+    /// Counts the next token of the continuation, which the model drew.
+    pub(super) fn take(&mut self, token: u32) {
+        self.edits.record(token);
+        if let Rule::Random(draw) = &mut self.rule {
+            draw.taken();
+        }
     }
 
     /// The next token after a row `[V]`. Fails with [`Error::NonFinite`] if not all of it is finite.
@@ -58,7 +91,7 @@ impl Sampler {
             self.edits.apply(&mut edited);
             self.choose(&edited, Values::Edited)?
         };
-        self.edits.record(token);
+        self.take(token);
         Ok(token)
     }
 

@@ -3,6 +3,7 @@
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use super::*;
+use crate::model::Drawn;
 
 const ROW: [f32; 6] = [0.5, 3.0, -1.0, 3.0, 2.0, 0.0];
 
@@ -13,7 +14,7 @@ fn draws(params: &GenerateParams, row: &[f32], n: usize) -> Vec<u32> {
 
 /// A sampler at the end of `prompt`, where token 5 ends a text.
 fn sampler(params: &GenerateParams, prompt: &[u32]) -> Sampler {
-    Sampler::new(params, prompt, 0, &HashSet::from([5]))
+    Sampler::new(params, prompt, 0, &HashSet::from([5]), Drawer::Sampler)
 }
 
 fn hot() -> GenerateParams {
@@ -110,7 +111,7 @@ fn logprobs_are_a_log_softmax() {
 fn choices_draw_differently_and_the_first_like_a_single_one() {
     let params = GenerateParams { n: 3, ..hot() };
     let choice = |choice| {
-        let mut sampler = Sampler::new(&params, &[], choice, &HashSet::new());
+        let mut sampler = Sampler::new(&params, &[], choice, &HashSet::new(), Drawer::Sampler);
         (0..50).map(|_| sampler.sample(&ROW).unwrap()).collect::<Vec<_>>()
     };
     assert_eq!(choice(0), draws(&hot(), &ROW, 50));
@@ -234,4 +235,62 @@ fn a_row_that_is_not_finite_is_refused_whatever_is_done_to_it() {
             assert!(matches!(sampler(&params, &[]).sample(&[1.0, bad, 0.0]), Err(Error::NonFinite)), "{params:?} {bad}");
         }
     }
+}
+
+#[test]
+fn a_row_that_comes_here_is_drawn_as_the_model_would() {
+    let mut random = StdRng::seed_from_u64(5);
+    let (mut draws, mut differ) = (0, 0);
+    for len in [6, 255, 256, 257, 3000] {
+        for (temperature, min_p, top_k, top_p) in [
+            (1.0, 0.0, 0, 1.0),
+            (0.3, 0.0, 0, 1.0),
+            (2.0, 0.1, 0, 1.0),
+            (1.0, 0.0, 40, 1.0),
+            (1.0, 0.0, 0, 0.9),
+            (1.5, 0.001, 700, 0.8),
+            (1.0, 0.0, usize::MAX, 1.0),
+        ] {
+            let params = GenerateParams { temperature, min_p, top_k, top_p, seed: random.random(), ..GenerateParams::default() };
+            let mut sampler = Sampler::new(&params, &[], 0, &HashSet::new(), Drawer::Model);
+            for _ in 0..60 {
+                let (row, draw) = (long_row(len, random.random()), sampler.by_model().unwrap());
+                let found = sampler.sample(&row).unwrap();
+                draws += 1;
+                // Sums of f32 come within rounding of a share once in a while.
+                differ += usize::from(crate::model::draw::reference(&row, &draw) != Drawn::Token(found));
+                assert_ne!(sampler.by_model().unwrap().uniform, draw.uniform, "each token has its own number");
+            }
+        }
+    }
+    assert!(differ <= draws / 500, "{differ} of {draws}");
+}
+
+#[test]
+fn the_model_draws_where_its_row_is_not_touched() {
+    let by_model = |params: &GenerateParams| Sampler::new(params, &[1], 0, &HashSet::from([5]), Drawer::Model).by_model();
+    let plain = GenerateParams::default;
+    for greedy in [plain(), GenerateParams { temperature: 1e-7, ..plain() }, GenerateParams { top_k: 1, ..hot() }] {
+        assert_eq!(by_model(&greedy), Some(TokenDraw::LIKELIEST));
+    }
+    let params = GenerateParams { top_k: usize::MAX, top_p: 0.5, min_p: 0.25, ..hot() };
+    let draw = by_model(&params).unwrap();
+    assert_eq!(draw, TokenDraw { temperature: 1.0, top_k: 0, top_p: 0.5, min_p: 0.25, uniform: draw.uniform });
+    assert!((0.0..1.0).contains(&draw.uniform));
+    for touched in [
+        GenerateParams { repetition_penalty: 1.1, ..hot() },
+        GenerateParams { logit_bias: vec![(1, 1.0)], ..plain() },
+        GenerateParams { allowed_token_ids: vec![1], ..plain() },
+        GenerateParams { min_new_tokens: 1, ..plain() },
+    ] {
+        assert_eq!(by_model(&touched), None, "{touched:?}");
+    }
+    let mut later = Sampler::new(&GenerateParams { min_new_tokens: 1, ..plain() }, &[], 0, &HashSet::from([5]), Drawer::Model);
+    assert_eq!(later.by_model(), None, "5 may not come yet");
+    let mut once = Sampler::new(&GenerateParams { presence_penalty: 1.0, ..plain() }, &[], 0, &HashSet::new(), Drawer::Model);
+    assert_eq!(once.by_model(), Some(TokenDraw::LIKELIEST), "nothing has been seen yet");
+    once.take(3);
+    assert_eq!(once.by_model(), None);
+    later.take(2);
+    assert_eq!(later.by_model(), Some(TokenDraw::LIKELIEST));
 }

@@ -8,15 +8,16 @@ use super::*;
 use crate::{
     checkpoint::{Checkpoint, LoadOptions},
     engine::{
-        background::{Background, Load},
+        background::{Background, Load, Source},
         measure::Measurement,
         status::Shared,
         worker::Clock,
     },
     fidelity::{case::Case, probe::Probe, run},
     model::{
-        Forward, Observable, ReferenceRouting,
+        Forward, Observable, ReferenceRouting, SharedWeights,
         load::{ServingModel, ServingOptions},
+        weights::FeedForwardWeights,
     },
     moe::{
         observe::MoeObserver,
@@ -34,9 +35,19 @@ const ALL: usize = 5;
 
 /// A checkpoint whose native routing is top-2, in arithmetic that does not depend on how its tokens come in pieces.
 fn weights(reference: ReferenceRouting) -> ServingModel {
+    scaled(reference, 1.0)
+}
+
+/// The same with routers `routers` times as large.
+fn scaled(reference: ReferenceRouting, routers: f64) -> ServingModel {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/mixtral_gqa");
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let weights = checkpoint.load(&LoadOptions { dtype: DType::F32, device: Device::Cpu, progress: false }).unwrap();
+    let mut weights = checkpoint.load(&LoadOptions { dtype: DType::F32, device: Device::Cpu, progress: false }).unwrap();
+    for layer in &mut weights.layers {
+        if let FeedForwardWeights::Moe(moe) = &mut layer.feed_forward {
+            moe.router = (&moe.router * routers).unwrap();
+        }
+    }
     let spec = ModelSpec { reference, ..checkpoint.spec().clone() };
     assert!(spec.moe_layers().all(|(_, moe)| moe.num_experts == ALL && moe.top_k == 2));
     let options = ServingOptions { reduction: Reduction::BatchInvariant, ..ServingOptions::default() };
@@ -68,6 +79,7 @@ fn start_with_clock(
     let metrics = Arc::new(Metrics::new(&facts).unwrap());
     let parts = EngineParts {
         model: weights.start(ROOM).unwrap(),
+        generation: FIRST_GENERATION,
         background: Some(Box::new(source)),
         tokenizer: fake::tokenizer(),
         eos_token_ids: vec![],
@@ -141,6 +153,10 @@ impl LanguageModel for WatchedModel {
 
     fn forward(&mut self, batch: &Batch) -> Result<Forward> {
         self.0.forward(batch)
+    }
+
+    fn exchange(&mut self, weights: SharedWeights) -> Result<SharedWeights> {
+        self.0.exchange(weights)
     }
 }
 
@@ -352,6 +368,25 @@ async fn only_the_routing_in_force_is_the_gap_of_the_server() {
 }
 
 #[tokio::test]
+async fn a_tally_has_samples_of_one_routing() {
+    let weights = soft();
+    let config = all_that_ask();
+    let config = EngineConfig { shadow: ShadowConfig { rate: 1.0, ..config.shadow }, ..config };
+    let (engine, metrics) = start_over(&weights, weights.clone(), config);
+    let top2 = RoutingChoice::TopK { k: 2, weight_form: None };
+    assert!(engine.serves(&TOP_1.into()) && engine.serves(&top2.into()), "nobody has said");
+    engine.set_serving(top2.into());
+    assert!(ask(&engine, Request { routing: top2.into(), ..tokens(&text(20), 8) }).await.end.is_ok());
+    ended(&metrics, 1).await;
+    let of = || engine.tally(FIRST_GENERATION);
+    // The same by another name.
+    engine.set_serving(RoutingChoice::Native.into());
+    assert!((of().samples, of().tokens, of().finished) == (1, 28, 1) && engine.serves(&top2.into()) && !engine.serves(&TOP_1.into()));
+    engine.set_serving(TOP_1.into());
+    assert_eq!(of(), Tally { finished: 1, ..Tally::default() });
+}
+
+#[tokio::test]
 async fn a_panic_fails_one_sample() {
     let weights = soft();
     let fuse = Arc::new(AtomicU32::new(0));
@@ -460,14 +495,18 @@ fn measurement(spec: &ModelSpec, request: MeasureRequest) -> (Measurement, Measu
     Measurement::new(request, checked, slot, Arc::new(Shared::new(1, metrics())))
 }
 
+fn source(models: impl ObservableSource + 'static) -> Source {
+    Source { generation: FIRST_GENERATION, models: Arc::new(models) }
+}
+
 #[tokio::test]
 async fn what_is_told_is_told_in_pieces_and_not_after_every_window() {
     let weights = soft();
     let pieces = |request| {
         let (mut measurement, stream) = measurement(weights.spec(), request);
-        let mut pieces = Vec::new();
+        let (mut pieces, source) = (Vec::new(), source(weights.clone()));
         loop {
-            let (tokens, done) = measurement.advance(&weights, weights.spec(), 128).unwrap();
+            let (tokens, done) = measurement.advance(&source, weights.spec(), 128).unwrap();
             pieces.push(tokens);
             if done {
                 return (pieces, stream);
@@ -583,10 +622,10 @@ async fn fields_are_named_as_clients_know_them() {
 #[tokio::test]
 async fn beside_requests_only_what_is_paid_for_runs() {
     let weights = soft();
-    let (spec, source) = (ModelSpec::clone(weights.spec()), Watched::new(&weights, || ()));
+    let (spec, watched) = (ModelSpec::clone(weights.spec()), Watched::new(&weights, || ()));
     let config = EngineConfig { measure: MeasureConfig { budget: 0.1, ..MeasureConfig::default() }, ..all_that_ask() };
     let shared = Arc::new(Shared::new(1, metrics()));
-    let mut background = Background::new(Some(Box::new(source.clone())), spec.clone(), &config, shared);
+    let mut background = Background::new(Some(source(watched.clone())), spec.clone(), &config, shared);
     let (measurement, mut stream) = measurement(&spec, measure(300));
     background.measure(measurement);
     let clock: Clock = Box::new(Instant::now);
@@ -595,15 +634,73 @@ async fn beside_requests_only_what_is_paid_for_runs() {
     for _ in 0..150 {
         assert!(!turn(step));
     }
-    assert_eq!(source.started.load(Ordering::SeqCst), 0, "150 ms do not pay for a piece of 20");
+    assert_eq!(watched.started.load(Ordering::SeqCst), 0, "150 ms do not pay for a piece of 20");
     for _ in 0..100 {
         assert!(!turn(step));
     }
-    assert_eq!(source.started.load(Ordering::SeqCst), 1);
+    assert_eq!(watched.started.load(Ordering::SeqCst), 1);
     while turn(Load::Idle) {}
     let mut done = false;
     while let Some(message) = stream.recv().await {
         done = message.unwrap().done;
     }
     assert!(done, "with nothing else to do it runs to its end");
+}
+
+/// Mean `KL(reference ‖ top-1)` of texts, as an offline run has it.
+fn offline_kl(weights: &ServingModel, texts: &[&[u32]]) -> f64 {
+    let cases = [RoutingChoice::Soft { temperature: None }, TOP_1].map(Case::from);
+    run::run(weights, &cases, texts, None, &mut |_| {}).unwrap()[0].kl.mean
+}
+
+/// What began before a publish is measured on the weights of its beginning, whenever that is, and nothing of them stays.
+#[tokio::test]
+async fn samples_and_measurements_are_of_one_generation() {
+    let reference = ReferenceRouting::Soft { temperature: 1.0 };
+    let (first, second) = (weights(reference), scaled(reference, 4.0));
+    let (source, begins, go) = gated(&first);
+    let other = Watched::new(&second, || ());
+    let held = [&source, &other].map(|watched| (watched.started.clone(), watched.before.clone()));
+    let is_held = |n: usize| (Arc::strong_count(&held[n].0), Arc::strong_count(&held[n].1)) != (1, 1);
+    let (engine, metrics) = start_over(&first, source, all_that_ask());
+    let request = |n| always(TOP_1, tokens(&text(n), 8));
+    let said = async |n: usize, stream: EventStream| -> Vec<u32> { text(n).into_iter().chain(collect(stream).await.ids).collect() };
+    let windows = || MeasureRequest { window_tokens: Some(30), ..measure(60) };
+
+    // A piece of a sample, then one of a measurement, in which the engine waits while others come.
+    let a = said(40, engine.submit(request(40)).unwrap()).await;
+    begins.recv_timeout(PATIENCE).unwrap();
+    let before = begin(&engine, windows()).unwrap();
+    go.send(()).unwrap();
+    begins.recv_timeout(PATIENCE).unwrap();
+    let waiting = engine.submit(request(21)).unwrap();
+    let late = begin(&engine, windows()).unwrap();
+    let generation = Generation { number: 2, weights: second.shared(), source: Some(Box::new(other)) };
+    let publish = super::generations::publishing(&engine, generation, InFlight::Finish).await;
+    drop(go);
+    publish.await.unwrap().unwrap();
+    let b = said(21, waiting).await;
+    let c = said(33, engine.submit(request(33)).unwrap()).await;
+    let found = ended(&metrics, 3).await;
+    assert_eq!((found.samples, found.dropped), (3, 0));
+
+    let (old, new) = (engine.tally(1), engine.tally(2));
+    assert_eq!((old.samples, old.tokens, new.samples, new.tokens, new.finished), (2, 48 + 29, 1, 41, 1));
+    near(old.kl / old.tokens as f64, offline_kl(&first, &[&a, &b]), "the first generation");
+    near(new.kl / new.tokens as f64, offline_kl(&second, &[&c]), "the second generation");
+    for (mut stream, weights, generation) in [(before, &first, 1), (late, &second, 2)] {
+        let last = progress(&mut stream).await.unwrap();
+        assert!(last.done && last.generation == generation);
+        let (text, found) = (text(60), last.policies[0].output.kl.mean);
+        near(found, offline_kl(weights, &text.chunks(30).collect::<Vec<_>>()), "a measurement");
+    }
+    // After one more step nothing is left of the first generation but what the test has; the second rests until another is in force.
+    assert!(ask(&engine, tokens(&text(9), 1)).await.end.is_ok());
+    assert!(!is_held(0) && is_held(1));
+    let third = |source| Generation { number: 3, weights: first.shared(), source };
+    let error = engine.publish(third(None), InFlight::Finish).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::FailedPrecondition && error.to_string().contains("without models to measure with"), "{error}");
+    engine.publish(third(Some(Box::new(first.clone()))), InFlight::Finish).await.unwrap();
+    assert!(ask(&engine, tokens(&text(9), 1)).await.end.is_ok());
+    assert!(!is_held(1));
 }

@@ -1,13 +1,17 @@
 //! The property that holds for the fake by construction, on a small random checkpoint of each family: whatever happens to a
 //! request, its tokens and their probabilities are those that it gets alone, bit for bit.
 
+use candle_core::Device;
+
 use super::*;
 use crate::{
+    checkpoint::{Checkpoint, LoadOptions},
     model::{
-        CacheShape, CachedDecoder,
-        load::{DeviceKind, ServingOptions, WeightType, load, load_to_serve},
+        CacheShape, CachedDecoder, Decoder, SharedWeights,
+        load::{DeviceKind, ServingModel, ServingOptions, WeightType, load, load_to_serve},
+        weights::FeedForwardWeights,
     },
-    moe::policy::RoutingChoice,
+    moe::{kernel, policy::RoutingChoice},
     ops::cpu::Reduction,
 };
 
@@ -40,8 +44,38 @@ pub(super) fn decoder(case: &str, forward: Forward, cache: CacheShape) -> Box<dy
     }
 }
 
+/// The same with routers `routers` times as large, and what another one of these can be given to run like it.
+pub(super) fn scaled(case: &str, forward: Forward, cache: CacheShape, routers: f64) -> (Box<dyn LanguageModel>, SharedWeights) {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let weights = if let Forward::Host(weights) = forward { weights } else { WeightType::F32 };
+    let mut loaded = checkpoint.load(&LoadOptions { dtype: weights.dtype(DeviceKind::Cpu), device: Device::Cpu, progress: false }).unwrap();
+    for layer in &mut loaded.layers {
+        if let FeedForwardWeights::Moe(moe) = &mut layer.feed_forward {
+            moe.router = (&moe.router * routers).unwrap();
+        }
+    }
+    let spec = Arc::new(checkpoint.spec().clone());
+    if let Forward::Tensors = forward {
+        let decoder = Arc::new(Decoder::new(spec, loaded, &kernel::for_device(&Device::Cpu)).unwrap());
+        return (Box::new(CachedDecoder::new(decoder.clone(), cache).unwrap()), SharedWeights::new(decoder));
+    }
+    let options = ServingOptions { device: DeviceKind::Cpu, weights, reduction: Reduction::BatchInvariant };
+    let model = ServingModel::new(spec, loaded, options).unwrap();
+    (model.start(cache).unwrap(), model.shared())
+}
+
 pub(super) fn start_over(model: Box<dyn LanguageModel>, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
-    Engine::start(EngineParts { model, background: None, tokenizer: fake::tokenizer(), eos_token_ids: vec![], config, metrics }).unwrap()
+    Engine::start(EngineParts {
+        model,
+        generation: FIRST_GENERATION,
+        background: None,
+        tokenizer: fake::tokenizer(),
+        eos_token_ids: vec![],
+        config,
+        metrics,
+    })
+    .unwrap()
 }
 
 pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, config: EngineConfig, metrics: Arc<Metrics>) -> Engine {
@@ -49,7 +83,7 @@ pub(super) fn start_decoder(case: &str, forward: Forward, cache: CacheShape, con
 }
 
 /// Every routing, prompts of all lengths that begin alike in pairs, one of them with several sampled choices.
-fn requests() -> Vec<(Request, usize)> {
+pub(super) fn requests() -> Vec<(Request, usize)> {
     let request = |n: u32| {
         let prompt: Vec<u32> = (0..3 + n * 2).map(|i| (i * 31 + n / 2 * 17) % 80).collect();
         let choices = if n == 7 { 3 } else { 1 };

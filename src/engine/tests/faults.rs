@@ -18,6 +18,7 @@ async fn a_panic_of_the_engine_itself_starts_it_anew() {
     let config = EngineConfig { max_batch_requests: 2, ..fake::config() };
     let parts = EngineParts {
         model: Box::new(model),
+        generation: FIRST_GENERATION,
         background: None,
         tokenizer: fake::tokenizer(),
         eos_token_ids: vec![EOS],
@@ -45,6 +46,23 @@ async fn a_panic_of_the_engine_itself_starts_it_anew() {
     assert!(engine.status().alive);
     engine.shutdown();
     assert!(!engine.status().alive);
+}
+
+/// Whoever watches the process must see that it is of no use any more.
+#[tokio::test]
+async fn without_its_device_the_engine_ends() {
+    let (model, control) = FakeModel::sum().gated();
+    let engine = start(model, EngineConfig { max_batch_requests: 1, ..fake::config() });
+    let running = engine.submit(tokens(&[1, 2], 4)).unwrap();
+    control.step();
+    let queued = engine.submit(tokens(&[3], 4)).unwrap();
+    control.decide(Verdict::Lose);
+    let answer = collect(running).await;
+    assert!(matches!(&answer.end, Err(Error::Internal(message)) if message.contains("device is lost")), "{answer:?}");
+    assert!(matches!(collect(queued).await.end, Err(Error::Draining)));
+    tokio::time::timeout(PATIENCE, engine.closed()).await.unwrap();
+    assert!(!engine.status().alive);
+    assert!(engine.submit(tokens(&[3], 4)).is_err());
 }
 
 #[tokio::test]
@@ -108,6 +126,7 @@ async fn what_cannot_be_in_time_is_not_begun() {
     let config = EngineConfig { max_step_tokens: 8, prefix_cache: PrefixCache::Off, ..fake::config() };
     let parts = EngineParts {
         model: Box::new(model),
+        generation: FIRST_GENERATION,
         background: None,
         tokenizer: fake::tokenizer(),
         eos_token_ids: vec![EOS],

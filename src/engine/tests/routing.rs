@@ -8,7 +8,7 @@ use super::{
     *,
 };
 use crate::{
-    model::{CacheShape, Forward as Computed, Span, load::WeightType},
+    model::{CacheShape, Forward as Computed, SharedWeights, Span, load::WeightType},
     moe::policy::{LayerChoices, Replay, RoutingChoice, RoutingRule, WeightForm},
     telemetry::metrics::Scope,
 };
@@ -216,6 +216,10 @@ impl LanguageModel for Recorded {
     fn forward(&mut self, batch: &Batch) -> Result<Computed> {
         self.spans.lock().unwrap().extend_from_slice(&batch.spans);
         self.model.forward(batch)
+    }
+
+    fn exchange(&mut self, weights: SharedWeights) -> Result<SharedWeights> {
+        self.model.exchange(weights)
     }
 }
 

@@ -82,6 +82,7 @@ async fn everything_finishes_or_fails_and_leaves_nothing() {
             ..fake::config()
         };
         let model = FakeModel::sum().with_cache(4, rng.random_range(12..30));
+        let model = if seed % 2 == 1 { model.drawing() } else { model };
         let metrics = metrics();
         let engine = start_with(model, config, metrics.clone());
         let drops = drops(&mut rng, 60);

@@ -16,8 +16,8 @@ use self::{
     matrix::{HostMatrix, vector},
 };
 use super::{
-    Batch, CacheShape, Forward, ForwardTime, LanguageModel, LogitRows, ModelSpec, Observable, decoder::check_batch, kv_cache::KvCache,
-    rope::Rope, weights::ModelWeights,
+    Batch, CacheShape, Forward, ForwardTime, LanguageModel, ModelSpec, Observable, SharedWeights, decoder::check_batch, fitting,
+    kv_cache::KvCache, rope::Rope, weights::ModelWeights,
 };
 use crate::{
     error::{Error, Result},
@@ -156,7 +156,7 @@ impl HostDecoder {
         let logits = weights.logits(batch, buffers, spare.logits.take())?;
         buffers.scratch.trim();
         trim(&mut buffers.routed, routed);
-        Ok(Forward { logits, layers, time })
+        Ok(Forward { logits, drawn: Vec::new(), layers, time })
     }
 }
 
@@ -164,15 +164,7 @@ impl HostWeights {
     /// `[R, V]` of the rows that the batch asks for.
     fn logits(&self, batch: &Batch, buffers: &mut Buffers, spare: Option<Tensor>) -> Result<Tensor> {
         let (spec, d) = (&self.spec, self.spec.hidden_size);
-        let rows: usize = batch
-            .spans
-            .iter()
-            .map(|span| match span.logits {
-                LogitRows::None => 0,
-                LogitRows::Last => 1,
-                LogitRows::All => span.new,
-            })
-            .sum();
+        let rows = batch.num_logit_rows();
         let head = self.head.lend();
         let matrix = head.matrix()?;
         if rows > 0 {
@@ -220,6 +212,11 @@ impl LanguageModel for HostDecoder {
         self.spare.logits = small.then_some(logits);
         self.spare.list = list;
         self.spare.list.clear();
+    }
+
+    fn exchange(&mut self, weights: SharedWeights) -> Result<SharedWeights> {
+        let weights = fitting(&weights, &self.weights.spec, |weights: &HostWeights| &weights.spec)?;
+        Ok(SharedWeights::new(std::mem::replace(&mut self.weights, weights)))
     }
 }
 

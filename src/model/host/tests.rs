@@ -8,11 +8,13 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use super::{
     super::{
         Batch, CacheShape, CachedDecoder, Decoder, FeedForwardSpec, Forward, LanguageModel, LogitRows, ModelSpec, MoeSpec, QkNorm,
+        SharedWeights,
         weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights},
     },
     HostDecoder, HostOptions, HostWeights,
 };
 use crate::{
+    error::ErrorKind,
     moe::{
         Routing, kernel,
         policy::{RoutingChoice, WeightForm},
@@ -218,4 +220,56 @@ fn recycled_forwards_leave_nothing_behind() {
         last = Some(at);
         recycling.recycle(found);
     }
+}
+
+/// Other weights take the cache over: each sequence is what its own weights say alone, whichever the model had in between.
+#[test]
+fn weights_can_be_exchanged_over_one_cache() {
+    let spec = Arc::new(spec(QkNorm::None, false, false));
+    let (first, mut second) = (weights(&spec, DType::F32), weights(&spec, DType::F32));
+    second.layers.iter_mut().for_each(|layer| layer.attention_norm = layer.attention_norm.abs().unwrap());
+    let slices = |weights: &ModelWeights| {
+        let options = HostOptions { quantize: false, reduction: Reduction::BatchInvariant };
+        Arc::new(HostWeights::new(Arc::clone(&spec), weights.clone(), options).unwrap())
+    };
+    let tensors =
+        |weights: &ModelWeights| Arc::new(Decoder::new(Arc::clone(&spec), weights.clone(), &kernel::for_device(&Device::Cpu)).unwrap());
+    let host = |weights: &ModelWeights| HostDecoder::new(slices(weights), CACHE).unwrap();
+    let cached = |weights: &ModelWeights| CachedDecoder::new(tensors(weights), CACHE).unwrap();
+    let both = [&first, &second];
+    exchanged(
+        &mut host(&first),
+        both.map(|weights| (SharedWeights::new(slices(weights)), Box::new(host(weights)) as Box<dyn LanguageModel>)),
+    );
+    exchanged(
+        &mut cached(&first),
+        both.map(|weights| (SharedWeights::new(tensors(weights)), Box::new(cached(weights)) as Box<dyn LanguageModel>)),
+    );
+
+    let other = Arc::new(ModelSpec { rms_norm_eps: 1e-3, ..ModelSpec::clone(&spec) });
+    let stranger = HostWeights::new(other, first.clone(), HostOptions::default()).unwrap();
+    let cases =
+        [(SharedWeights::new(tensors(&first)), "another kind of model"), (SharedWeights::new(Arc::new(stranger)), "another model than")];
+    for (weights, expected) in cases {
+        let error = host(&first).exchange(weights).unwrap_err();
+        assert!(error.kind() == ErrorKind::FailedPrecondition && error.to_string().contains(expected), "{error}");
+    }
+}
+
+/// Two sequences in turns, one on each of the weights, against a model that has had no others.
+fn exchanged(model: &mut dyn LanguageModel, weights: [(SharedWeights, Box<dyn LanguageModel>); 2]) {
+    let (tables, tokens) = ([[1, 4], [3, 2]], |n: u32| (0..3).map(|i| (n * 5 + i * 7) % 50).collect::<Vec<u32>>());
+    let mut weights = weights.into_iter().zip(tables).collect::<Vec<_>>();
+    let mut seen: Vec<Vec<Vec<f32>>> = Vec::new();
+    for step in 0..4 {
+        for ((weights, alone), table) in &mut weights {
+            model.exchange(weights.clone()).unwrap();
+            let mut batch = Batch::default();
+            batch.push(table, &tokens(step), 3 * step as usize, RoutingChoice::Native, LogitRows::All);
+            let found = logits(model, &batch);
+            assert_eq!(found, logits(alone.as_mut(), &batch));
+            seen.push(found);
+        }
+    }
+    assert_ne!(seen[0], seen[1], "the weights say different things");
 }

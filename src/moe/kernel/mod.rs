@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 
 pub use self::{cpu::CpuKernel, reference::ReferenceKernel};
 use super::plan::DispatchPlan;
-use crate::error::Result;
+use crate::{error::Result, ops::runs_here};
 
 /// Stacked experts of one layer.
 #[derive(Clone, Debug)]
@@ -22,13 +22,13 @@ pub struct Experts {
 
 /// Runs routed rows through their experts and sums them per token.
 pub trait ExpertKernel: Debug + Send + Sync {
-    /// `x [T, D]` to `[T, D]`: `y_t = Σ_routes weight · down(silu(gate x_t) ⊙ up x_t)`; zero for a token without a route.
+    /// `x [T, D]` to `[T, D]` f32: `y_t = Σ_routes weight · down(silu(gate x_t) ⊙ up x_t)`; zero for a token without a route.
     fn grouped(&self, x_td: &Tensor, plan: &DispatchPlan, experts: &Experts) -> Result<Tensor>;
 }
 
 /// The kernel for a device.
 pub fn for_device(device: &Device) -> Arc<dyn ExpertKernel> {
-    if device.is_cpu() { Arc::new(CpuKernel::default()) } else { Arc::new(ReferenceKernel) }
+    if runs_here(device) { Arc::new(CpuKernel::default()) } else { Arc::new(ReferenceKernel) }
 }
 
 #[cfg(test)]

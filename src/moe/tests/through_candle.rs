@@ -12,6 +12,7 @@ use crate::{
         estimator::{Combine, Estimator, Execution, RoutedBatch, catalog},
         policy::RoutingPolicy,
     },
+    ops::as_on_a_device,
 };
 
 const T: usize = 11;
@@ -47,7 +48,8 @@ impl Problem {
         }
     }
 
-    fn candle(&self, estimator: Estimator) -> (Found, Vec<f64>, RoutedBatch) {
+    /// Through the layer, with this element type in the products of experts.
+    fn candle(&self, estimator: Estimator, products: DType) -> (Found, Vec<f64>, RoutedBatch) {
         let var = |values: &[f64], shape: &[usize]| {
             let tensor = Tensor::from_slice(values, shape, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
             Var::from_tensor(&tensor).unwrap()
@@ -56,7 +58,8 @@ impl Problem {
         let router = var(&self.router, &[estimator.router_width(E), D]);
         let (gate_up, down) = (var(&self.gate_up, &[E, 2 * F, D]), var(&self.down, &[E, D, F]));
         let [r, g, d] = [&router, &gate_up, &down].map(|var| var.as_tensor().clone());
-        let layer = layer(MoeWeights { router: r, gate_up: g, down: d, shared: None });
+        let mut layer = layer(MoeWeights { router: r, gate_up: g, down: d, shared: None });
+        layer.set_products(products);
         let known = LayerState { means: self.means.iter().map(|&m| m as f32).collect(), seen: vec![true; E], ..LayerState::default() };
         let mut state = TrainState { layers: vec![known], ..TrainState::new(4) };
         let mode = &mut RoutingMode::Train { policy: RoutingPolicy::Estimator(estimator), state: &mut state };
@@ -163,24 +166,50 @@ impl Problem {
     }
 }
 
-#[test]
-fn every_estimator_is_what_plain_loops_make_of_it() {
+/// The largest difference of each part, relative to the largest value of it.
+fn differences(estimator: Estimator, products: DType) -> [(&'static str, f64); 5] {
+    let problem = Problem::new(&estimator);
+    let (found, z, routed) = problem.candle(estimator, products);
+    let wanted = problem.loops(&estimator, &z, &routed);
+    let mut differences = [("y", 0.0), ("dx", 0.0), ("d router", 0.0), ("d gate_up", 0.0), ("d down", 0.0)];
+    for ((_, worst), (found, wanted)) in differences.iter_mut().zip(found.iter().zip(&wanted)) {
+        assert_eq!(found.len(), wanted.len());
+        let largest = wanted.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
+        *worst = found.iter().zip(wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) / largest;
+    }
+    differences
+}
+
+fn each_estimator(check: impl Fn(&str, Estimator)) {
     let mut checked = 0;
     for row in catalog::CATALOG {
         for (k, estimator) in [Some(1), Some(2), None].into_iter().filter_map(|k| Some((k, named(row.name, k)?))) {
-            let problem = Problem::new(&estimator);
-            let (found, z, routed) = problem.candle(estimator);
-            let wanted = problem.loops(&estimator, &z, &routed);
-            for (name, (found, wanted)) in ["y", "dx", "d router", "d gate_up", "d down"].into_iter().zip(found.iter().zip(&wanted)) {
-                assert_eq!(found.len(), wanted.len());
-                let largest = wanted.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
-                let worst = found.iter().zip(wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) / largest;
-                assert!(worst < 1e-5, "{} k={k:?}: {name} differs by {worst}", row.name);
-            }
+            check(&format!("{} k={k:?}", row.name), estimator);
             checked += 1;
         }
     }
     assert!(checked > 40, "{checked}");
+}
+
+#[test]
+fn every_estimator_is_what_plain_loops_make_of_it() {
+    each_estimator(|name, estimator| {
+        for (part, worst) in differences(estimator, DType::F32) {
+            assert!(worst < 1e-5, "{name}: {part} differs by {worst}");
+        }
+    });
+}
+
+/// Whatever an estimator runs, all experts or the chosen ones: in the operations of a device, and with products of bf16 over f32 masters.
+#[test]
+fn every_estimator_is_the_same_on_a_device() {
+    for (products, most) in [(DType::F32, 1e-5), (DType::BF16, 4e-2)] {
+        each_estimator(|name, estimator| {
+            for (part, worst) in as_on_a_device(|| differences(estimator, products)) {
+                assert!(worst < most, "{name}, {products:?}: {part} differs by {worst}");
+            }
+        });
+    }
 }
 
 /// A ReLU may open for nobody.
@@ -190,7 +219,7 @@ fn a_batch_without_any_expert_gives_nothing_and_learns_nothing() {
     let mut problem = Problem::new(&estimator);
     problem.x.iter_mut().for_each(|x| *x = x.abs());
     problem.router.iter_mut().for_each(|w| *w = -w.abs());
-    let (found, _, routed) = problem.candle(estimator);
+    let (found, _, routed) = problem.candle(estimator, DType::F32);
     assert!(routed.chosen.is_empty());
     for (name, values) in ["y", "dx", "d router", "d gate_up", "d down"].into_iter().zip(found) {
         assert!(values.iter().all(|value| *value == 0.0), "{name}: {values:?}");

@@ -11,6 +11,7 @@ use crate::{
         fidelity::FidelitySnapshot,
         http::Readiness,
         metrics::{ExpertLoadSnapshot, Metrics, Scope},
+        tuning::TuningCurves,
     },
 };
 
@@ -39,6 +40,10 @@ pub(super) struct ModelState {
     inter_token_latency: Buckets,
     expert_load: ExpertLoad,
     fidelity: Fidelity,
+    /// What the machine is given to: serve, tune, tune_exclusive.
+    mode: String,
+    /// `None`: this server does not tune.
+    tuning: Option<TuningCurves>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -86,6 +91,7 @@ impl Readiness {
         match self {
             Self::Loading => "loading",
             Self::Serving => "serving",
+            Self::Tuning => "tuning",
             Self::Draining => "draining",
             Self::Failed => "failed",
         }
@@ -104,7 +110,7 @@ impl ModelState {
         let load = |scope| Load::from(metrics.expert_load(scope));
         let expert_load = ExpertLoad { window: load(Scope::Window), total: load(Scope::Total) };
         let fidelity = Fidelity { window: metrics.recent_fidelity(), total: metrics.fidelity_snapshot() };
-        let mut state = Self { expert_load, fidelity, ..Self::default() };
+        let mut state = Self { expert_load, fidelity, tuning: metrics.tuning_curves(), ..Self::default() };
         samples(&metrics.render_common()).for_each(|sample| state.take(sample));
         state
     }
@@ -120,6 +126,7 @@ impl ModelState {
             "hardmax_request_finished_total" if sample.labels.get("reason").is_some_and(|reason| reason == "error") => {
                 self.counters.failed = sample.value;
             }
+            "hardmax_mode" if sample.value == 1.0 => self.mode = sample.labels.get("mode").cloned().unwrap_or_default(),
             "hardmax_requests_running" => self.running = sample.value,
             "hardmax_requests_waiting" => self.waiting = sample.value,
             "hardmax_kv_cache_usage_ratio" => self.cache_usage = sample.value,
@@ -157,7 +164,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::telemetry::metrics::{MetricsConfig, Outcome, Rejection, SampleOutcome};
+    use crate::telemetry::metrics::{MetricsConfig, Mode, Outcome, PublishOutcome, Rejection, SampleOutcome};
 
     fn live(metrics: Option<&Metrics>) -> Value {
         serde_json::to_value(Live::new(Readiness::Serving, 2.5, metrics)).unwrap()
@@ -206,6 +213,21 @@ mod tests {
         }
         let layer = &live["expert_load"]["total"]["layers"][0];
         assert_eq!((&layer["layer"], &layer["expert_tokens"], &layer["dead_experts"]), (&json!(1), &json!([0, 0, 0, 0]), &json!(0)));
+    }
+
+    #[test]
+    fn tuning_is_there_where_the_server_tunes() {
+        let of = |tuning| {
+            let metrics = Metrics::new(&MetricsConfig { model: "m".into(), tuning, ..MetricsConfig::default() }).unwrap();
+            metrics.set_mode(Mode::Tune);
+            metrics.set_generation(2);
+            metrics.published(PublishOutcome::Overridden);
+            live(Some(&metrics))
+        };
+        assert_eq!((&of(false)["tuning"], &of(false)["mode"]), (&Value::Null, &json!("tune")));
+        let tuning = of(true)["tuning"].clone();
+        assert_eq!((&tuning["job"], &tuning["loss"], &tuning["gap"]), (&Value::Null, &json!([]), &json!([])));
+        assert_eq!((&tuning["switch"]["publish"], &tuning["switch"]["generation"]), (&json!("overridden"), &json!(2)));
     }
 
     #[test]

@@ -257,10 +257,10 @@ function layout(extra) {
   };
 }
 
-/** A chart that `make` describes as [traces, layout]; nothing where the library did not load. */
+/** A chart that `describe` says as [traces, layout]; nothing where the library did not load, or where it cannot be seen: it has no size there. */
 function chart(id, describe) {
   const draw = () => {
-    if (!window.Plotly || $(id).hidden) return;
+    if (!window.Plotly || !$(id).offsetWidth) return;
     const [traces, extra] = describe();
     window.Plotly.react($(id), traces, layout(extra), { displayModeBar: false, responsive: true, showTips: false });
   };
@@ -349,14 +349,90 @@ function drawGapTable(layers) {
   layers.forEach((layer, i) => columns.forEach(([, key], j) => say(body.rows[i].cells[j], key === "layer" ? String(layer.layer) : figure(layer[key]))));
 }
 
+// === tuning ===
+
+let tuning = null;
+
+/** A chart over the steps of the job: `lines` are [name, points of (step, value), colour, dash]. */
+function stepChart(id, lines) {
+  chart(id, () => {
+    const steps = tuning && tuning.job ? tuning.job.steps : 1;
+    const traces = lines().map(([name, at, series, dash]) => ({
+      x: at.map((point) => point[0]), y: at.map((point) => point[1]), name, mode: at.length > 40 ? "lines" : "lines+markers", connectgaps: false,
+      line: { color: colour(series), width: dash ? 2 : 2.2, dash: dash || "solid" }, marker: { size: 5 },
+    }));
+    return [traces, { xaxis: { type: "linear", range: [0, Math.max(1, steps)], nticks: 7, tickformat: "~d", hoverformat: "d" }, yaxis: { rangemode: "normal", hoverformat: ".4g" } }];
+  });
+}
+
+/** The curves of the own gap that differ: where top-1 is what is served, its curve is that one. */
+function gapLines() {
+  const ends = tuning && tuning.job ? [tuning.job.before, tuning.job.now] : [];
+  const own = (key) => ends.some((figures) => figures && figures[key] && figures[key].gap_nats !== figures.serving.gap_nats);
+  return [["as served", "serving", "s1", ""], ["top-1", "top1", "s3", "dot"], ["top-2", "top2", "s2", "dot"]]
+    .map((line, i) => [...line, i]).filter(([, key]) => key === "serving" || own(key));
+}
+
+stepChart("loss-plot", () => [["loss", tuning ? tuning.loss : [], "s1", ""]]);
+stepChart("own-plot", () => gapLines().map(([name, , series, dash, i]) => [name, tuning ? tuning.gap.map(([step, values]) => [step, values[i]]) : [], series, dash]));
+
+const JOB_STATES = { running: "good", paused: "warn", done: "good", stopped: "warn", failed: "bad" };
+
+const PUBLISHED = {
+  published: (n) => `Generation ${n} was published`, overridden: (n) => `Generation ${n} was published although it did not meet its gates`,
+  refused: (n) => `A candidate did not meet its gates, and generation ${n} stayed`, failed: (n) => `A publish failed, and generation ${n} stayed`,
+};
+const ROLLED_BACK = { asked: "as somebody asked", gap: "because the live gap had grown", errors: "because requests had failed" };
+
+/** What was last put in force, or was to be. */
+function switchText({ publish, rollback, generation, seconds_ago: seconds }) {
+  const what = publish ? PUBLISHED[publish](generation) : `Generation ${generation} came back, ${ROLLED_BACK[rollback]}`;
+  return `${what}, ${age(seconds)} ago.`;
+}
+
+function tuningStats(job) {
+  const change = (figure_of) => (job.before && job.now ? `${figure_of(job.before.serving)} → ${figure_of(job.now.serving)}`
+    : job.before ? figure_of(job.before.serving) : "–");
+  const share = job.share === null ? "none" : job.share >= 1 ? "all of it" : percent(job.share, 0);
+  return [
+    ["steps", `${figure(job.step, 9)} of ${figure(job.steps, 9)}`], ["time left", job.eta_seconds === null ? "–" : age(job.eta_seconds)],
+    ["machine share", share], ["loss, nats", figure(job.losses.total)],
+    ["own gap, nats", change((of) => figure(of.gap_nats))], ["perplexity ratio", change((of) => figure(of.perplexity_ratio, 4))],
+  ];
+}
+
+/** The card is there once a job was heard of, or weights were put in force. */
+function drawTuning(live) {
+  tuning = live.tuning;
+  const job = tuning && tuning.job, last = tuning && tuning.switch;
+  $("tuning").hidden = !job && !last;
+  ["tuning-note", "tuning-state", "tuning-stats", "tuning-curves"].forEach((id) => { $(id).hidden = !job; });
+  $("tuning-switch").hidden = !last;
+  if (last) say($("tuning-switch"), switchText(last));
+  if (!job) return;
+  say($("tuning-note"), `Job ${job.job}: ${job.target} under ${job.estimator}`);
+  say($("tuning-state"), job.state);
+  $("tuning-state").dataset.state = JOB_STATES[job.state] || "wait";
+  fill($("tuning-stats"), tuningStats(job));
+  const shown = gapLines().map(([, key]) => key);
+  ["top1", "top2"].forEach((key) => { $(`own-${key}`).hidden = !shown.includes(key); });
+  $("loss-plot").setAttribute("aria-label", `Loss by step; ${figure(job.losses.total)} after ${job.step} of ${job.steps} steps`);
+  const gap = (figures) => (figures ? figure(figures.serving.gap_nats) : "not known");
+  $("own-plot").setAttribute("aria-label", `Own gap on held-out text by step; before ${gap(job.before)}, now ${gap(job.now)}`);
+  ["loss-plot", "own-plot"].forEach((id) => plots.get(id).draw());
+}
+
 // === the numbers of this moment ===
+
+/** What the machine is given to, where that is not requests alone. */
+const MODES = { tune: "requests, and tuning beside them", tune_exclusive: "tuning alone: requests are refused" };
 
 function drawFacts(live) {
   const f = live.facts || {};
   const facts = [
     ["Serving", f.serving], ["Reference", f.reference], ["Trained with", f.estimator],
     ["Model", f.layers && `${f.layers} layers, ${f.experts === "0" ? "no" : f.experts} experts`], ["Weights", f.dtype && `${f.dtype} on ${f.device}, generation ${f.generation}`],
-    ["Server", f.version && `${f.version}, up ${age(live.uptime_seconds)}`],
+    ["Machine", MODES[live.mode]], ["Server", f.version && `${f.version}, up ${age(live.uptime_seconds)}`],
   ].filter(([, value]) => value);
   fill($("facts"), facts);
   say($("model"), f.model || "");
@@ -387,6 +463,7 @@ function drawTiles(live, point) {
 
 const HEALTH = {
   serving: ["good", "●", "serving"], loading: ["warn", "◌", "loading the model"], draining: ["warn", "◐", "draining"],
+  tuning: ["warn", "◐", "tuning, no requests"],
   failed: ["bad", "✕", "the engine has stopped"], lost: ["bad", "✕", "connection lost"],
 };
 
@@ -437,6 +514,7 @@ function take(live) {
   drawTiles(live, point);
   heat.draw(live);
   drawGap(live);
+  drawTuning(live);
   ["through-plot", "first-plot", "next-plot", "requests-plot"].forEach((id) => plots.get(id).draw());
   $("through-plot").setAttribute("aria-label", `Throughput over time; now ${figure(point.generated)} generated and ${figure(point.prompt)} prompt tokens per second`);
   $("first-plot").setAttribute("aria-label", `Time to first token over time; now p95 ${duration(point.first95).join(" ")}`);
