@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Runs docker/Dockerfile without a container engine: each stage in its own root, made by debootstrap, then the image as
+# Runs a Dockerfile without a container engine: each stage in its own root, made by debootstrap, then the image as
 # a container would run it. For machines that have root and debootstrap but no Docker.
 #
-#   docker/chroot-test.sh                     both stages, then the run
+#   docker/chroot-test.sh                     docker/Dockerfile, both stages, then the run
 #   docker/chroot-test.sh --binary PATH       takes this binary for what the builder stage would make
+#   docker/chroot-test.sh --cuda --binary PATH [--cuda-binary PATH]
+#                                             docker/Dockerfile.cuda, its runtime stage, on a machine without a GPU: the
+#                                             entry point has to take the CPU binary. Needs a C compiler for the probe
 #   docker/chroot-test.sh --work DIR          keeps base roots there, so that the next run need not make them again
 #
 # The Dockerfile itself is read and carried out (FROM, COPY, RUN, ENV, WORKDIR, USER, ...); an instruction that this
 # script does not know is an error. What differs from an engine:
 #   * bases: `debian:bookworm-slim` is debootstrap's minimal bookworm. `rust:1.95-bookworm` is that plus a C compiler,
-#     with this machine's Rust toolchain and crate cache mounted in, since the image itself cannot be had here;
+#     with this machine's Rust toolchain and crate cache mounted in, since the image itself cannot be had here.
+#     `nvidia/cuda:...-base-...` is the minimal bookworm again, without what NVIDIA puts into it;
 #   * isolation: own mounts, processes and network, no capabilities, no new privileges, a read-only root. No cgroup,
 #     seccomp or user namespace;
 #   * layers, labels and the registry are not exercised, nor is compose.
@@ -49,15 +53,15 @@ from() { # IMAGE [AS NAME]
     workdir=/ user=0:0 env=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
     entrypoint=() cmd=() healthcheck=()
     skip=false
-    if [ -n "$binary" ] && [ "$stage" = builder ]; then
-        say "stage $stage: skipped, its binary is $binary"
+    if [ -n "$binary" ] && [ "$stage" != runtime ]; then
+        say "stage $stage: skipped"
         skip=true
         return
     fi
     say "stage $stage: from $1"
     rm -rf "$root"
     case $1 in
-    debian:bookworm-slim) base_root slim "" ;;
+    debian:bookworm-slim | nvidia/cuda:*-base-*) base_root slim "" ;;
     rust:*-bookworm)
         base_root builder gcc,g++,libc6-dev,make,pkg-config,ca-certificates
         local sysroot want have
@@ -76,7 +80,7 @@ from() { # IMAGE [AS NAME]
         # A machine behind a proxy with its own authority needs its own list.
         cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
         ;;
-    *) die "unknown base image $1" ;;
+    *) die "no base for $1 can be had here: --binary leaves this stage out" ;;
     esac
     kernel_filesystems
 }
@@ -89,6 +93,19 @@ kernel_filesystems() {
         touch "$root/dev/$node"
         mount --bind "/dev/$node" "$root/dev/$node"
     done
+}
+
+# What the builder stage would have made, from the binaries that were given.
+given() {
+    local release=$work/built/build/target/release image=$work/built/build/image
+    rm -rf "$work/built"
+    mkdir -p "$release" "$image/bin" "$image/lib"
+    cp "$binary" "$release/hardmax"
+    if $cuda; then
+        cp "$binary" "$image/bin/hardmax-cpu"
+        cp "${cuda_binary:-$binary}" "$image/bin/hardmax-cuda"
+        cc -O2 -DBUILT_CUDA=13000 -DBUILT_CAPABILITY=90 -o "$image/bin/hardmax-cuda-probe" "$context/docker/cuda-probe.c" -ldl
+    fi
 }
 
 # What .dockerignore lets through. It must be an allow-list: `*`, then `!PATH` lines, then exceptions from those.
@@ -109,11 +126,11 @@ snapshot() {
 copy() { # [--from=STAGE] SOURCE... DESTINATION
     local source=$work/context from=
     case $1 in --from=*) from=${1#--from=} source=$work/root-$from && shift ;; --*) die "COPY $1: unknown" ;; esac
+    if [ "$from" = builder ] && [ -n "$binary" ]; then source=$work/built; fi
     local destination=${*: -1} items=("${@:1:$#-1}") item
     case $destination in /*) ;; *) destination=$workdir/$destination ;; esac
     for item in "${items[@]}"; do
         local path=$source/${item#/}
-        if [ "$from" = builder ] && [ -n "$binary" ]; then path=$binary; fi
         [ -e "$path" ] || die "COPY $item: no such file in ${from:-the context}"
         if [ -d "$path" ]; then
             mkdir -p "$root$destination"
@@ -163,6 +180,7 @@ exec_form() { # ARRAY JSON
 
 build() {
     snapshot
+    [ -z "$binary" ] || given
     local line logical=
     while IFS= read -r line || [ -n "$line" ]; do
         case $line in '#'* | '') continue ;; esac
@@ -170,7 +188,7 @@ build() {
         logical+=$line
         instruction "${logical%% *}" "${logical#* }"
         logical=
-    done <"$context/docker/Dockerfile"
+    done <"$context/docker/$dockerfile"
     say "image: $(du -sh --one-file-system "$root" | cut -f1), user $user, runs: ${entrypoint[*]} ${cmd[*]}"
     ls -l "$root/usr/local/bin"
     declare -p root user env entrypoint cmd healthcheck >"$work/image"
@@ -212,6 +230,8 @@ exercise() { # UID:GID
     fi
     echo "no write is possible"
 
+    if [ -e "$root/usr/local/bin/hardmax-cuda" ]; then entry_point "$as"; fi
+
     kill -TERM "$server"
     status=0
     wait "$server" || status=$?
@@ -219,6 +239,18 @@ exercise() { # UID:GID
     echo "SIGTERM: exit status 0; last lines of the log:"
     tail -n 3 "$work/server.log"
     if (contained "$as" "${healthcheck[@]}") >/dev/null 2>&1; then die "healthy without a server"; fi
+}
+
+# Without a GPU: the server is the CPU binary and its log says why; whoever asks for a GPU is refused.
+entry_point() { # UID:GID
+    local status=0
+    head -n 1 "$work/server.log" | grep '"level":"WARN".*"hardmax-cpu, without a GPU: no GPU was given to this container' ||
+        { head -n 3 "$work/server.log" >&2; die "the first line of the log does not say which binary it is"; }
+    (contained "$1" "${entrypoint[@]}" serve --device cuda) >"$work/refused.log" 2>&1 || status=$?
+    if [ "$status" != 1 ] || ! grep '"level":"ERROR".*--device asks for a GPU' "$work/refused.log"; then
+        cat "$work/refused.log" >&2
+        die "--device cuda without a GPU: exit status $status"
+    fi
 }
 
 run() {
@@ -238,10 +270,10 @@ run() {
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
-binary='' work=''
+binary='' cuda_binary='' cuda=false dockerfile=Dockerfile work=''
 if [ "${1:-}" = --in-namespace ]; then
-    [ "$2" = none ] || work=$2
-    binary=${3:-}
+    # shellcheck source=/dev/null
+    source "$2"
     build
     mkdir -p "$root.ro"
     exec unshare --net "$self" --run "$work"
@@ -253,6 +285,8 @@ fi
 while [ $# -gt 0 ]; do
     case $1 in
     --binary) binary=$(readlink -e "$2") || die "no such file: $2" && shift 2 ;;
+    --cuda-binary) cuda_binary=$(readlink -e "$2") || die "no such file: $2" && shift 2 ;;
+    --cuda) cuda=true dockerfile=Dockerfile.cuda && shift ;;
     --work) mkdir -p "$2" && work=$(readlink -f "$2") && shift 2 ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$self" && exit ;;
     *) die "unknown argument $1" ;;
@@ -264,5 +298,6 @@ if [ -z "$work" ]; then
     work=$(mktemp -d)
     trap 'rm -rf --one-file-system "$work"' EXIT
 fi
+declare -p binary cuda_binary cuda dockerfile work >"$work/arguments"
 # Mounts and processes end with the namespace, whatever happens.
-unshare --mount --pid --fork --kill-child --mount-proc "$self" --in-namespace "$work" "$binary"
+unshare --mount --pid --fork --kill-child --mount-proc "$self" --in-namespace "$work/arguments"
