@@ -47,6 +47,8 @@ template <int Width, int RowTiles, int RowWarps, int KeyWarps> struct Shape {
     static constexpr int KEYS = KEY_WARPS > 1 ? 16 * KEY_WARPS : most_keys(WIDTH < 128 ? 64 : 32);
     static constexpr int WARP_KEYS = KEYS / KEY_WARPS;
     static constexpr int BYTES = bytes(KEYS);
+    // At least, of a multiprocessor; 0 leaves it to the compiler, which sees to more of them, and the sums of a wide head do not fit into the registers.
+    static constexpr int BLOCKS = WIDTH > 128 ? 2 : 0;
     static constexpr bool QUERIES_STAY = ROW_TILES == 1 && WIDTH <= 128;  // in registers
 
     // What the warps that share keys leave for each other.
@@ -360,7 +362,7 @@ template <typename S> __device__ __forceinline__ void put_merged(const hm_attend
 }
 
 // grid: tiles of rows, kv_heads, splits
-template <typename S> __global__ void __launch_bounds__(S::THREADS) attend(hm_attend_args args) {
+template <typename S> __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) attend(hm_attend_args args) {
     constexpr int TILE = S::KEYS * S::STRIDE;
     HM_DYN_SHARED(bf16, q);
     bf16 *keys = q + S::ROWS * S::STRIDE, *values = keys + 2 * TILE;

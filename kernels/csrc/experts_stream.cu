@@ -32,11 +32,13 @@ constexpr int SCALE_BLOCK = 128;
 
 __device__ __forceinline__ uint4 zero16() { return make_uint4(0, 0, 0, 0); }
 
-// What one lane reads, and what it sums up.
+// What one lane reads, and what it sums up. Places are counted in 16 bytes, which is how they are read: 32 bits reach far enough, and a register
+// for each row is saved.
 template <typename W, int COLUMNS> struct Lane {
-    const W* weight[4];      // rows g and g + 8 of both tiles
-    int scale[4];            // where the scales of these begin; of e4m3 only
-    const bf16* x[COLUMNS];  // rows g, g + 8 ...
+    const uint4* weights;  // of the expert
+    uint32_t row[4];       // rows g and g + 8 of both tiles
+    int scale[2];          // where the scales of the tiles begin; of e4m3 only
+    uint32_t x[COLUMNS];   // rows g, g + 8 ... of x
     float sum[2][COLUMNS][4];
 };
 
@@ -51,12 +53,14 @@ __device__ __forceinline__ void multiply(float sum[COLUMNS][4], uint4 upper, uin
     }
 }
 
-template <typename W> __device__ __forceinline__ uint4 weights_at(const W* row, int at, int k) {
-    return at < k ? load_streaming(row + at) : zero16();
+template <typename W> constexpr int OF_16_BYTES = 16 / sizeof(W);
+
+template <typename W, int COLUMNS> __device__ __forceinline__ uint4 weights_at(const Lane<W, COLUMNS>& lane, int row, int at, int k) {
+    return at < k ? load_streaming(lane.weights + (lane.row[row] + at / OF_16_BYTES<W>)) : zero16();
 }
-template <int COLUMNS> __device__ __forceinline__ void x_at(uint4 out[COLUMNS], const bf16* const x[COLUMNS], int at, int k) {
+template <int COLUMNS> __device__ __forceinline__ void x_at(uint4 out[COLUMNS], const hm_stream_args& args, const uint32_t x[COLUMNS], int at) {
 #pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) out[n] = at < k ? load16(x[n] + at) : zero16();
+    for (int n = 0; n < COLUMNS; ++n) out[n] = at < args.k ? load16(reinterpret_cast<const uint4*>(args.x) + (x[n] + at / OF_16_BYTES<bf16>)) : zero16();
 }
 
 // How many chunks of a step are asked for at once: as many as there are registers for.
@@ -71,10 +75,10 @@ template <int COLUMNS> __device__ __forceinline__ void step(const hm_stream_args
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-            for (int row = 0; row < 4; ++row) weight[c][row] = weights_at(lane.weight[row], first + c * CHUNK + t * 8, args.k);
+            for (int row = 0; row < 4; ++row) weight[c][row] = weights_at(lane, row, first + c * CHUNK + t * 8, args.k);
         uint4 x[CHUNKS][COLUMNS];
 #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c) x_at<COLUMNS>(x[c], lane.x, first + c * CHUNK + t * 8, args.k);
+        for (int c = 0; c < CHUNKS; ++c) x_at<COLUMNS>(x[c], args, lane.x, first + c * CHUNK + t * 8);
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
@@ -93,35 +97,40 @@ __device__ __forceinline__ uint4 widen8(uint32_t low, uint32_t high) {
 template <int COLUMNS> __device__ __forceinline__ void step(const hm_stream_args& args, Lane<uint8_t, COLUMNS>& lane, int from, int t) {
     static_assert(STEP == SCALE_BLOCK, "a step has one scale");
     constexpr int CHUNK = 64, CHUNKS = at_once<COLUMNS>(STEP / CHUNK);  // a chunk is 16 for each of 4 lanes
-    float scale[4];
+    float scale[2];
 #pragma unroll
-    for (int row = 0; row < 4; ++row) scale[row] = args.scales[lane.scale[row] + from / SCALE_BLOCK];
+    for (int tile = 0; tile < 2; ++tile) scale[tile] = args.scales[lane.scale[tile] + from / SCALE_BLOCK];
     float sum[2][COLUMNS][4] = {};
-#pragma unroll
+#pragma unroll COLUMNS < 4 ? 2 : 1
     for (int first = from; first < from + STEP; first += CHUNKS * CHUNK) {
         uint4 weight[CHUNKS][4];
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-            for (int row = 0; row < 4; ++row) weight[c][row] = weights_at(lane.weight[row], first + c * CHUNK + t * 16, args.k);
-        uint4 x[CHUNKS][2][COLUMNS];
+            for (int row = 0; row < 4; ++row) weight[c][row] = weights_at(lane, row, first + c * CHUNK + t * 16, args.k);
+        // A half of the columns after the other: x is at hand, and both at once would not fit into the registers.
 #pragma unroll
-        for (int c = 0; c < 2 * CHUNKS; ++c) x_at<COLUMNS>(x[c / 2][c % 2], lane.x, first + c / 2 * CHUNK + t * 16 + c % 2 * 8, args.k);
+        for (int half = 0; half < 2; ++half) {
+            uint4 x[CHUNKS][COLUMNS];
 #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
+            for (int c = 0; c < CHUNKS; ++c) x_at<COLUMNS>(x[c], args, lane.x, first + c * CHUNK + t * 16 + half * 8);
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                uint4 upper = weight[c][2 * tile], lower = weight[c][2 * tile + 1];
-                multiply<COLUMNS>(sum[tile], widen8(upper.x, upper.y), widen8(lower.x, lower.y), x[c][0]);
-                multiply<COLUMNS>(sum[tile], widen8(upper.z, upper.w), widen8(lower.z, lower.w), x[c][1]);
-            }
+            for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile) {
+                    uint4 upper = weight[c][2 * tile], lower = weight[c][2 * tile + 1];
+                    uint4 first_rows = half ? widen8(upper.z, upper.w) : widen8(upper.x, upper.y);
+                    uint4 last_rows = half ? widen8(lower.z, lower.w) : widen8(lower.x, lower.y);
+                    multiply<COLUMNS>(sum[tile], first_rows, last_rows, x[c]);
+                }
+        }
     }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
         for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) lane.sum[tile][n][i] += scale[2 * tile + i / 2] * sum[tile][n][i];
+            for (int i = 0; i < 4; ++i) lane.sum[tile][n][i] += scale[tile] * sum[tile][n][i];
 }
 
 // The rows that a block has to do with.
@@ -140,19 +149,21 @@ __device__ __forceinline__ void pass(const hm_stream_args& args, uint32_t expert
     int column = blockIdx.x * WIDTH;
     int weight_rows = GATED ? 2 * args.n : args.n, scale_columns = int(ceil_div(args.k, SCALE_BLOCK));
     Lane<W, COLUMNS> lane;
+    lane.weights = static_cast<const uint4*>(args.weight) + int64_t(expert) * weight_rows * (args.k / OF_16_BYTES<W>);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         // Rows behind the last are read as the last, and not written.
         int row = column + i % 2 * 8 + g + (GATED ? 0 : i / 2 * TILE);
         row = min(row, args.n - 1) + (GATED ? i / 2 * args.n : 0);
-        lane.weight[i] = static_cast<const W*>(args.weight) + (int64_t(expert) * weight_rows + row) * args.k;
-        lane.scale[i] = (expert * int(ceil_div(weight_rows, SCALE_BLOCK)) + row / SCALE_BLOCK) * scale_columns;
+        lane.row[i] = uint32_t(row) * (args.k / OF_16_BYTES<W>);
+        // Tiles begin at multiples of 16, the gated half too: a tile lies in one block of scales.
+        lane.scale[i / 2] = (expert * int(ceil_div(weight_rows, SCALE_BLOCK)) + row / SCALE_BLOCK) * scale_columns;
     }
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n) {
         // Columns behind the last are of the same row, which is read once, and are not written.
         uint32_t row = first + min(n * 8 + g, count - 1);
-        lane.x[n] = args.x + int64_t(args.rows ? args.rows[row] / args.slots : row) * args.k;
+        lane.x[n] = (args.rows ? args.rows[row] / args.slots : row) * (args.k / OF_16_BYTES<bf16>);
 #pragma unroll
         for (int i = 0; i < 8; ++i) lane.sum[i / 4][n][i % 4] = 0.0f;
     }

@@ -102,7 +102,7 @@ pub struct GateUp<'a> {
     pub dispatch: Dispatch<'a>,
     /// Columns of x, a multiple of 8; of e4m3 a multiple of 16.
     pub width: usize,
-    /// Columns of the result.
+    /// Columns of the result; of e4m3 a multiple of 16.
     pub expert_width: usize,
 }
 
@@ -191,6 +191,8 @@ impl Dispatch<'_> {
         expect_aligned(kernel, "active", active)?;
         expect_rows(kernel, x, tokens * slots, k)?;
         let count = experts * weight_rows * k;
+        // Rows of an expert are found by 32 bits.
+        int(kernel, "the number of weights of an expert, over 16,", weight_rows * k / 16)?;
         let (weight, scales) = match weights {
             Weights::Bf16(weight) => {
                 expect_len(kernel, "weights", weight.len(), count)?;
@@ -200,6 +202,9 @@ impl Dispatch<'_> {
             Weights::E4m3 { values, scales } => {
                 if !k.is_multiple_of(16) {
                     return Err(Error::shape(kernel, format!("rows of {k} weights: of e4m3 they have to be multiples of 16")));
+                }
+                if weight_rows != n && !n.is_multiple_of(16) {
+                    return Err(Error::shape(kernel, format!("{n} columns with a gate: of e4m3 they have to be a multiple of 16")));
                 }
                 expect_len(kernel, "weights", values.len(), count)?;
                 expect_aligned(kernel, "weights", values)?;
@@ -262,6 +267,7 @@ pub fn stream_linear<Y: Float>(product: Linear<'_, bf16, Y>, stream: Stream) -> 
     expect_len(KERNEL, "x", x.len(), rows * k)?;
     expect_len(KERNEL, "weight", weight.len(), n * k)?;
     expect_aligned(KERNEL, "weight", weight)?;
+    int(KERNEL, "the number of weights, over 16,", n * k / 16)?;
     expect_len(KERNEL, "y", y.len(), (rows - 1) * stride + n)?;
     let args = StreamArgs {
         weight: weight.as_ptr().cast(),
@@ -335,6 +341,7 @@ mod tests {
         assert_eq!(gate_up(bf16, 24, 24).unwrap_err(), "gate_up: weights has 4096 elements, its shape has 4608");
         assert_eq!(gate_up(bf16, 12, 16).unwrap_err(), "gate_up: rows of 12: they have to be multiples of 8");
         assert_eq!(gate_up(e4m3, 24, 16).unwrap_err(), "gate_up: rows of 24 weights: of e4m3 they have to be multiples of 16");
+        assert_eq!(gate_up(e4m3, 16, 24).unwrap_err(), "gate_up: 24 columns with a gate: of e4m3 they have to be a multiple of 16");
         let shifted = Weights::Bf16(halves.view().part(1..));
         assert_eq!(gate_up(shifted, 16, 16).unwrap_err(), "gate_up: weights does not begin at a multiple of 16 bytes");
         let none = Dispatch { tokens: 0, ..dispatch };

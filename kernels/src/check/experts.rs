@@ -26,6 +26,8 @@ pub(super) fn check(bench: &mut Bench) -> Result<()> {
         (70, 1, 1, 64, 16),
         (12, 3, 1000, 16, 16),
         (2, 1, 4, 1032, 600),
+        (3, 2, 3, 48, 144),
+        (20, 2, 2, 144, 80),
         (1, 2, 3, 2048, 32),
     ];
     for &(tokens, slots, experts, width, expert_width) in shapes.iter().chain(large) {
