@@ -1,6 +1,6 @@
 //! CUDA kernels for Mixture-of-Experts models that are served hard: routing, dispatch, experts, attention, sampling.
 //!
-//! `csrc/` holds them; one module here for each file there, with a wrapper that checks shapes before anything is launched. [`reference`] says in
+//! `csrc/` holds them; one module here for each file there, with a wrapper that checks shapes before anything is launched. [`mod@reference`] says in
 //! plain f32 what each computes, and [`check`] holds the kernels against it over tables of shapes: on a GPU under the feature `cuda`, on any processor
 //! under `emulated`, where the same sources are compiled for it (`csrc/emulator`).
 //!
