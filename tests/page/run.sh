@@ -20,11 +20,11 @@ find_browser() {
     return 1
 }
 
-# Debian's browser, with its libraries and a font, as a script that finds them in $work.
+# Debian's browser, with its libraries and a font, as a script that finds them in $work. What is installed already is not unpacked again.
 unpack_browser() {
     debian "$work" chromium fonts-dejavu-core || return 1
     cat >"$work/fonts.conf" <<END
-<fontconfig><dir>$work/tree/usr/share/fonts</dir><cachedir>$work/fonts</cachedir></fontconfig>
+<fontconfig><dir>$work/tree/usr/share/fonts</dir><dir>/usr/share/fonts</dir><cachedir>$work/fonts</cachedir></fontconfig>
 END
     cat >"$work/chromium" <<END
 #!/bin/sh
