@@ -73,9 +73,10 @@ struct Work {
     __device__ int position(int of_row) const { return past + of_row / group; }
 };
 
-// The place among all tiles where those of a sequence begin: later for later sequences, and with room for all of its own.
+// The place among all tiles where those of a sequence begin: later for later sequences, and with room for all of its own. The first sequence of the
+// launch need not be the first of q.
 template <int ROWS> __device__ __forceinline__ int tiles_start(const hm_attend_args& args, int group, int sequence) {
-    return int(args.query_start[sequence]) * group / ROWS + sequence;
+    return int(args.query_start[sequence] - args.query_start[0]) * group / ROWS + sequence;
 }
 
 // The sequence that a tile belongs to: 32 probes at a time.

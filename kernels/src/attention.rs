@@ -7,7 +7,7 @@ mod attend;
 mod prepare;
 
 pub use self::{
-    attend::{Attend, splits, workspace_len},
+    attend::{Attend, few, splits, workspace_len},
     prepare::{Prepare, QkNorm},
 };
 use crate::{

@@ -81,6 +81,11 @@ const LEAST_KEYS: usize = 128;
 const MOST_KEYS: usize = 4096;
 const MAX_SPLITS: usize = 128;
 
+/// Whether `new` queries of a sequence fit the small tile.
+pub fn few(heads: Heads, new: usize) -> bool {
+    new.max(1) * (heads.heads / heads.kv_heads.max(1)).max(1) <= FEW_ROWS
+}
+
 /// In how many parts to make the keys of each sequence: as many as fill the device, and, for single tokens, so many that one sequence of the longest
 /// context does not run on alone for long; no more than the context is worth.
 ///
@@ -88,7 +93,7 @@ const MAX_SPLITS: usize = 128;
 /// has to serve; where they are much above those of a step, most blocks come up for nothing: better to capture for a few of them.
 pub fn splits(heads: Heads, sequences: usize, longest_new: usize, longest_context: usize, multiprocessors: usize) -> usize {
     let rows = longest_new.max(1) * (heads.heads / heads.kv_heads.max(1)).max(1);
-    let few = rows <= FEW_ROWS;
+    let few = few(heads, longest_new);
     let blocks = (sequences.max(1) * heads.kv_heads.max(1)).saturating_mul(if few { 1 } else { rows.div_ceil(MANY_ROWS) });
     let slots = multiprocessors.max(1) * RESIDENT;
     let filling = slots / blocks;

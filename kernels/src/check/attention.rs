@@ -311,15 +311,21 @@ fn chunks_do_not_matter(bench: &mut Bench) -> Result<()> {
 
 /// Single tokens and a prompt of one batch in two launches.
 fn parts_of_a_batch(bench: &mut Bench) -> Result<()> {
-    let both = Case { splits: 3, ..case(8, 2, 32, &[(900, 1), (0, 1), (30, 90)]) };
-    let numbers = both.numbers();
-    let loaded = both.load(&numbers, bench.stream)?;
-    let all = both.attend(&loaded, numbers.blocks);
-    Attend { sequences: 2, longest_new: 1, ..all }.launch(bench.stream)?;
-    let cache = Cache { table: all.cache.table.part(2 * loaded.table_stride..), ..all.cache };
-    let rest = Attend { query_start: all.query_start.part(2..), past: all.past.part(2..), cache, sequences: 1, splits: 1, ..all };
-    rest.launch(bench.stream)?;
-    bench.compare("attend: parts", both.shape(), &widen(&loaded.out.to_vec()?), &both.expected(&numbers), Tolerance::BF16);
+    // With more rows before the prompts than a tile has, too.
+    for (singles, prompts) in [(2, 1), (70, 2)] {
+        let mut spans = vec![(900, 1), (0, 1)];
+        spans.extend((2..singles).map(|past| (past, 1)));
+        spans.extend([(30, 90), (0, 50)].iter().take(prompts));
+        let both = Case { splits: 3, ..case(8, 2, 32, &spans) };
+        let numbers = both.numbers();
+        let loaded = both.load(&numbers, bench.stream)?;
+        let all = both.attend(&loaded, numbers.blocks);
+        Attend { sequences: singles, longest_new: 1, ..all }.launch(bench.stream)?;
+        let cache = Cache { table: all.cache.table.part(singles * loaded.table_stride..), ..all.cache };
+        let (query_start, past) = (all.query_start.part(singles..), all.past.part(singles..));
+        Attend { query_start, past, cache, sequences: prompts, splits: 1, ..all }.launch(bench.stream)?;
+        bench.compare("attend: parts", both.shape(), &widen(&loaded.out.to_vec()?), &both.expected(&numbers), Tolerance::BF16);
+    }
     Ok(())
 }
 
