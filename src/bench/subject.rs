@@ -91,15 +91,21 @@ impl Subject {
                 let weights = match placement.device {
                     #[cfg(feature = "gpu")]
                     DeviceKind::Cuda => {
-                        gpu::check_memory(&spec, dtype)?;
-                        synthetic::weights_on_gpu(&spec, dtype, &device, placement.seed)?
+                        gpu::check_memory(&spec, placement.weights.footprint())?;
+                        if placement.weights == WeightType::Fp8 {
+                            let (outer, layers) = synthetic::layers_on_gpu(&spec, dtype, &device, placement.seed)?;
+                            ServingModel::by_layer(Arc::clone(&spec), outer, layers, options)?
+                        } else {
+                            let weights = synthetic::weights_on_gpu(&spec, dtype, &device, placement.seed)?;
+                            ServingModel::new(Arc::clone(&spec), weights, options)?
+                        }
                     }
                     _ => {
                         check_memory(&spec, dtype)?;
-                        synthetic::weights(&spec, dtype, &device, placement.seed)?
+                        let weights = synthetic::weights(&spec, dtype, &device, placement.seed)?;
+                        ServingModel::new(Arc::clone(&spec), weights, options)?
                     }
                 };
-                let weights = ServingModel::new(Arc::clone(&spec), weights, options)?;
                 Ok(Self::new(source, placement, weights, synthetic::tokenizer(spec.vocab_size)?))
             }
         }

@@ -11,7 +11,9 @@ use crate::{
     error::{Error, Result},
     model::{
         FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, ReferenceRouting, RopeScaling, RopeSpec,
-        weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights},
+        weights::{
+            AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, OuterWeights, SharedExpertWeights, SwiGluWeights,
+        },
     },
     moe::policy::WeightForm,
 };
@@ -278,6 +280,19 @@ pub fn weights_on_gpu(spec: &ModelSpec, dtype: DType, device: &Device, seed: u64
     Maker { seed, tensors: 0, dtype, device, normal: crate::model::gpu::normal }.model(spec)
 }
 
+/// [`weights_on_gpu`], the layers one by one.
+#[cfg(feature = "gpu")]
+pub fn layers_on_gpu<'a>(
+    spec: &'a ModelSpec,
+    dtype: DType,
+    device: &'a Device,
+    seed: u64,
+) -> Result<(OuterWeights, impl Iterator<Item = Result<LayerWeights>> + 'a)> {
+    let mut maker = Maker { seed, tensors: 0, dtype, device, normal: crate::model::gpu::normal };
+    let outer = maker.outer(spec)?;
+    Ok((outer, spec.layers.iter().map(move |layer| maker.layer(spec, layer))))
+}
+
 /// Makes one tensor after the other, each of its own seed.
 struct Maker<'a> {
     seed: u64,
@@ -292,12 +307,17 @@ type Normal = fn(&[usize], DType, &Device, u64, f32) -> Result<Tensor>;
 
 impl Maker<'_> {
     fn model(&mut self, spec: &ModelSpec) -> Result<ModelWeights> {
+        let OuterWeights { embedding, final_norm, head } = self.outer(spec)?;
+        let layers = spec.layers.iter().map(|layer| self.layer(spec, layer)).collect::<Result<_>>()?;
+        Ok(ModelWeights { embedding, layers, final_norm, head })
+    }
+
+    fn outer(&mut self, spec: &ModelSpec) -> Result<OuterWeights> {
         let (d, v) = (spec.hidden_size, spec.vocab_size);
         let embedding = self.large(&[v, d], 1.0)?;
-        let layers = spec.layers.iter().map(|layer| self.layer(spec, layer)).collect::<Result<_>>()?;
         let final_norm = self.norm(d)?;
         let head = if spec.tied_head { None } else { Some(self.large(&[v, d], HEAD_SPREAD * fan_in(d))?) };
-        Ok(ModelWeights { embedding, layers, final_norm, head })
+        Ok(OuterWeights { embedding, final_norm, head })
     }
 
     fn layer(&mut self, spec: &ModelSpec, layer: &LayerSpec) -> Result<LayerWeights> {

@@ -18,7 +18,9 @@ use super::{
 };
 use crate::model::{
     FeedForwardSpec, ModelSpec, QkNorm,
-    weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SharedExpertWeights, SwiGluWeights},
+    weights::{
+        AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, OuterWeights, SharedExpertWeights, SwiGluWeights,
+    },
 };
 
 type Result<T> = std::result::Result<T, CheckpointError>;
@@ -104,16 +106,27 @@ impl<'a> Plan<'a> {
 
     /// Reads everything.
     pub(super) fn load(&self, options: &LoadOptions) -> Result<ModelWeights> {
+        self.load_by_layer(options, |OuterWeights { embedding, final_norm, head }, layers| {
+            Ok(ModelWeights { embedding, layers: layers.collect::<Result<_>>()?, final_norm, head })
+        })
+    }
+
+    /// Has `make` read everything: what is in no layer is given, and the layers as it asks for them, in order.
+    pub(super) fn load_by_layer<T, E: From<CheckpointError>>(
+        &self,
+        options: &LoadOptions,
+        make: impl FnOnce(OuterWeights, &mut dyn Iterator<Item = Result<LayerWeights>>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
         if !matches!(options.dtype, DType::F32 | DType::BF16 | DType::F16) {
-            return Err(CheckpointError::UnsupportedDtype(options.dtype));
+            return Err(CheckpointError::UnsupportedDtype(options.dtype).into());
         }
         let loader = Loader { plan: self, reader: self.shards.reader()?, options, bar: self.progress_bar(options) };
         if self.redundant_head {
             loader.check_head()?;
         }
-        let weights = loader.model()?;
+        let made = make(loader.outer()?, &mut (0..self.spec.layers.len()).map(|index| loader.layer(index)))?;
         loader.bar.finish_and_clear();
-        Ok(weights)
+        Ok(made)
     }
 
     fn progress_bar(&self, options: &LoadOptions) -> ProgressBar {
@@ -135,13 +148,11 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn model(&self) -> Result<ModelWeights> {
-        let spec = self.plan.spec;
-        Ok(ModelWeights {
+    fn outer(&self) -> Result<OuterWeights> {
+        Ok(OuterWeights {
             embedding: self.take(Weight::Embedding)?,
-            layers: (0..spec.layers.len()).map(|index| self.layer(index)).collect::<Result<_>>()?,
             final_norm: self.take(Weight::FinalNorm)?,
-            head: if spec.tied_head { None } else { Some(self.take(Weight::Head)?) },
+            head: if self.plan.spec.tied_head { None } else { Some(self.take(Weight::Head)?) },
         })
     }
 

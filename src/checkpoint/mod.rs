@@ -60,7 +60,10 @@ pub use self::{
     save::{SaveRequest, save},
     swap::check_target,
 };
-use crate::model::{ModelSpec, weights::ModelWeights};
+use crate::model::{
+    ModelSpec,
+    weights::{LayerWeights, ModelWeights, OuterWeights},
+};
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
@@ -196,6 +199,22 @@ impl Checkpoint {
         let weights = plan.load(options)?;
         self.check_unchanged()?;
         Ok(weights)
+    }
+
+    /// Has `make` read the weights: it is given what is in no layer, and the layers in order, each read when it is asked for. For who makes something
+    /// else of a layer before there is memory for the next.
+    ///
+    /// Fails as [`Self::load`] does, and as `make` does.
+    pub fn load_by_layer<T>(
+        &self,
+        options: &LoadOptions,
+        make: impl FnOnce(OuterWeights, &mut dyn Iterator<Item = crate::Result<LayerWeights>>) -> crate::Result<T>,
+    ) -> crate::Result<T> {
+        let plan = self.plan()?;
+        self.check_unchanged()?;
+        let made = plan.load_by_layer(options, |outer, layers| make(outer, &mut layers.map(|layer| Ok(layer?))))?;
+        self.check_unchanged()?;
+        Ok(made)
     }
 
     fn plan(&self) -> Result<Plan<'_>> {

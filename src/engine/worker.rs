@@ -425,8 +425,8 @@ impl Worker {
         let mut shares = std::mem::take(&mut self.shares);
         self.scheduler.plan(&self.sequences, &mut shares);
         self.note_preempted();
-        // Among those of one generation the order stays that of ranks.
-        shares.sort_by_key(|share| self.sequences.get(&share.id).map(|sequence| sequence.generation.number));
+        // Among those of one generation, single tokens come first, which kernels do apart from prompts; then the order stays that of ranks.
+        shares.sort_by_key(|share| (self.sequences.get(&share.id).map(|sequence| sequence.generation.number), share.tokens > 1));
         let mut rest = &shares[..];
         while let Some(generation) = rest.first().and_then(|share| self.sequences.get(&share.id)).map(|first| Arc::clone(&first.generation))
         {

@@ -4,12 +4,15 @@ use std::{collections::BTreeMap, fmt, path::Path, str::FromStr, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
-#[cfg(feature = "gpu")]
-use super::gpu::{GpuDecoder, GpuWeights};
 use super::{
     CacheShape, CachedDecoder, Decoder, LanguageModel, ModelSpec, Observable, SharedWeights,
     host::{HostDecoder, HostOptions, HostWeights},
     weights::ModelWeights,
+};
+#[cfg(feature = "gpu")]
+use super::{
+    gpu::{Footprint, GpuDecoder, GpuWeights},
+    weights::{Changes, LayerWeights, OuterWeights},
 };
 use crate::{
     checkpoint::{Checkpoint, Delta, LoadOptions},
@@ -82,6 +85,12 @@ impl DeviceKind {
 }
 
 impl WeightType {
+    /// What they take of the memory of a GPU while they are loaded.
+    #[cfg(feature = "gpu")]
+    pub fn footprint(self) -> Footprint {
+        if self == Self::Fp8 { Footprint::Quantized } else { Footprint::Whole(self.dtype(DeviceKind::Cuda)) }
+    }
+
     /// The dtype that is loaded for `device`. 8-bit blocks are made of bf16.
     pub fn dtype(self, device: DeviceKind) -> DType {
         match self {
@@ -176,13 +185,34 @@ pub fn load_tuned(dir: &Path, delta: Option<&Path>, options: ServingOptions, pro
     let checkpoint = Checkpoint::open(dir)?;
     options.check()?;
     let (dtype, device) = (options.weights.dtype(options.device), options.device.open()?);
+    let load = LoadOptions { dtype, device, progress };
     #[cfg(feature = "gpu")]
     if options.device == DeviceKind::Cuda {
-        super::gpu::check_memory(checkpoint.spec(), dtype)?;
+        super::gpu::check_memory(checkpoint.spec(), options.weights.footprint())?;
+        if options.weights == WeightType::Fp8 {
+            let model = quantize_by_layer(&checkpoint, delta, &load, options)?;
+            return Ok((checkpoint, model));
+        }
     }
-    let weights = load_weights(&checkpoint, delta, &LoadOptions { dtype, device, progress })?;
+    let weights = load_weights(&checkpoint, delta, &load)?;
     let model = ServingModel::new(Arc::new(checkpoint.spec().clone()), weights, options)?;
     Ok((checkpoint, model))
+}
+
+/// Experts in 8 bits, a layer after the other: there need not be memory for all of them in bf16.
+#[cfg(feature = "gpu")]
+fn quantize_by_layer(checkpoint: &Checkpoint, delta: Option<&Path>, load: &LoadOptions, options: ServingOptions) -> Result<ServingModel> {
+    let delta = delta.map(Delta::read).transpose()?;
+    delta.iter().try_for_each(|delta| checkpoint.check_delta(delta))?;
+    let tensors = delta.map(|delta| delta.tensors).unwrap_or_default();
+    checkpoint.load_by_layer(load, |outer, layers| {
+        let mut changes = Changes::new(&tensors);
+        let outer = changes.outer(outer)?;
+        let layers = layers.enumerate().map(|(index, layer)| changes.layer(index, layer?));
+        let model = ServingModel::by_layer(Arc::new(checkpoint.spec().clone()), outer, layers, options)?;
+        changes.finish()?;
+        Ok(model)
+    })
 }
 
 /// The weights of `checkpoint`, with the tensors of the file `delta` in their places.
@@ -219,6 +249,18 @@ impl ServingModel {
             _ => Place::Device(Arc::new(Decoder::new(spec, weights, &kernel::for_device(&device))?)),
         };
         Ok(Self { place, options, weights: kept, dtype })
+    }
+
+    /// [`ServingModel::new`] of experts in 8 bits on a GPU, with layers that come one by one: of those there is never more than one in bf16.
+    #[cfg(feature = "gpu")]
+    pub fn by_layer(
+        spec: Arc<ModelSpec>,
+        outer: OuterWeights,
+        layers: impl IntoIterator<Item = Result<LayerWeights>>,
+        options: ServingOptions,
+    ) -> Result<Self> {
+        let place = Place::Gpu(Arc::new(GpuWeights::by_layer(spec, outer, layers, true)?));
+        Ok(Self { place, options: ServingOptions { weights: WeightType::Fp8, ..options }, weights: None, dtype: "fp8" })
     }
 
     /// The weights as tensors. `None` of 8-bit ones.

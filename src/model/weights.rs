@@ -4,7 +4,7 @@
 //! Linear weights are `[out, in]`. Norms, biases, the router and the gate of the shared expert are f32; the rest has
 //! the dtype of the model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Tensor};
 
@@ -20,6 +20,17 @@ pub struct ModelWeights {
     pub embedding: Tensor,
     /// In order of depth.
     pub layers: Vec<LayerWeights>,
+    /// `[D]`.
+    pub final_norm: Tensor,
+    /// `[V, D]`; `None` where the head is the embedding.
+    pub head: Option<Tensor>,
+}
+
+/// What of the weights is in no layer.
+#[derive(Clone, Debug)]
+pub struct OuterWeights {
+    /// `[V, D]`.
+    pub embedding: Tensor,
     /// `[D]`.
     pub final_norm: Tensor,
     /// `[V, D]`; `None` where the head is the embedding.
@@ -143,18 +154,74 @@ impl ModelWeights {
     /// # Errors
     /// `NotFound` on a name that is none of [`ModelWeights::named`], `FailedPrecondition` on another shape.
     pub fn with(&self, changed: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let mut changes = Changes::new(changed);
+        let fitted = changes.fit(self.named())?;
+        changes.finish()?;
+        Ok(self.map_named(&mut |name, tensor| fitted.get(name).unwrap_or(tensor).clone()))
+    }
+}
+
+/// Other values for some tensors of a model, by the names of [`ModelWeights::named`], for weights that come part by part.
+#[derive(Debug)]
+pub struct Changes<'a> {
+    tensors: &'a BTreeMap<String, Tensor>,
+    /// Names that had no place yet.
+    left: BTreeSet<&'a str>,
+}
+
+impl<'a> Changes<'a> {
+    /// All of `tensors`.
+    pub fn new(tensors: &'a BTreeMap<String, Tensor>) -> Self {
+        Self { tensors, left: tensors.keys().map(String::as_str).collect() }
+    }
+
+    /// `outer` with what is for it.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` on another shape.
+    pub fn outer(&mut self, outer: OuterWeights) -> Result<OuterWeights> {
+        let OuterWeights { embedding, final_norm, head } = outer;
+        let named = [("embedding", Some(&embedding)), ("final_norm", Some(&final_norm)), ("head", head.as_ref())];
+        let mut fitted = self.fit(named.into_iter().filter_map(|(name, tensor)| Some((name.to_owned(), tensor?))))?;
+        Ok(OuterWeights {
+            embedding: fitted.remove("embedding").unwrap_or(embedding),
+            final_norm: fitted.remove("final_norm").unwrap_or(final_norm),
+            head: fitted.remove("head").or(head),
+        })
+    }
+
+    /// Layer `index` with what is for it.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` on another shape.
+    pub fn layer(&mut self, index: usize, layer: LayerWeights) -> Result<LayerWeights> {
+        let full = |name: &str| format!("layers.{index}.{name}");
+        let fitted = self.fit(layer.named().into_iter().map(|(name, tensor)| (full(name), tensor)))?;
+        if fitted.is_empty() {
+            return Ok(layer);
+        }
+        Ok(layer.map(&mut |name, tensor| fitted.get(&full(name)).unwrap_or(tensor).clone()))
+    }
+
+    /// Fails where a name had no place: `NotFound`.
+    pub fn finish(self) -> Result<()> {
+        self.left.first().map_or(Ok(()), |name| Err(Error::NotFound(format!("the model has no tensor {name}"))))
+    }
+
+    /// What is for these places, in the element type and on the device of what is there.
+    fn fit<'t>(&mut self, places: impl IntoIterator<Item = (String, &'t Tensor)>) -> Result<BTreeMap<String, Tensor>> {
         let mut fitted = BTreeMap::new();
-        let own: BTreeMap<String, &Tensor> = self.named().into_iter().collect();
-        for (name, tensor) in changed {
-            let Some(place) = own.get(name) else { return Err(Error::NotFound(format!("the model has no tensor {name}"))) };
+        for (name, place) in places {
+            let Some(tensor) = self.tensors.get(&name) else { continue };
             if place.shape() != tensor.shape() {
                 let message =
                     format!("{name} has shape {:?} in the model, and {:?} where it is to be replaced", place.dims(), tensor.dims());
                 return Err(Error::FailedPrecondition(message));
             }
-            fitted.insert(name.as_str(), tensor.detach().to_dtype(place.dtype())?.to_device(place.device())?);
+            self.left.remove(name.as_str());
+            fitted.insert(name, tensor.detach().to_dtype(place.dtype())?.to_device(place.device())?);
         }
-        Ok(self.map_named(&mut |name, tensor| fitted.get(name).unwrap_or(tensor).clone()))
+        Ok(fitted)
     }
 }
 

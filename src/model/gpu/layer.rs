@@ -141,21 +141,25 @@ impl Machine {
             tokens: step.sizes.tokens,
         };
         prepare.launch(stream)?;
-        let attend = Attend {
-            q: arena.view(values.query),
-            query_start: words.part(layout.query_start.clone()),
-            past: words.part(layout.past.clone()),
-            out: arena.view(values.attended),
-            workspace: arena.view(values.attention_workspace),
-            cache,
-            heads: heads(spec),
-            window: attention.window,
-            tokens: step.sizes.tokens,
-            sequences: step.sizes.sequences,
-            longest_new: step.longest_new,
-            splits: step.splits,
-        };
-        attend.launch(stream)?;
+        let (query_start, past) = (words.part(layout.query_start.clone()), words.part(layout.past.clone()));
+        for launch in step.attention {
+            let first = launch.sequences.start;
+            let attend = Attend {
+                q: arena.view(values.query),
+                query_start: query_start.part(first..),
+                past: past.part(first..),
+                out: arena.view(values.attended),
+                workspace: arena.view(values.attention_workspace),
+                cache: attention::Cache { table: cache.table.part(first * cache.table_stride..), ..cache },
+                heads: heads(spec),
+                window: attention.window,
+                tokens: launch.tokens,
+                sequences: launch.sequences.len(),
+                longest_new: launch.longest_new,
+                splits: launch.splits,
+            };
+            attend.launch(stream)?;
+        }
         self.clock.mark(stream, Class::Attention)
     }
 

@@ -7,6 +7,7 @@
 //! Under the feature `cuda-emulated` the same runs on the processor.
 
 mod arena;
+mod attention;
 mod cache;
 mod device;
 mod experts;
@@ -33,10 +34,11 @@ use std::{
 };
 
 use candle_core::DType;
-use hardmax_kernels::{Buffer, HostBuffer, Stream, attention, grouped::Gemm, linear::Blas};
+use hardmax_kernels::{Buffer, HostBuffer, Stream, grouped::Gemm, linear::Blas};
 
 use self::{
     arena::Arena,
+    attention::Launch,
     cache::Cache,
     graphs::{Advice, Graphs, Key},
     profile::Clock,
@@ -123,10 +125,7 @@ struct Step<'a> {
     layout: &'a Layout,
     policies: &'a Policies,
     values: &'a Values,
-    /// Parts that the keys and values of a sequence are divided into.
-    splits: usize,
-    /// Most new tokens of a sequence.
-    longest_new: usize,
+    attention: &'a [Launch],
     /// Experts are held in 8 bits.
     quantized: bool,
 }
@@ -195,15 +194,13 @@ impl GpuDecoder {
         let recordable = observer.is_none() && !batch.routes && !policies.on_host && !machine.clock.is_running() && only_draws(batch);
         let rounded = if recordable { step::decode_sizes(batch, cache.shape, policies.sets.len()) } else { None };
         let sizes = rounded.unwrap_or_else(|| step::exact_sizes(batch, cache.shape, policies.sets.len()));
-        // With its new tokens; of a step that is recorded, the longest that its block tables allow.
-        let longest = match rounded {
-            Some(sizes) => sizes.stride * cache.shape.block_tokens,
-            None => batch.spans.iter().map(|span| span.past + span.new).max().unwrap_or(1),
-        };
-        let longest_new = batch.spans.iter().map(|span| span.new).max().unwrap_or(1);
+        let heads = layer::heads(spec);
         let layout = Layout::new(sizes);
-        let splits = attention::splits(layer::heads(spec), sizes.sequences, longest_new, longest, machine.multiprocessors);
-        let values = Values::new(weights, sizes, &policies, splits, machine.gemm)?;
+        let attention = match rounded {
+            Some(sizes) => vec![Launch::decoding(heads, sizes, cache.shape, machine.multiprocessors)],
+            None => Launch::of(heads, batch, machine.multiprocessors),
+        };
+        let values = Values::new(weights, sizes, &policies, &attention, machine.gemm)?;
         let moved = [
             machine.words.reserve(machine.stream, layout.words),
             machine.report.reserve(machine.stream, values.report.words()),
@@ -224,13 +221,12 @@ impl GpuDecoder {
             layout: &layout,
             policies: &policies,
             values: &values,
-            splits,
-            longest_new,
+            attention: &attention,
             quantized: weights.quantized,
         };
         let mut watch = Watch::new(batch.routes, observer, &policies);
         let mut seen = Seen::default();
-        let key = Key { sizes, layers: policies.layers.clone(), splits };
+        let key = Key { sizes, layers: policies.layers.clone(), splits: attention.iter().map(|launch| launch.splits).max().unwrap_or(1) };
         match if rounded.is_some() { graphs.advise(weights, &key) } else { Advice::Run } {
             Advice::Run => machine.launch(weights, cache, &step, &mut watch, &mut seen)?,
             Advice::Launch(graph) => graph.launch(machine.stream)?,
@@ -347,17 +343,44 @@ impl Machine {
     }
 }
 
+/// What the memory of a GPU has to hold while a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Footprint {
+    /// All of it in this type.
+    Whole(DType),
+    /// Routed experts in 8 bits, and one layer of them in bf16 as well; the rest in bf16.
+    Quantized,
+}
+
+impl Footprint {
+    /// Bytes of the weights of `spec`.
+    fn bytes(self, spec: &ModelSpec) -> u64 {
+        let all = spec.parameters().0;
+        match self {
+            Self::Whole(dtype) => all.saturating_mul(dtype.size_in_bytes() as u64),
+            Self::Quantized => {
+                let experts = || spec.moe_layers().map(|(_, moe)| (3 * spec.hidden_size * moe.expert_width * moe.num_experts) as u64);
+                // A scale for 128 x 128 weights is less than a thousandth of them.
+                (2 * all).saturating_sub(experts().sum()).saturating_add(2 * experts().max().unwrap_or(0))
+            }
+        }
+    }
+}
+
 /// Fails where the weights of a model do not fit into the memory of the first GPU: before any of them is read.
-pub fn check_memory(spec: &ModelSpec, dtype: DType) -> Result<()> {
-    let needed = spec.parameters().0.saturating_mul(dtype.size_in_bytes() as u64);
-    let free = free_memory()?;
+pub fn check_memory(spec: &ModelSpec, footprint: Footprint) -> Result<()> {
+    let (needed, free) = (footprint.bytes(spec), free_memory()?);
     if needed <= free {
         return Ok(());
     }
+    let (how, less) = match footprint {
+        Footprint::Whole(DType::BF16) => ("bf16", "use --dtype fp8, "),
+        Footprint::Whole(dtype) => (dtype.as_str(), "use --dtype bf16, "),
+        Footprint::Quantized => ("8 bits, one layer of experts more in bf16 while it is loaded", ""),
+    };
     let message = format!(
-        "the weights of this model are {} MiB in {}, and {} MiB are free on the GPU: end what else runs there, or use a larger GPU or a smaller model",
+        "the weights of this model are {} MiB in {how}, and {} MiB are free on the GPU: end what else runs there, {less}or use a larger GPU or a smaller model",
         needed >> 20,
-        dtype.as_str(),
         free >> 20
     );
     Err(Error::FailedPrecondition(message))

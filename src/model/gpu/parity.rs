@@ -60,8 +60,10 @@ pub(super) fn compare_models(cpu: &ServingModel, gpu: &ServingModel, longest: us
             alone.extend(rows(&whole_of(&prompts, routing, index..index + 1), &mut *gpu)?);
         }
         outcomes.push(outcome("model: in a batch and alone", &shape, &alone, &of_gpu, spec.vocab_size, ALLOWED_REORDERING));
-        let chunked = in_chunks(&prompts, routing, &mut *gpu)?;
+        let chunked = in_chunks(&prompts, routing, |_| 7, &mut *gpu)?;
         outcomes.push(outcome("model: at once and in chunks", &shape, &of_gpu, &chunked, spec.vocab_size, ALLOWED_REORDERING));
+        let mixed = in_chunks(&prompts, routing, |index| if index < SEQUENCES / 2 { 1 } else { 23 }, &mut *gpu)?;
+        outcomes.push(outcome("model: chunks beside single tokens", &shape, &of_gpu, &mixed, spec.vocab_size, ALLOWED_REORDERING));
     }
     outcomes.push(recorded_steps(&prompts, &mut *gpu, spec.vocab_size)?);
     Ok(outcomes)
@@ -112,20 +114,25 @@ fn rows(batch: &Batch, model: &mut dyn LanguageModel) -> Result<Vec<f32>> {
     model.forward(batch)?.read_logits(<[f32]>::to_vec)
 }
 
-/// All prompts together, some tokens of each at a time; rows in the order of [`whole`].
-fn in_chunks(prompts: &[Vec<u32>], routing: RoutingChoice, model: &mut dyn LanguageModel) -> Result<Vec<f32>> {
-    const CHUNK: usize = 7;
+/// All prompts together, `chunk` tokens of each at a time; rows in the order of [`whole`].
+fn in_chunks(
+    prompts: &[Vec<u32>],
+    routing: RoutingChoice,
+    chunk: impl Fn(usize) -> usize,
+    model: &mut dyn LanguageModel,
+) -> Result<Vec<f32>> {
     let vocab = model.spec().vocab_size;
     let mut rows_of = vec![Vec::new(); prompts.len()];
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    for past in (0..longest).step_by(CHUNK) {
+    let mut past = vec![0; prompts.len()];
+    while past.iter().zip(prompts).any(|(&past, prompt)| past < prompt.len()) {
         let mut batch = quiet();
         let mut new = Vec::new();
-        for (index, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| prompt.len() > past) {
-            let end = (past + CHUNK).min(prompt.len());
-            batch.push(&table(index, end), &prompt[past..end], past, routing, LogitRows::All);
-            new.push((index, end - past));
+        for (index, prompt) in prompts.iter().enumerate().filter(|&(index, prompt)| prompt.len() > past[index]) {
+            let end = (past[index] + chunk(index)).min(prompt.len());
+            batch.push(&table(index, end), &prompt[past[index]..end], past[index], routing, LogitRows::All);
+            new.push((index, end - past[index]));
         }
+        new.iter().for_each(|&(index, count)| past[index] += count);
         let logits = rows(&batch, model)?;
         let mut rest = &logits[..];
         for (index, count) in new {

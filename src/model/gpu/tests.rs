@@ -1,6 +1,6 @@
 //! The forward of the GPU against that of the CPU. With the feature `cuda-emulated` it runs anywhere.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 use hardmax_kernels::check::Outcome;
@@ -9,7 +9,7 @@ use super::{
     super::{
         Batch, CacheShape, FeedForwardSpec, LanguageModel, LayerSpec, LogitRows, ModelSpec, MoeSpec, QkNorm,
         draw::{Drawn, RowChoice, TokenDraw},
-        load::{DeviceKind, ServingModel, ServingOptions, WeightType},
+        load::{DeviceKind, ServingModel, ServingOptions, WeightType, load_to_serve, load_tuned},
         weights::ModelWeights,
     },
     parity::compare_models,
@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     bench::synthetic,
+    checkpoint::{Delta, LoadOptions},
     moe::{
         Routing,
         policy::{LayerChoices, Replay, RoutingChoice, WeightForm},
@@ -331,4 +332,51 @@ fn experts_in_eight_bits_are_nearly_the_same_model() {
         let error = norm(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
         assert!((1e-4..0.08).contains(&error), "{tokens} tokens: {error}");
     }
+}
+
+/// Experts that were rounded while they were read are those that were rounded afterwards, and have the tensors of a delta in their places.
+#[test]
+fn experts_are_rounded_while_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    let options = ServingOptions { device: DeviceKind::Cuda, weights: WeightType::Fp8, ..ServingOptions::default() };
+    let (checkpoint, by_layer) = load_to_serve(&demo, options, false).unwrap();
+    let load = LoadOptions { dtype: DType::BF16, device: DeviceKind::Cuda.open().unwrap(), progress: false };
+    let whole = checkpoint.load(&load).unwrap();
+    let changed = BTreeMap::from([("layers.1.router", 0.5), ("final_norm", 2.0)].map(|(name, factor)| {
+        let (_, tensor) = whole.named().into_iter().find(|(known, _)| known == name).unwrap();
+        (name.to_owned(), tensor.affine(factor, 0.0).unwrap().to_device(&Device::Cpu).unwrap())
+    }));
+    let spec = || Arc::new(checkpoint.spec().clone());
+    let logits = |model: &ServingModel| {
+        let mut batch = Batch::default();
+        batch.push(&[0, 1], &[3, 1, 4, 1, 5, 9], 0, RoutingChoice::Native, LogitRows::All);
+        model.start(SHAPE).unwrap().forward(&batch).unwrap().read_logits(<[f32]>::to_vec).unwrap()
+    };
+    let plain = logits(&by_layer);
+    assert_eq!(plain, logits(&ServingModel::new(spec(), whole.clone(), options).unwrap()));
+
+    let path = folder.path().join("routers.safetensors");
+    let (base, routing) = (checkpoint.digest().unwrap(), checkpoint.routing().cloned().unwrap_or_default());
+    Delta { base, routing, tensors: changed.clone() }.write(&path).unwrap();
+    let (_, tuned) = load_tuned(&demo, Some(&path), options, false).unwrap();
+    let tuned = logits(&tuned);
+    assert_eq!(tuned, logits(&ServingModel::new(spec(), whole.with(&changed).unwrap(), options).unwrap()));
+    assert_ne!(tuned, plain);
+}
+
+#[test]
+fn experts_in_eight_bits_take_half_the_memory() {
+    let mut spec = specs().remove(0);
+    let bytes = |spec: &ModelSpec, footprint: Footprint| footprint.bytes(spec);
+    let of_experts = |spec: &ModelSpec| {
+        spec.moe_layers().map(|(_, moe)| 3 * spec.hidden_size * moe.expert_width * moe.num_experts).sum::<usize>() as u64
+    };
+    let (whole, experts) = (bytes(&spec, Footprint::Whole(DType::BF16)), of_experts(&spec));
+    assert_eq!(whole, 2 * spec.parameters().0);
+    // Of the last layer in bf16 while it is rounded as well.
+    let layers = spec.moe_layers().count() as u64;
+    assert_eq!(bytes(&spec, Footprint::Quantized), whole - experts + 2 * experts / layers);
+    spec.layers.clear();
+    assert_eq!(bytes(&spec, Footprint::Quantized), bytes(&spec, Footprint::Whole(DType::BF16)));
 }

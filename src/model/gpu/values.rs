@@ -1,10 +1,11 @@
 //! The values of a step, and where in the arena they are.
 
-use hardmax_kernels::{attention, bf16, grouped::Gemm, plan};
+use hardmax_kernels::{bf16, grouped::Gemm, plan};
 
 use super::{
     super::{FeedForwardSpec, MoeSpec},
     arena::{Cutter, Place},
+    attention::Launch,
     experts::streams,
     layer::heads,
     report::Report,
@@ -92,7 +93,7 @@ pub(super) struct ExpertValues {
 }
 
 impl Values {
-    pub(super) fn new(weights: &GpuWeights, sizes: Sizes, policies: &Policies, splits: usize, gemm: Gemm) -> Result<Self> {
+    pub(super) fn new(weights: &GpuWeights, sizes: Sizes, policies: &Policies, attention: &[Launch], gemm: Gemm) -> Result<Self> {
         let spec = &*weights.spec;
         let mut cutter = Cutter::default();
         let (t, d) = (sizes.tokens, spec.hidden_size);
@@ -125,7 +126,7 @@ impl Values {
             qkv: cutter.cut(t * heads.qkv_width()),
             query: cutter.cut(t * heads.width()),
             attended: cutter.cut(t * heads.width()),
-            attention_workspace: cutter.cut(attention::workspace_len(heads, t, splits)),
+            attention_workspace: cutter.cut(attention.iter().map(|launch| launch.workspace_len(heads)).max().unwrap_or(0)),
             router_logits: cutter.cut(t * experts),
             expert_ids: cutter.cut(t * slots),
             weights: cutter.cut(t * slots),

@@ -7,9 +7,9 @@ use hardmax_kernels::{Stream, bf16};
 
 use super::{
     super::{
-        FeedForwardSpec, ModelSpec, MoeSpec,
+        FeedForwardSpec, LayerSpec, ModelSpec, MoeSpec,
         rope::Rope,
-        weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, SwiGluWeights},
+        weights::{AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights, MoeWeights, OuterWeights, SwiGluWeights},
     },
     held::Held,
     stack::Stack,
@@ -102,19 +102,39 @@ impl GpuWeights {
     /// # Errors
     /// `FailedPrecondition` where the model has a shape that the kernels are not made for.
     pub fn new(spec: Arc<ModelSpec>, weights: ModelWeights, quantize: bool) -> Result<Self> {
+        let ModelWeights { embedding, layers, final_norm, head } = weights;
+        Self::by_layer(spec, OuterWeights { embedding, final_norm, head }, layers.into_iter().map(Ok), quantize)
+    }
+
+    /// [`GpuWeights::new`] of layers that come one by one: of those that are quantized there is never more than one in bf16.
+    ///
+    /// # Errors
+    /// As there, and the first of `layers`.
+    pub fn by_layer(
+        spec: Arc<ModelSpec>,
+        outer: OuterWeights,
+        layers: impl IntoIterator<Item = Result<LayerWeights>>,
+        quantize: bool,
+    ) -> Result<Self> {
         check_shapes(&spec, quantize)?;
-        if spec.layers.len() != weights.layers.len() {
-            return Err(Error::Internal(format!("{} layers of weights for {} of spec", weights.layers.len(), spec.layers.len())));
-        }
-        let stream = super::device::stream(weights.embedding.device())?;
+        let stream = super::device::stream(outer.embedding.device())?;
         let quantize_on = quantize.then_some(stream);
-        // A layer's own tensors go when its experts are rounded.
-        let layers = weights.layers.into_iter().enumerate().map(|(index, layer)| Layer::new(index, &spec, &layer, quantize_on));
+        let mut held = Vec::with_capacity(spec.layers.len());
+        for layer in layers {
+            let layer = layer?;
+            let Some(kind) = spec.layers.get(held.len()) else {
+                return Err(Error::Internal(format!("more than {} layers of weights", spec.layers.len())));
+            };
+            held.push(Layer::new(held.len(), kind, &layer, quantize_on)?);
+        }
+        if held.len() != spec.layers.len() {
+            return Err(Error::Internal(format!("{} layers of weights for {} of spec", held.len(), spec.layers.len())));
+        }
         Ok(Self {
-            layers: layers.collect::<Result<_>>()?,
-            embedding: Held::new(&weights.embedding)?,
-            final_norm: Held::new(&weights.final_norm)?,
-            head: weights.head.as_ref().map(Held::new).transpose()?,
+            layers: held,
+            embedding: Held::new(&outer.embedding)?,
+            final_norm: Held::new(&outer.final_norm)?,
+            head: outer.head.as_ref().map(Held::new).transpose()?,
             rope: Rope::new(&spec.rope, spec.head_dim),
             placement: ExpertPlacement::one_device(&spec),
             quantized: quantize,
@@ -183,8 +203,8 @@ fn check_shapes(spec: &ModelSpec, quantize: bool) -> Result<()> {
 }
 
 impl Layer {
-    fn new(index: usize, spec: &ModelSpec, weights: &LayerWeights, quantize: Option<Stream>) -> Result<Self> {
-        let feed_forward = match (&spec.layers[index].feed_forward, &weights.feed_forward) {
+    fn new(index: usize, spec: &LayerSpec, weights: &LayerWeights, quantize: Option<Stream>) -> Result<Self> {
+        let feed_forward = match (&spec.feed_forward, &weights.feed_forward) {
             (FeedForwardSpec::Dense { width }, FeedForwardWeights::Dense(mlp)) => {
                 FeedForward::Dense { mlp: SwiGlu::new(mlp)?, width: *width }
             }
@@ -193,7 +213,7 @@ impl Layer {
         };
         Ok(Self {
             attention_norm: Held::new(&weights.attention_norm)?,
-            attention: Attention::new(&weights.attention, spec.layers[index].sliding_window)?,
+            attention: Attention::new(&weights.attention, spec.sliding_window)?,
             feed_forward_norm: Held::new(&weights.feed_forward_norm)?,
             feed_forward,
         })
