@@ -108,22 +108,21 @@ template <int COLUMNS> __device__ __forceinline__ void step(const hm_stream_args
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
             for (int row = 0; row < 4; ++row) weight[c][row] = weights_at(lane, row, first + c * CHUNK + t * 16, args.k);
-        // A half of the columns after the other: x is at hand, and both at once would not fit into the registers.
+        // The order of sums is that of k, however many chunks are asked for at once; x, which is at hand, half by half, for want of registers.
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            uint4 x[CHUNKS][COLUMNS];
+        for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) x_at<COLUMNS>(x[c], args, lane.x, first + c * CHUNK + t * 16 + half * 8);
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c)
+            for (int half = 0; half < 2; ++half) {
+                uint4 x[COLUMNS];
+                x_at<COLUMNS>(x, args, lane.x, first + c * CHUNK + t * 16 + half * 8);
 #pragma unroll
                 for (int tile = 0; tile < 2; ++tile) {
                     uint4 upper = weight[c][2 * tile], lower = weight[c][2 * tile + 1];
                     uint4 first_rows = half ? widen8(upper.z, upper.w) : widen8(upper.x, upper.y);
                     uint4 last_rows = half ? widen8(lower.z, lower.w) : widen8(lower.x, lower.y);
-                    multiply<COLUMNS>(sum[tile], first_rows, last_rows, x[c]);
+                    multiply<COLUMNS>(sum[tile], first_rows, last_rows, x);
                 }
-        }
+            }
     }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)

@@ -79,6 +79,7 @@ impl Subject {
     /// Fails where the checkpoint cannot be used, and before anything is allocated where synthetic weights would not fit into memory.
     pub fn load(source: &Source, placement: Placement) -> Result<Self> {
         let options = ServingOptions { device: placement.device, weights: placement.weights, reduction: placement.reduction };
+        options.check()?;
         match source {
             Source::Folder(path) => {
                 let (checkpoint, weights) = load::load_to_serve(path, options, true)?;

@@ -252,6 +252,9 @@ impl ServingModel {
     }
 
     /// [`ServingModel::new`] of experts in 8 bits on a GPU, with layers that come one by one: of those there is never more than one in bf16.
+    ///
+    /// # Errors
+    /// Those of [`GpuWeights::by_layer`]; `FailedPrecondition` where the options are not those.
     #[cfg(feature = "gpu")]
     pub fn by_layer(
         spec: Arc<ModelSpec>,
@@ -259,8 +262,12 @@ impl ServingModel {
         layers: impl IntoIterator<Item = Result<LayerWeights>>,
         options: ServingOptions,
     ) -> Result<Self> {
+        options.check()?;
+        if (options.device, options.weights) != (DeviceKind::Cuda, WeightType::Fp8) {
+            return Err(Error::FailedPrecondition("layers are taken one by one for --device cuda and --dtype fp8 alone".into()));
+        }
         let place = Place::Gpu(Arc::new(GpuWeights::by_layer(spec, outer, layers, true)?));
-        Ok(Self { place, options: ServingOptions { weights: WeightType::Fp8, ..options }, weights: None, dtype: "fp8" })
+        Ok(Self { place, options, weights: None, dtype: "fp8" })
     }
 
     /// The weights as tensors. `None` of 8-bit ones.

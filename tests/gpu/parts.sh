@@ -111,6 +111,22 @@ server() {
     word "$many clients at once and a soak of $seconds s with $load; no stream differs, nothing leaks"
 }
 
+# A tuning of the demo on both devices: losses, gradients, and what came of them.
+tuning() {
+    local script=$here/../tuning/device.sh status=0
+    has_python || skip "no $PYTHON to compare with"
+    [ -f "$script" ] || skip "no tests/tuning beside tests/gpu"
+    if [ -n "$TINY" ]; then
+        # What is measured before and after is most of the time.
+        head -c 12000 "$MODEL/data/heldout.txt" >"$work/text"
+        export STEPS=2 TEXT=$work/text
+    fi
+    bash "$script" || status=$?
+    [ $status != 77 ] || skip "tests/tuning/device.sh lacks a tool: see above"
+    [ $status = 0 ] || fail "the devices differ: see above"
+    word "losses, gradients and results of both devices agree"
+}
+
 # Layers of a shape, in which the run is cut; nothing where it is whole.
 layers_of() { # SHAPE
     local free

@@ -11,7 +11,7 @@
 #   --pack             one archive beside the summary, where few files can be taken away
 #
 # Needed: BINARY (`cargo build --release --features cuda`, stripped), this folder, and models/demo beside tests/ (MODEL names another place).
-# python3 (PYTHON names one) is for comparisons, the bars and, where it has torch, transformers and triton, peer.py. Without it these are left
+# The part `tuning` is tests/tuning beside this folder. python3 (PYTHON names one) is for comparisons, the bars and, where it has torch, transformers and triton, peer.py. Without it these are left
 # out. CUDA's libraries may be in Python packages: they are found. Results go to $OUT, else to gpu-results-DATE: every log and a summary.
 #
 # Exit status: 0 if no part failed; 1 if one did; 2 for bad arguments; 77 where there is no GPU. README.md says what the figures should be.
@@ -21,10 +21,10 @@ usage() { sed -n '2,/^set -u/{/^#/s/^# \{0,1\}//p}' "$0"; }
 die() { printf 'run.sh: %s\n' "$1" >&2; exit "${2:-2}"; }
 whole() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 wants a positive number, not '${2:-}'"; }
 
-parts=(machine kernels parity server bench overhead peer memcheck racecheck)
+parts=(machine kernels parity server tuning bench overhead peer memcheck racecheck)
 # Seconds for each, with --quick and without.
-declare -A quick_limits=([machine]=20 [kernels]=120 [parity]=60 [server]=60 [bench]=150 [overhead]=0 [peer]=180 [memcheck]=120 [racecheck]=120)
-declare -A full_limits=([machine]=60 [kernels]=1200 [parity]=300 [server]=600 [bench]=2400 [overhead]=1200 [peer]=3600 [memcheck]=1800 [racecheck]=1800)
+declare -A quick_limits=([machine]=20 [kernels]=120 [parity]=60 [server]=60 [tuning]=0 [bench]=150 [overhead]=0 [peer]=180 [memcheck]=120 [racecheck]=120)
+declare -A full_limits=([machine]=60 [kernels]=1200 [parity]=300 [server]=600 [tuning]=1200 [bench]=2400 [overhead]=1200 [peer]=3600 [memcheck]=1800 [racecheck]=1800)
 
 binary="" limit="" only="" pack=""
 export QUICK="" TINY="" LAYERS=""

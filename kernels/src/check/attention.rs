@@ -320,10 +320,13 @@ fn parts_of_a_batch(bench: &mut Bench) -> Result<()> {
         let numbers = both.numbers();
         let loaded = both.load(&numbers, bench.stream)?;
         let all = both.attend(&loaded, numbers.blocks);
-        Attend { sequences: singles, longest_new: 1, ..all }.launch(bench.stream)?;
         let cache = Cache { table: all.cache.table.part(singles * loaded.table_stride..), ..all.cache };
         let (query_start, past) = (all.query_start.part(singles..), all.past.part(singles..));
         Attend { query_start, past, cache, sequences: prompts, splits: 1, ..all }.launch(bench.stream)?;
+        // Which leaves the others alone.
+        let others = &widen(&loaded.out.to_vec()?)[..(PADDING + singles) * both.heads.width()];
+        bench.same("attend: parts", format!("{}: before the part", both.shape()), &others.iter().all(|&x| x == UNTOUCHED), &true);
+        Attend { sequences: singles, longest_new: 1, ..all }.launch(bench.stream)?;
         bench.compare("attend: parts", both.shape(), &widen(&loaded.out.to_vec()?), &both.expected(&numbers), Tolerance::BF16);
     }
     Ok(())

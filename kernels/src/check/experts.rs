@@ -44,7 +44,35 @@ pub(super) fn check(bench: &mut Bench) -> Result<()> {
     for (experts, n, k) in [(1, 16, 16), (2, 136, 24), (1, 128, 300), (3, 130, 129)] {
         quantize(bench, experts, n, k)?;
     }
+    neighbours(bench, false)?;
+    neighbours(bench, true)?;
     every_value(bench)
+}
+
+/// The same row again and again, as many as take every path through the kernel: each gives what one alone gives.
+fn neighbours(bench: &mut Bench, e4m3: bool) -> Result<()> {
+    const WIDTH: usize = 64;
+    const EXPERT_WIDTH: usize = 400;
+    let (kernel, stream) = (if e4m3 { "down e4m3: a row alone" } else { "down: a row alone" }, bench.stream);
+    let mut random = Random::new(41);
+    let row = random.bf16s(EXPERT_WIDTH, 1.0);
+    let down = Stack::new(&mut random, stream, (1, WIDTH, EXPERT_WIDTH), e4m3)?;
+    let mut alone = Vec::new();
+    for tokens in [1, 8, 9, 17, 33, 70] {
+        let plan = moe::plan(&moe::Routing { expert_ids: vec![0; tokens], weights: vec![1.0; tokens], ..Default::default() }, 1);
+        let (active, rows) = (Buffer::from_slice(stream, &plan.active, "active")?, Buffer::from_slice(stream, &plan.rows, "rows")?);
+        let hidden = Buffer::from_slice(stream, &narrow(&row.repeat(tokens)), "hidden")?;
+        let y = Buffer::from_slice(stream, &vec![-7f32; tokens * WIDTH], "y")?;
+        let dispatch = Dispatch { active: active.view(), rows: rows.view(), tokens, slots: 1, experts: 1 };
+        Down { hidden: hidden.view(), weights: down.weights(), y: y.view(), dispatch, width: WIDTH, expert_width: EXPERT_WIDTH }
+            .launch(stream)?;
+        let found = y.to_vec()?;
+        if alone.is_empty() {
+            alone.clone_from(&found);
+        }
+        bench.same(kernel, format!("{tokens} rows"), &found, &alone.repeat(tokens));
+    }
+    Ok(())
 }
 
 #[derive(Clone, Copy)]

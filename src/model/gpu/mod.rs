@@ -373,17 +373,23 @@ pub fn check_memory(spec: &ModelSpec, footprint: Footprint) -> Result<()> {
     if needed <= free {
         return Ok(());
     }
-    let (how, less) = match footprint {
-        Footprint::Whole(DType::BF16) => ("bf16", "use --dtype fp8, "),
-        Footprint::Whole(dtype) => (dtype.as_str(), "use --dtype bf16, "),
-        Footprint::Quantized => ("8 bits, one layer of experts more in bf16 while it is loaded", ""),
+    Err(Error::FailedPrecondition(too_large(spec, footprint, free)))
+}
+
+/// What to do about a model that is not in its place yet and does not fit into `free` bytes.
+fn too_large(spec: &ModelSpec, footprint: Footprint, free: u64) -> String {
+    let how = match footprint {
+        Footprint::Whole(dtype) => dtype.as_str(),
+        Footprint::Quantized => "8 bits, one layer of experts more in bf16 while it is loaded",
     };
-    let message = format!(
+    let smaller = [(Footprint::Whole(DType::BF16), "bf16"), (Footprint::Quantized, "fp8")];
+    let fits = |other: Footprint| other.bytes(spec) <= free && weights::check_shapes(spec, other == Footprint::Quantized).is_ok();
+    let less = smaller.iter().find(|(other, _)| fits(*other)).map(|(_, dtype)| format!("use --dtype {dtype}, ")).unwrap_or_default();
+    format!(
         "the weights of this model are {} MiB in {how}, and {} MiB are free on the GPU: end what else runs there, {less}or use a larger GPU or a smaller model",
-        needed >> 20,
+        footprint.bytes(spec) >> 20,
         free >> 20
-    );
-    Err(Error::FailedPrecondition(message))
+    )
 }
 
 /// Bytes of keys and values of one token.

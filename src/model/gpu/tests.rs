@@ -18,6 +18,7 @@ use super::{
 use crate::{
     bench::synthetic,
     checkpoint::{Delta, LoadOptions},
+    error::ErrorKind,
     moe::{
         Routing,
         policy::{LayerChoices, Replay, RoutingChoice, WeightForm},
@@ -343,7 +344,8 @@ fn experts_are_rounded_while_they_are_read() {
     let (checkpoint, by_layer) = load_to_serve(&demo, options, false).unwrap();
     let load = LoadOptions { dtype: DType::BF16, device: DeviceKind::Cuda.open().unwrap(), progress: false };
     let whole = checkpoint.load(&load).unwrap();
-    let changed = BTreeMap::from([("layers.1.router", 0.5), ("final_norm", 2.0)].map(|(name, factor)| {
+    // One is rounded, one is in a layer, one is in none.
+    let changed = BTreeMap::from([("layers.1.experts.down", 0.5), ("layers.1.router", 0.5), ("final_norm", 2.0)].map(|(name, factor)| {
         let (_, tensor) = whole.named().into_iter().find(|(known, _)| known == name).unwrap();
         (name.to_owned(), tensor.affine(factor, 0.0).unwrap().to_device(&Device::Cpu).unwrap())
     }));
@@ -358,11 +360,23 @@ fn experts_are_rounded_while_they_are_read() {
 
     let path = folder.path().join("routers.safetensors");
     let (base, routing) = (checkpoint.digest().unwrap(), checkpoint.routing().cloned().unwrap_or_default());
-    Delta { base, routing, tensors: changed.clone() }.write(&path).unwrap();
+    let delta = |base: &str, tensors: &BTreeMap<String, Tensor>| {
+        Delta { base: base.to_owned(), routing: routing.clone(), tensors: tensors.clone() }.write(&path).unwrap();
+    };
+    delta(&base, &changed);
     let (_, tuned) = load_tuned(&demo, Some(&path), options, false).unwrap();
     let tuned = logits(&tuned);
     assert_eq!(tuned, logits(&ServingModel::new(spec(), whole.with(&changed).unwrap(), options).unwrap()));
     assert_ne!(tuned, plain);
+
+    let refused = || load_tuned(&demo, Some(&path), options, false).unwrap_err();
+    let router = &changed["layers.1.router"];
+    delta(&base, &BTreeMap::from([("layers.99.router".to_owned(), router.clone())]));
+    assert!(refused().kind() == ErrorKind::NotFound && refused().to_string().contains("layers.99.router"), "{}", refused());
+    delta(&base, &BTreeMap::from([("layers.0.router".to_owned(), router.narrow(0, 0, 1).unwrap())]));
+    assert!(refused().kind() == ErrorKind::FailedPrecondition && refused().to_string().contains("layers.0.router"), "{}", refused());
+    delta("another", &changed);
+    assert!(refused().kind() == ErrorKind::FailedPrecondition && refused().to_string().contains("another"), "{}", refused());
 }
 
 #[test]
@@ -377,6 +391,21 @@ fn experts_in_eight_bits_take_half_the_memory() {
     // Of the last layer in bf16 while it is rounded as well.
     let layers = spec.moe_layers().count() as u64;
     assert_eq!(bytes(&spec, Footprint::Quantized), whole - experts + 2 * experts / layers);
+    // What is advised would fit; nothing where nothing does.
+    let advice = |footprint, free| too_large(&spec, footprint, free);
+    assert!(advice(Footprint::Whole(DType::F32), whole).contains("use --dtype bf16"));
+    assert!(!advice(Footprint::Whole(DType::BF16), whole - 1).contains("--dtype"), "its experts are 24 wide");
+    let mut wide = spec.clone();
+    wide.layers.extend_from_within(..);
+    for layer in &mut wide.layers {
+        if let FeedForwardSpec::Moe(moe) = &mut layer.feed_forward {
+            moe.expert_width = 32;
+        }
+    }
+    let free = Footprint::Quantized.bytes(&wide);
+    assert!(free < Footprint::Whole(DType::BF16).bytes(&wide));
+    assert!(too_large(&wide, Footprint::Whole(DType::BF16), free).contains("use --dtype fp8"));
+    assert!(!too_large(&wide, Footprint::Quantized, free - 1).contains("--dtype"));
     spec.layers.clear();
     assert_eq!(bytes(&spec, Footprint::Quantized), bytes(&spec, Footprint::Whole(DType::BF16)));
 }

@@ -165,7 +165,7 @@ impl GpuWeights {
 }
 
 /// Fails where the kernels are not made for a model.
-fn check_shapes(spec: &ModelSpec, quantize: bool) -> Result<()> {
+pub(super) fn check_shapes(spec: &ModelSpec, quantize: bool) -> Result<()> {
     let refuse = |what: &str, found: usize, rule: &str| {
         let message = format!("{what} is {found}: the CUDA kernels need {rule}; use --device cpu, or --dtype f32, which does without them");
         Err(Error::FailedPrecondition(message))
