@@ -19,6 +19,7 @@ use super::{
 use crate::{
     checkpoint::RoutingBlock,
     error::{Error, Result},
+    memory,
     model::{load::ServingModel, weights::ModelWeights},
     moe::{RoutingStats, loss::AuxLoss},
     schedule::learning_rate,
@@ -140,6 +141,12 @@ pub struct Tuner {
 /// Who is told.
 pub type Tell<'a> = dyn FnMut(Event) + 'a;
 
+/// Says which phase begins. What the one before has freed goes back to the system: the next makes blocks of other sizes.
+fn begin(phase: Phase, tell: &mut Tell<'_>) {
+    memory::give_back();
+    tell(Event::Phase(phase));
+}
+
 impl Tuner {
     /// Checks everything, and copies the tensors that learn. With a store, goes on from the newest state in it, and saves there.
     ///
@@ -242,9 +249,9 @@ impl Tuner {
 
     fn stages(&mut self, pace: &mut dyn Pace, tell: &mut Tell<'_>) -> Result<Candidate, Stop> {
         let before = self.baseline(pace, tell)?;
-        tell(Event::Phase(Phase::Training));
+        begin(Phase::Training, tell);
         let reason = self.train(pace, tell)?;
-        tell(Event::Phase(Phase::Evaluating));
+        begin(Phase::Evaluating, tell);
         let (tensors, steps) = match (self.best.clone(), &self.progress.best) {
             (Some(tensors), Some(best)) => (tensors, best.step),
             _ => (self.touch(pace, || self.tensors())?, self.progress.step),
@@ -264,7 +271,7 @@ impl Tuner {
         let figures = match self.progress.before.clone() {
             Some(figures) => figures,
             None => {
-                tell(Event::Phase(Phase::Baseline));
+                begin(Phase::Baseline, tell);
                 self.figures(&self.base.model, usize::MAX, pace, tell)?
             }
         };
@@ -300,7 +307,7 @@ impl Tuner {
             self.check_skips()?;
             if done.is_multiple_of(self.config.run.save_every) && done < all {
                 self.save(pace, tell)?;
-                tell(Event::Phase(Phase::Training));
+                begin(Phase::Training, tell);
             }
         }
     }
@@ -313,7 +320,7 @@ impl Tuner {
     }
 
     fn evaluate(&mut self, pace: &mut dyn Pace, tell: &mut Tell<'_>) -> Result<(), Stop> {
-        tell(Event::Phase(Phase::Evaluating));
+        begin(Phase::Evaluating, tell);
         let step = self.progress.step;
         let model = self.touch(pace, || self.base.model.with_tensors(&self.lent()?))?;
         let figures = self.figures(&model, self.config.run.eval_tokens, pace, tell);
@@ -322,7 +329,7 @@ impl Tuner {
         self.progress.evaluated = step;
         self.compare_with_best(&figures, pace)?;
         tell(Event::Evaluation { step, figures });
-        tell(Event::Phase(Phase::Training));
+        begin(Phase::Training, tell);
         Ok(())
     }
 
@@ -353,7 +360,7 @@ impl Tuner {
 
     fn save(&self, pace: &mut dyn Pace, tell: &mut Tell<'_>) -> Result<()> {
         let Some(store) = &self.store else { return Ok(()) };
-        tell(Event::Phase(Phase::Saving));
+        begin(Phase::Saving, tell);
         let captured = self.touch(pace, || self.learner.capture())?;
         store.save(&Saved { captured, progress: self.progress.clone(), best: self.best.clone() })
     }
