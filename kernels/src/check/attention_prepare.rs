@@ -1,6 +1,6 @@
 //! What makes the operands of attention.
 
-use super::{Bench, Random, Tolerance, narrow, widen};
+use super::{Bench, EPSILON, Random, Tolerance, narrow, widen};
 use crate::{
     Buffer, Result,
     attention::{Cache, Heads, Prepare, QkNorm},
@@ -69,7 +69,7 @@ fn prepare_model(bench: &mut Bench, model: Model) -> Result<()> {
         let with = |i: usize, rotated: bool| Shaping {
             bias: model.bias.then_some(&bias[i]),
             norm: (rotated && model.norm > 0).then(|| &norms[i][..]),
-            epsilon: 1e-5,
+            epsilon: EPSILON,
             clip: model.clip,
             rope: rotated.then_some((&frequencies, rope_scale)),
         };
@@ -96,7 +96,7 @@ fn prepare_model(bench: &mut Bench, model: Model) -> Result<()> {
         qkv: device.0.view(),
         bias: model.bias.then(|| [q_bias.view(), k_bias.view(), v_bias.view()]),
         norm: [QkNorm::None, QkNorm::PerHead([q_norm.view(), k_norm.view()]), QkNorm::Full([q_norm.view(), k_norm.view()])][model.norm],
-        epsilon: 1e-5,
+        epsilon: EPSILON,
         clip: model.clip,
         inverse_frequencies: device.1.view(),
         rope_scale,

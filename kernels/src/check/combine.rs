@@ -1,4 +1,4 @@
-use super::{Bench, Random, Tolerance, narrow, widen};
+use super::{Bench, EPSILON, Random, Tolerance, narrow, widen};
 use crate::{
     Buffer, Result, bf16,
     combine::{Combine, Norm, Shared},
@@ -66,10 +66,10 @@ fn one<Y: Float>(
         combine.launch(stream)?;
         bench.compare(kernel, &shape, &x_there.to_vec()?, &expected, tolerance);
         x_there.view().write(&x, stream)?;
-        let norm_of = Norm { weight: norm_there.view(), out: normed.view(), epsilon: 1e-5 };
+        let norm_of = Norm { weight: norm_there.view(), out: normed.view(), epsilon: EPSILON };
         Combine { norm: Some(norm_of), ..combine }.launch(stream)?;
         bench.compare(kernel, format!("{shape}, with a norm"), &x_there.to_vec()?, &expected, tolerance);
-        let expected = reference::rms_norm(&expected, &norm, 1e-5);
+        let expected = reference::rms_norm(&expected, &norm, EPSILON);
         bench.compare(kernel, format!("{shape}: the norm"), &widen(&normed.to_vec()?), &expected, Tolerance::BF16);
     }
     Ok(())

@@ -86,6 +86,9 @@ impl Bench {
     }
 }
 
+/// Of norms: so much that one without it is seen.
+const EPSILON: f32 = 0.25;
+
 /// How far a result may be off.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {

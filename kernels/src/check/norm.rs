@@ -1,4 +1,4 @@
-use super::{Bench, Random, Tolerance, narrow, widen};
+use super::{Bench, EPSILON, Random, Tolerance, narrow, widen};
 use crate::{
     Buffer, Result, bf16,
     norm::{AddBias, Embed, RmsNorm},
@@ -29,7 +29,7 @@ fn rms_norm(bench: &mut Bench, rows: usize, width: usize) -> Result<()> {
         weight: device.1.view(),
         out: out.view(),
         out_f32: Some(out_f32.view()),
-        epsilon: 1e-5,
+        epsilon: EPSILON,
         rows,
         width,
     };
@@ -37,7 +37,7 @@ fn rms_norm(bench: &mut Bench, rows: usize, width: usize) -> Result<()> {
     for (pick, x) in [(None, &x[..rows * width]), (Some(device.2.view()), &picked)] {
         RmsNorm { pick, ..all }.launch(stream)?;
         let found = widen(&out.to_vec()?);
-        bench.compare("rms_norm", &shape, &found, &reference::rms_norm(x, &weight, 1e-5), Tolerance::BF16);
+        bench.compare("rms_norm", &shape, &found, &reference::rms_norm(x, &weight, EPSILON), Tolerance::BF16);
         bench.same("rms_norm: widened", &shape, &out_f32.to_vec()?, &found);
     }
     Ok(())
