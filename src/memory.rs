@@ -78,14 +78,12 @@ fn number(path: &str) -> Option<u64> {
 }
 
 /// From now on what is large goes back to the system when it is freed. The allocator would otherwise learn from the first large block to
-/// keep them, in pieces between smaller ones: a training step frees and makes many, and would take half as much again. And it would keep twice
-/// the largest block that it has seen at the end of each of its heaps.
+/// keep them, in pieces between smaller ones: a training step frees and makes many, and would take half as much again.
 pub fn return_large_blocks() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it sets numbers of the allocator, under its lock.
+    // SAFETY: it sets a number of the allocator, under its lock.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, LARGE);
     }
 }
 
